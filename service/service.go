@@ -1,0 +1,315 @@
+// Package service is the heart of pentad: what a service is, which of its
+// backends take connections, and the immutable Snapshot of all of them that
+// sources produce and planes install.
+//
+// It is pure: it makes no system call, reads no clock, and knows neither the
+// file that a service came from nor the kernel that it goes to.
+package service
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Protocol is a transport protocol by its IANA number.
+type Protocol uint8
+
+// The protocols that a listener can have.
+const (
+	TCP Protocol = 6
+	UDP Protocol = 17
+)
+
+// String returns "tcp" or "udp".
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	}
+	return fmt.Sprintf("protocol %d", uint8(p))
+}
+
+// Listener is one virtual address of a service. It is comparable; the address
+// is never an IPv4-mapped IPv6 address.
+type Listener struct {
+	Address  netip.AddrPort
+	Protocol Protocol
+}
+
+// String writes the listener as the configuration does: TCP, the default, is
+// not named.
+func (l Listener) String() string {
+	if l.Protocol == TCP {
+		return l.Address.String()
+	}
+	return l.Address.String() + "/" + l.Protocol.String()
+}
+
+// Compare orders listeners by address, port and protocol.
+func (l Listener) Compare(o Listener) int {
+	if c := l.Address.Compare(o.Address); c != 0 {
+		return c
+	}
+	return int(l.Protocol) - int(o.Protocol)
+}
+
+// Balance is how a backend is chosen for a new connection.
+type Balance uint8
+
+// The ways to choose.
+const (
+	// Random chooses by weight, anew for every connection.
+	Random Balance = iota
+	// SourceHash keeps a client with its backend while others come and go.
+	SourceHash
+)
+
+// String returns the word of the configuration.
+func (b Balance) String() string {
+	switch b {
+	case Random:
+		return "random"
+	case SourceHash:
+		return "source-hash"
+	}
+	return fmt.Sprintf("balance %d", uint8(b))
+}
+
+// Ranges of a backend's settings.
+const (
+	DefaultWeight = 100
+	MaxWeight     = 65535
+	MaxGroup      = 255
+	MaxZone       = 63
+)
+
+// Backend is one real address of a service.
+type Backend struct {
+	Address netip.AddrPort
+	Weight  uint32 // 0 to MaxWeight; 0 takes no new connections
+	Group   uint32 // 0 to MaxGroup; a higher one serves when no lower one can
+	Zone    string // at most MaxZone bytes
+
+	// Drained and Down are state, not configuration: set by the operator
+	// and by the probe.
+	Drained bool
+	Down    bool
+}
+
+// Usable reports whether the backend could take new connections if its group
+// were the one that serves.
+func (b Backend) Usable() bool { return !b.Down && !b.Drained && b.Weight > 0 }
+
+// State is what a backend does at the moment.
+type State uint8
+
+// The states of a backend.
+const (
+	// Serving takes new connections.
+	Serving State = iota
+	// Standby could serve, but a lower group does.
+	Standby
+	// Drained takes no new connections; those that it has go on.
+	Drained
+	// Down failed its probe.
+	Down
+)
+
+// String returns the state in lower case.
+func (s State) String() string {
+	switch s {
+	case Serving:
+		return "serving"
+	case Standby:
+		return "standby"
+	case Drained:
+		return "drained"
+	case Down:
+		return "down"
+	}
+	return fmt.Sprintf("state %d", uint8(s))
+}
+
+// Service is a set of virtual addresses and the backends behind them. It is
+// immutable once it is part of a Snapshot.
+type Service struct {
+	Name      string
+	Listeners []Listener // sorted
+	Balance   Balance
+	Affinity  time.Duration // whole seconds; 0: none
+	Backends  []Backend     // in the order of the configuration
+	Health    Health
+}
+
+// Probe is how the health of a backend is found out.
+type Probe uint8
+
+// The probes.
+const (
+	// ProbeNone takes every backend for healthy.
+	ProbeNone Probe = iota
+	// ProbeTCP completes a TCP handshake.
+	ProbeTCP
+	// ProbeHTTP asks for a path and looks at the status.
+	ProbeHTTP
+)
+
+// String returns the word of the configuration.
+func (p Probe) String() string {
+	switch p {
+	case ProbeNone:
+		return "none"
+	case ProbeTCP:
+		return "tcp"
+	case ProbeHTTP:
+		return "http"
+	}
+	return fmt.Sprintf("probe %d", uint8(p))
+}
+
+// Health says how the backends of a service are probed. It is comparable.
+type Health struct {
+	Probe    Probe
+	Interval time.Duration // between two probes of one backend
+	Timeout  time.Duration // of one probe
+	Rise     int           // successes in a row that bring a backend up
+	Fall     int           // failures in a row that take it down
+
+	Path   string // http: request target
+	Host   string // http: Host header; empty: the backend's address
+	Expect string // http: status codes, "200-399" or "200,204"
+}
+
+// Equal reports whether two services are the same in every respect.
+func (s *Service) Equal(o *Service) bool {
+	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&
+		s.Health == o.Health && slices.Equal(s.Listeners, o.Listeners) &&
+		slices.Equal(s.Backends, o.Backends)
+}
+
+// ServingGroup returns the lowest group that has a usable backend of the
+// family, and false when no group has one.
+func (s *Service) ServingGroup(v4 bool) (group uint32, ok bool) {
+	for _, b := range s.Backends {
+		if b.Address.Addr().Is4() != v4 || !b.Usable() {
+			continue
+		}
+		if !ok || b.Group < group {
+			group, ok = b.Group, true
+		}
+	}
+	return group, ok
+}
+
+// States returns the state of every backend, in the order of Backends. The
+// families fail over apart from each other.
+func (s *Service) States() []State {
+	var group [2]uint32
+	group[0], _ = s.ServingGroup(true)
+	group[1], _ = s.ServingGroup(false)
+	states := make([]State, len(s.Backends))
+	for i, b := range s.Backends {
+		g := group[0]
+		if !b.Address.Addr().Is4() {
+			g = group[1]
+		}
+		states[i] = b.state(g)
+	}
+	return states
+}
+
+func (b Backend) state(serving uint32) State {
+	switch {
+	case b.Down:
+		return Down
+	case b.Drained || b.Weight == 0:
+		return Drained
+	case b.Group == serving:
+		return Serving
+	}
+	return Standby
+}
+
+// Snapshot is the complete desired state of one host at one revision. It and
+// everything below it is immutable; what did not change since the snapshot
+// before is the same pointer.
+type Snapshot struct {
+	Revision uint64
+	Cgroup   string     // the cgroup (v2) whose processes see the services, "/" for all
+	Services []*Service // sorted by name, names are unique
+}
+
+// Next returns the snapshot that follows s when the services are those given,
+// which need not be sorted. Services that equal their predecessors keep the
+// pointer. When nothing changed at all it returns s itself.
+func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
+	next := &Snapshot{Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services)}
+	slices.SortFunc(next.Services, byName)
+	same := cgroup == s.Cgroup && len(next.Services) == len(s.Services)
+	i := 0
+	for j, n := range next.Services {
+		for i < len(s.Services) && s.Services[i].Name < n.Name {
+			i++
+		}
+		if i < len(s.Services) && s.Services[i].Equal(n) {
+			next.Services[j] = s.Services[i]
+			continue
+		}
+		same = false
+	}
+	if same {
+		return s
+	}
+	return next
+}
+
+// Replace returns the snapshot that follows s when the services given take the
+// place of those of the same names; services with unknown names are left out.
+func (s *Snapshot) Replace(services []*Service) *Snapshot {
+	all := slices.Clone(s.Services)
+	for _, n := range services {
+		if i, ok := slices.BinarySearchFunc(all, n, byName); ok {
+			all[i] = n
+		}
+	}
+	return s.Next(s.Cgroup, all)
+}
+
+// Find returns the service of that name, or nil.
+func (s *Snapshot) Find(name string) *Service {
+	i, ok := slices.BinarySearchFunc(s.Services, name, func(s *Service, name string) int {
+		return strings.Compare(s.Name, name)
+	})
+	if !ok {
+		return nil
+	}
+	return s.Services[i]
+}
+
+// Diff returns the services of to that are not, as the same pointer, in from,
+// and the services of from whose names are not in to.
+func Diff(from, to *Snapshot) (changed, removed []*Service) {
+	i := 0
+	for _, n := range to.Services {
+		for i < len(from.Services) && from.Services[i].Name < n.Name {
+			removed = append(removed, from.Services[i])
+			i++
+		}
+		if i < len(from.Services) && from.Services[i].Name == n.Name {
+			if from.Services[i] != n {
+				changed = append(changed, n)
+			}
+			i++
+			continue
+		}
+		changed = append(changed, n)
+	}
+	return changed, append(removed, from.Services[i:]...)
+}
+
+func byName(a, b *Service) int { return strings.Compare(a.Name, b.Name) }

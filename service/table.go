@@ -1,0 +1,217 @@
+package service
+
+import (
+	"hash/fnv"
+	"math"
+	"math/bits"
+	"net/netip"
+	"slices"
+)
+
+// Slot is one element of a selection table. A number in [0, 2^32) is scaled to
+// the table's length: its integer part names the slot, its fraction, in units
+// of 2^-32, is compared with Threshold. Below it the connection goes to First,
+// else to Second. Both are indices into Service.Backends.
+type Slot struct {
+	First, Second int
+	Threshold     uint32
+}
+
+// Table returns the selection table of the service's backends of one family:
+// empty when none of them is usable.
+func (s *Service) Table(v4 bool) []Slot {
+	group, ok := s.ServingGroup(v4)
+	if !ok {
+		return nil
+	}
+	configured := 0
+	var members []int
+	for i, b := range s.Backends {
+		if b.Address.Addr().Is4() != v4 {
+			continue
+		}
+		configured++
+		if b.Usable() && b.Group == group {
+			members = append(members, i)
+		}
+	}
+	if s.Balance == SourceHash {
+		return maglevTable(s.Backends, members, maglevSize(configured))
+	}
+	return aliasTable(s.Backends, members)
+}
+
+// aliasTable builds Vose's version of Walker's alias table (M. D. Vose, "A
+// linear algorithm for generating random numbers with a given distribution",
+// IEEE TSE 17(9), 1991): one slot a member, shares exact to 2^-32. It works in
+// integers, so that it is the same everywhere.
+func aliasTable(backends []Backend, members []int) []Slot {
+	n := uint64(len(members))
+	var total uint64
+	for _, m := range members {
+		total += uint64(backends[m].Weight)
+	}
+	// Scaled so that the average is total: a member with more gives to one with less.
+	have := make([]uint64, n)
+	var small, large []int
+	for i, m := range members {
+		have[i] = uint64(backends[m].Weight) * n
+		if have[i] < total {
+			small = append(small, i)
+		} else {
+			large = append(large, i)
+		}
+	}
+	table := make([]Slot, n)
+	for len(small) > 0 {
+		s, l := small[len(small)-1], large[len(large)-1]
+		small = small[:len(small)-1]
+		// have[s] < total, so that the quotient is below 2^32.
+		threshold, _ := bits.Div64(have[s]>>32, have[s]<<32, total)
+		table[s] = Slot{First: members[s], Second: members[l], Threshold: uint32(threshold)}
+		have[l] -= total - have[s]
+		if have[l] < total {
+			large = large[:len(large)-1]
+			small = append(small, l)
+		}
+	}
+	for _, l := range large {
+		table[l] = Slot{First: members[l], Second: members[l], Threshold: math.MaxUint32}
+	}
+	return table
+}
+
+// Sizes of consistent-hash tables: primes, with at least 256 slots for every
+// backend up to the bound. A service that grows past a bound is distributed
+// anew.
+var maglevSizes = []struct{ backends, slots int }{
+	{16, 4093},
+	{256, 65521},
+	{math.MaxInt, 1048573},
+}
+
+// maglevSize depends on the configured number of backends, not on how many are
+// usable: health must not change the size.
+func maglevSize(configured int) int {
+	for _, s := range maglevSizes {
+		if configured <= s.backends {
+			return s.slots
+		}
+	}
+	return maglevSizes[len(maglevSizes)-1].slots
+}
+
+// maglevTable builds a consistent-hash table (D. E. Eisenbud et al., "Maglev: A
+// Fast and Reliable Software Network Load Balancer", NSDI 2016, section 3.4).
+// Unlike there, every member has a quota, its weight's share of the slots
+// rounded by largest remainder, so that weights are met to one slot. The table
+// depends on the set of members alone, not on their order or history.
+func maglevTable(backends []Backend, members []int, size int) []Slot {
+	order := make([]turn, len(members))
+	for i, m := range members {
+		order[i] = newTurn(backends[m].Address, m, size)
+	}
+	slices.SortFunc(order, func(a, b turn) int {
+		return backends[a.member].Address.Compare(backends[b.member].Address)
+	})
+	setQuotas(order, backends, size)
+
+	owner := make([]int, size)
+	for i := range owner {
+		owner[i] = -1
+	}
+	for left := size; left > 0; {
+		for i := range order {
+			t := &order[i]
+			// A member with a larger quota has more turns a round.
+			for k := 0; k < t.pace && t.quota > 0; k++ {
+				for owner[t.next] >= 0 {
+					t.next = (t.next + t.skip) % size
+				}
+				owner[t.next] = t.member
+				t.quota--
+				left--
+			}
+		}
+	}
+	table := make([]Slot, size)
+	for i, m := range owner {
+		table[i] = Slot{First: m, Second: m, Threshold: math.MaxUint32}
+	}
+	return table
+}
+
+// turn is the state of one member while a table is filled: its permutation of
+// the slots is next, next+skip, next+2*skip, ...
+type turn struct {
+	member     int
+	next, skip int
+	quota      int
+	pace       int
+}
+
+func newTurn(addr netip.AddrPort, member, size int) turn {
+	h := fnv.New64a()
+	b, _ := addr.MarshalBinary()
+	h.Write(b)
+	x := mix(h.Sum64())
+	return turn{
+		member: member,
+		next:   int(x % uint64(size)),
+		skip:   int(mix(x)%uint64(size-1)) + 1,
+	}
+}
+
+// mix is the finalizer of MurmurHash3: FNV alone leaves addresses that differ
+// in one digit close together.
+func mix(x uint64) uint64 {
+	x ^= x >> 33
+	x *= 0xff51afd7ed558ccd
+	x ^= x >> 33
+	x *= 0xc4ceb9fe1a85ec53
+	return x ^ x>>33
+}
+
+// setQuotas shares size out by weight. A member with a weight so small that its
+// share is less than half a slot gets one: a usable backend is used.
+func setQuotas(order []turn, backends []Backend, size int) {
+	var total, lightest uint64 = 0, math.MaxUint64
+	for _, t := range order {
+		w := uint64(backends[t.member].Weight)
+		total += w
+		lightest = min(lightest, w)
+	}
+	given := 0
+	rest := make([]int, len(order))
+	for i := range order {
+		w := uint64(backends[order[i].member].Weight)
+		share := w * uint64(size)
+		order[i].quota = max(1, int(share/total))
+		order[i].pace = max(1, int(w/lightest))
+		given += order[i].quota
+		rest[i] = i
+	}
+	slices.SortStableFunc(rest, func(a, b int) int {
+		remainder := func(i int) uint64 {
+			return uint64(backends[order[i].member].Weight) * uint64(size) % total
+		}
+		ra, rb := remainder(a), remainder(b)
+		switch {
+		case ra > rb:
+			return -1
+		case ra < rb:
+			return 1
+		}
+		return 0
+	})
+	for i := 0; given < size; i = (i + 1) % len(rest) {
+		order[rest[i]].quota++
+		given++
+	}
+	for i := len(rest) - 1; given > size; i = (i + len(rest) - 1) % len(rest) {
+		if t := &order[rest[i]]; t.quota > 1 {
+			t.quota--
+			given--
+		}
+	}
+}
