@@ -1,0 +1,146 @@
+// Package config is what users write: it reads pentad.yaml, checks it strictly
+// and turns it into services. Every error carries its line and column, and all
+// errors of a file are found at once.
+//
+// It never touches the kernel or the network: what it accepts can be checked on
+// any machine.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/pentad/pentad/service"
+)
+
+// DefaultPath is where the configuration lies unless the user says otherwise.
+const DefaultPath = "/etc/pentad/pentad.yaml"
+
+// Config is a valid configuration with its defaults applied.
+type Config struct {
+	Services []*service.Service // in the order of the file
+	Scope    Scope
+	API      API
+}
+
+// Scope says whose connections are translated.
+type Scope struct {
+	Cgroup string // path below the root of the cgroup2 hierarchy, "/" for all
+}
+
+// API says where the agent listens for people and scrapers.
+type API struct {
+	Listen netip.AddrPort
+}
+
+// Error is one thing wrong with a file. Line and Column count from 1.
+type Error struct {
+	File         string
+	Line, Column int
+	Message      string
+}
+
+// Error returns file:line:column: message.
+func (e Error) Error() string {
+	return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Column, e.Message)
+}
+
+// Errors is everything wrong with a file, in the order of its lines.
+type Errors []Error
+
+// Error returns one line for each error.
+func (e Errors) Error() string {
+	lines := make([]string, len(e))
+	for i, err := range e {
+		lines[i] = err.Error()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Load reads and checks a file. The error is of type Errors when the file could
+// be read.
+func Load(path string) (*Config, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("configuration %s cannot be read: %w", path, errors.Unwrap(err))
+	}
+	return Parse(path, data)
+}
+
+// Parse checks the text of a file; the name is for messages only. The error is
+// of type Errors.
+func Parse(name string, data []byte) (*Config, error) {
+	d := &decoder{file: name}
+	root := d.document(data)
+	if root == nil {
+		return nil, d.failed()
+	}
+	c := &Config{
+		Scope: Scope{Cgroup: "/"},
+		API:   API{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
+	}
+	fileSchema.decode(d, root, c)
+	d.checkUnique(c.Services)
+	if err := d.failed(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+var syntaxError = regexp.MustCompile(`^yaml: (?:line (\d+): )?(.*)$`)
+
+// document returns the top mapping, or nil with an error noted.
+func (d *decoder) document(data []byte) *yaml.Node {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(data, &doc); err != nil {
+		at := &yaml.Node{Line: 1, Column: 1}
+		message := err.Error()
+		if m := syntaxError.FindStringSubmatch(strings.SplitN(message, "\n", 2)[0]); m != nil {
+			if n, err := strconv.Atoi(m[1]); err == nil {
+				at.Line = n
+			}
+			message = m[2]
+		}
+		d.errorf(at, "this is not YAML: %s", message)
+		return nil
+	}
+	if doc.Kind == 0 {
+		d.errorf(&yaml.Node{Line: 1, Column: 1},
+			"the file is empty; a host without services is written \"services: []\"")
+		return nil
+	}
+	return doc.Content[0]
+}
+
+// checkUnique finds names and listeners that occur twice.
+func (d *decoder) checkUnique(services []*service.Service) {
+	names := make(map[string]*yaml.Node, len(services))
+	listeners := make(map[service.Listener]string, len(services))
+	for _, s := range services {
+		at := d.at[s]
+		if at == nil || s.Name == "" {
+			continue
+		}
+		if first, ok := names[s.Name]; ok {
+			d.errorf(at.name, "service %s is already defined at line %d; names are unique",
+				s.Name, first.Line)
+		} else {
+			names[s.Name] = at.name
+		}
+		for i, l := range at.listeners {
+			if owner, ok := listeners[l]; ok {
+				d.errorf(at.listenerNodes[i], "service %s: listener %s already belongs to service %s",
+					s.Name, l, owner)
+				continue
+			}
+			listeners[l] = s.Name
+		}
+	}
+}

@@ -1,0 +1,300 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/pentad/pentad/service"
+)
+
+// decoder gathers errors while it walks the nodes of one file.
+type decoder struct {
+	file   string
+	errors Errors
+	at     map[*service.Service]*origin
+}
+
+// origin is where the parts of a service stand in the file.
+type origin struct {
+	name          *yaml.Node
+	listeners     []service.Listener
+	listenerNodes []*yaml.Node
+}
+
+func (d *decoder) errorf(at *yaml.Node, format string, args ...any) {
+	d.errors = append(d.errors, Error{
+		File: d.file, Line: at.Line, Column: at.Column, Message: fmt.Sprintf(format, args...),
+	})
+}
+
+// failed returns the errors in the order of the file, or nil.
+func (d *decoder) failed() error {
+	if len(d.errors) == 0 {
+		return nil
+	}
+	slices.SortStableFunc(d.errors, func(a, b Error) int {
+		if a.Line != b.Line {
+			return a.Line - b.Line
+		}
+		return a.Column - b.Column
+	})
+	return d.errors
+}
+
+// field is one key of a mapping: how it is read and what the documentation says.
+type field[T any] struct {
+	key      string
+	kind     string // for people: "duration", "list of addresses"
+	fallback string // the default, as written; empty: none
+	doc      string
+	required bool
+	set      func(d *decoder, n *yaml.Node, to *T)
+}
+
+// schema is the keys of one kind of mapping, in the order of the documentation.
+type schema[T any] struct {
+	what   string // "a service"
+	fields []field[T]
+}
+
+// decode reads a mapping into to and returns the value nodes by key, or nil
+// when n is no mapping.
+func (s *schema[T]) decode(d *decoder, n *yaml.Node, to *T) map[string]*yaml.Node {
+	n = resolve(n)
+	if n.Kind != yaml.MappingNode {
+		d.errorf(n, "%s must be a mapping with keys such as %q, found %s", s.what, s.fields[0].key, found(n))
+		return nil
+	}
+	seen := make(map[string]*yaml.Node, len(n.Content)/2)
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], n.Content[i+1]
+		f := s.find(key.Value)
+		if f == nil {
+			d.errorf(key, "unknown key %q in %s%s", key.Value, s.what, nearest(key.Value, s.keys()))
+			continue
+		}
+		if first, ok := seen[f.key]; ok {
+			d.errorf(key, "key %q stands twice in %s; the first is at line %d", f.key, s.what, first.Line)
+			continue
+		}
+		seen[f.key] = value
+		f.set(d, resolve(value), to)
+	}
+	for _, f := range s.fields {
+		if f.required && seen[f.key] == nil {
+			d.errorf(n, "%s needs the key %q: %s", s.what, f.key, f.kind)
+		}
+	}
+	return seen
+}
+
+func (s *schema[T]) find(key string) *field[T] {
+	for i := range s.fields {
+		if s.fields[i].key == key {
+			return &s.fields[i]
+		}
+	}
+	return nil
+}
+
+func (s *schema[T]) keys() []string {
+	keys := make([]string, len(s.fields))
+	for i, f := range s.fields {
+		keys[i] = f.key
+	}
+	return keys
+}
+
+func resolve(n *yaml.Node) *yaml.Node {
+	if n.Kind == yaml.AliasNode {
+		return n.Alias
+	}
+	return n
+}
+
+// found says what a node is, for "want a duration, found a list".
+func found(n *yaml.Node) string {
+	switch n.Kind {
+	case yaml.MappingNode:
+		return "a mapping"
+	case yaml.SequenceNode:
+		return "a list"
+	}
+	if n.Tag == "!!null" {
+		return "nothing"
+	}
+	return strconv.Quote(n.Value)
+}
+
+func (d *decoder) text(n *yaml.Node, want string) (string, bool) {
+	if n.Kind != yaml.ScalarNode || n.Tag == "!!null" || n.Value == "" {
+		d.errorf(n, "want %s, found %s", want, found(n))
+		return "", false
+	}
+	return n.Value, true
+}
+
+// list calls each for every element.
+func (d *decoder) list(n *yaml.Node, want string, each func(*yaml.Node)) {
+	if n.Kind != yaml.SequenceNode {
+		d.errorf(n, "want %s, found %s", want, found(n))
+		return
+	}
+	for _, e := range n.Content {
+		each(resolve(e))
+	}
+}
+
+func (d *decoder) integer(n *yaml.Node, low, high int) (int, bool) {
+	v, err := strconv.Atoi(n.Value)
+	if n.Kind != yaml.ScalarNode || n.Tag != "!!int" || err != nil || v < low || v > high {
+		d.errorf(n, "want a whole number from %d to %d, found %s", low, high, found(n))
+		return 0, false
+	}
+	return v, true
+}
+
+func (d *decoder) duration(n *yaml.Node, low, high time.Duration) (time.Duration, bool) {
+	v, err := time.ParseDuration(n.Value)
+	if n.Kind != yaml.ScalarNode || err != nil || v < low || v > high {
+		d.errorf(n, "want a duration from %s to %s, such as %s, found %s",
+			short(low), short(high), short(max(low, min(high, 2*time.Second))), found(n))
+		return 0, false
+	}
+	return v, true
+}
+
+// short writes a duration without its zero parts: 3h, not 3h0m0s.
+func short(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
+// word reads one of a few words and returns its index.
+func (d *decoder) word(n *yaml.Node, words ...string) (int, bool) {
+	want := strings.Join(words[:len(words)-1], ", ") + " or " + words[len(words)-1]
+	v, ok := d.text(n, want)
+	if !ok {
+		return 0, false
+	}
+	i := slices.Index(words, v)
+	if i < 0 {
+		d.errorf(n, "want %s, found %s%s", want, found(n), nearest(v, words))
+		return 0, false
+	}
+	return i, true
+}
+
+// address reads ADDRESS:PORT that a connection can go to.
+func (d *decoder) address(n *yaml.Node, text, what string) (netip.AddrPort, bool) {
+	ap, err := netip.ParseAddrPort(text)
+	if err != nil {
+		d.errorf(n, "want %s, found %q%s", what, text, addressHint(text))
+		return ap, false
+	}
+	addr := ap.Addr()
+	problem := ""
+	switch {
+	case ap.Port() == 0:
+		problem = "port 0 cannot be connected to"
+	case addr.Is4In6():
+		problem = "write it as IPv4: " + netip.AddrPortFrom(addr.Unmap(), ap.Port()).String()
+	case addr.Zone() != "":
+		problem = "an address with a zone is not supported"
+	case addr.IsUnspecified():
+		problem = "the unspecified address cannot be connected to"
+	case addr.IsMulticast() || addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		problem = "a multicast or broadcast address has no single owner"
+	}
+	if problem != "" {
+		d.errorf(n, "%s is not %s: %s", text, what, problem)
+		return ap, false
+	}
+	return ap, true
+}
+
+// addressHint says what is most likely wrong with an address.
+func addressHint(text string) string {
+	if a, err := netip.ParseAddr(text); err == nil {
+		return fmt.Sprintf("; the port is missing: %s", netip.AddrPortFrom(a, 80))
+	}
+	host, port, ok := strings.Cut(text, ":")
+	if !ok || strings.Contains(port, ":") {
+		return ""
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return "; a port is a number from 1 to 65535"
+	}
+	if _, err := netip.ParseAddr(host); err != nil {
+		return "; names are not resolved, write the IP address"
+	}
+	return ""
+}
+
+// listener reads VIP:port[/tcp|udp].
+func (d *decoder) listener(n *yaml.Node) (service.Listener, bool) {
+	const want = "a listener VIP:PORT[/tcp|udp], such as 10.96.0.10:3306 or [2001:db8::10]:53/udp"
+	l := service.Listener{Protocol: service.TCP}
+	text, ok := d.text(n, want)
+	if !ok {
+		return l, false
+	}
+	address, protocol, named := strings.Cut(text, "/")
+	switch {
+	case !named || protocol == "tcp":
+	case protocol == "udp":
+		l.Protocol = service.UDP
+	default:
+		d.errorf(n, "want protocol tcp or udp, found %q%s", protocol, nearest(protocol, []string{"tcp", "udp"}))
+		return l, false
+	}
+	l.Address, ok = d.address(n, address, want)
+	return l, ok
+}
+
+// nearest suggests the word that was probably meant, or nothing.
+func nearest(word string, words []string) string {
+	best, distance := "", 1+len(word)/2
+	for _, w := range words {
+		if n := editDistance(strings.ToLower(word), strings.ToLower(w)); n < distance {
+			best, distance = w, n
+		}
+	}
+	if best == "" {
+		return "; known are " + strings.Join(words, ", ")
+	}
+	return fmt.Sprintf("; did you mean %q?", best)
+}
+
+// editDistance is the Levenshtein distance of two words.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := 1
+			if a[i] == b[j] {
+				cost = 0
+			}
+			next := min(row[j+1]+1, row[j]+1, diagonal+cost)
+			diagonal, row[j+1] = row[j+1], next
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,405 @@
+package config
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/pentad/pentad/service"
+)
+
+// The schema below is the one definition of pentad.yaml: the decoder reads with
+// it and docs/configuration.md is written from it.
+
+// maxBackends bounds the backends of one service.
+const maxBackends = 100_000
+
+// The defaults of a probe.
+const (
+	defaultInterval = 2 * time.Second
+	defaultTimeout  = time.Second
+	defaultRise     = 2
+	defaultFall     = 2
+	defaultPath     = "/"
+	defaultExpect   = "200-399"
+)
+
+var fileSchema = schema[Config]{what: "the file", fields: []field[Config]{
+	{
+		key: "services", kind: "list of services",
+		doc: "The services of this host. Required, may be `[]`.", required: true,
+		set: func(d *decoder, n *yaml.Node, to *Config) {
+			d.at = make(map[*service.Service]*origin, len(n.Content))
+			to.Services = make([]*service.Service, 0, len(n.Content))
+			d.list(n, "a list of services", func(e *yaml.Node) {
+				to.Services = append(to.Services, d.service(e))
+			})
+		},
+	},
+	{
+		key: "scope", kind: "mapping",
+		doc: "Whose connections are translated.",
+		set: func(d *decoder, n *yaml.Node, to *Config) { scopeSchema.decode(d, n, &to.Scope) },
+	},
+	{
+		key: "api", kind: "mapping",
+		doc: "Where metrics and health are served.",
+		set: func(d *decoder, n *yaml.Node, to *Config) { apiSchema.decode(d, n, &to.API) },
+	},
+}}
+
+var scopeSchema = schema[Scope]{what: "scope", fields: []field[Scope]{
+	{
+		key: "cgroup", kind: "path", fallback: "/",
+		doc: "Only processes below this cgroup (v2) see the services. A socket belongs for life to the " +
+			"cgroup in which it was created.",
+		set: func(d *decoder, n *yaml.Node, to *Scope) {
+			v, ok := d.text(n, "the path of a cgroup, such as /system.slice")
+			if ok && (!strings.HasPrefix(v, "/") || slices.Contains(strings.Split(v, "/"), "..")) {
+				d.errorf(n, "want the path of a cgroup below the root of its hierarchy, such as /system.slice, found %q", v)
+				return
+			}
+			to.Cgroup = v
+		},
+	},
+}}
+
+var apiSchema = schema[API]{what: "api", fields: []field[API]{
+	{
+		key: "listen", kind: "ADDRESS:PORT", fallback: "127.0.0.1:9464",
+		doc: "Address of `/metrics` and `/healthz`. A change takes effect when the agent restarts.",
+		set: func(d *decoder, n *yaml.Node, to *API) {
+			if v, ok := d.text(n, "an address such as 127.0.0.1:9464"); ok {
+				to.Listen, _ = d.address(n, v, "an address such as 127.0.0.1:9464")
+			}
+		},
+	},
+}}
+
+var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+var serviceSchema = schema[service.Service]{what: "a service", fields: []field[service.Service]{
+	{
+		key: "name", kind: "DNS label", required: true,
+		doc: "Unique name: lower-case letters, digits and hyphens, at most 63 (RFC 1123, section 2.1).",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			v, ok := d.text(n, "a name such as orders-db")
+			if ok && !dnsLabel.MatchString(v) {
+				d.errorf(n, "want a DNS label: at most 63 lower-case letters, digits and hyphens, found %q", v)
+				return
+			}
+			to.Name = v
+		},
+	},
+	{
+		key: "listen", kind: "list of VIP:PORT[/tcp\\|udp]", required: true,
+		doc: "The virtual addresses. IPv6 is written `[2001:db8::10]:53/udp`. The address need not lie on any interface.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			at := d.at[to]
+			d.list(n, "a list of listeners, such as [10.96.0.10:3306]", func(e *yaml.Node) {
+				if l, ok := d.listener(e); ok {
+					at.listeners = append(at.listeners, l)
+					at.listenerNodes = append(at.listenerNodes, e)
+				}
+			})
+			if n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
+				d.errorf(n, "a service needs at least one listener, such as 10.96.0.10:3306")
+			}
+			to.Listeners = slices.Clone(at.listeners)
+			slices.SortFunc(to.Listeners, service.Listener.Compare)
+		},
+	},
+	{
+		key: "balance", kind: "word", fallback: "random",
+		doc: "`random`: by weight, anew for every connection. `source-hash`: a client keeps its backend when " +
+			"others come and go; the client is the source address that the socket bound, else its network namespace.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			if i, ok := d.word(n, service.Random.String(), service.SourceHash.String()); ok {
+				to.Balance = service.Balance(i)
+			}
+		},
+	},
+	{
+		key: "affinity", kind: "mapping",
+		doc: "The same client (network namespace) keeps its backend.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) { affinitySchema.decode(d, n, to) },
+	},
+	{
+		key: "backends", kind: "list of backends", required: true,
+		doc: "The real addresses, each `ADDRESS:PORT` or a mapping. With none, or none usable, connections are refused at once.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			to.Backends = make([]service.Backend, 0, len(n.Content))
+			d.list(n, "a list of backends, such as [192.0.2.11:3306]", func(e *yaml.Node) { d.backend(e, to) })
+			if len(to.Backends) > maxBackends {
+				d.errorf(n, "a service has at most %d backends, found %d", maxBackends, len(to.Backends))
+			}
+		},
+	},
+	{
+		key: "health", kind: "mapping",
+		doc: "How backends are probed.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) { d.health(n, to) },
+	},
+}}
+
+var affinitySchema = schema[service.Service]{what: "affinity", fields: []field[service.Service]{
+	{
+		key: "timeout", kind: "duration", required: true,
+		doc: "How long after its last connection a client is remembered, 1s to 24h, in whole seconds.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			v, ok := d.duration(n, time.Second, 24*time.Hour)
+			if ok && v%time.Second != 0 {
+				d.errorf(n, "want whole seconds, found %q", n.Value)
+				return
+			}
+			to.Affinity = v
+		},
+	},
+}}
+
+var backendSchema = schema[service.Backend]{what: "a backend", fields: []field[service.Backend]{
+	{
+		key: "address", kind: "ADDRESS:PORT", required: true,
+		doc: "Where connections go.",
+		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+			if v, ok := d.text(n, wantBackend); ok {
+				to.Address, _ = d.address(n, v, wantBackend)
+			}
+		},
+	},
+	{
+		key: "weight", kind: "0 to 65535", fallback: "100",
+		doc: "Share of new connections; 0 takes none.",
+		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+			if v, ok := d.integer(n, 0, service.MaxWeight); ok {
+				to.Weight = uint32(v)
+			}
+		},
+	},
+	{
+		key: "group", kind: "0 to 255", fallback: "0",
+		doc: "Failover group: group 1 serves only when no backend of group 0 can.",
+		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+			if v, ok := d.integer(n, 0, service.MaxGroup); ok {
+				to.Group = uint32(v)
+			}
+		},
+	},
+	{
+		key: "zone", kind: "text",
+		doc: "Where the backend stands; shown in lists. At most 63 bytes.",
+		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+			v, ok := d.text(n, "a zone such as b")
+			if ok && len(v) > service.MaxZone {
+				d.errorf(n, "a zone has at most %d bytes, found %d", service.MaxZone, len(v))
+				return
+			}
+			to.Zone = v
+		},
+	},
+}}
+
+const wantBackend = "a backend ADDRESS:PORT, such as 192.0.2.11:3306"
+
+var healthSchema = schema[service.Health]{what: "health", fields: []field[service.Health]{
+	{
+		key: "probe", kind: "word", fallback: "tcp",
+		doc: "`tcp`: a handshake. `http`: a request. `none`: every backend is taken for healthy, the default of a " +
+			"service whose listeners are all UDP.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if i, ok := d.word(n, service.ProbeNone.String(), service.ProbeTCP.String(), service.ProbeHTTP.String()); ok {
+				to.Probe = service.Probe(i)
+			}
+		},
+	},
+	{
+		key: "interval", kind: "duration", fallback: "2s",
+		doc: "Time between two probes of a backend, 100ms to 1h.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if v, ok := d.duration(n, 100*time.Millisecond, time.Hour); ok {
+				to.Interval = v
+			}
+		},
+	},
+	{
+		key: "timeout", kind: "duration", fallback: "1s",
+		doc: "How long a probe may take, 10ms up to the interval.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if v, ok := d.duration(n, 10*time.Millisecond, time.Hour); ok {
+				to.Timeout = v
+			}
+		},
+	},
+	{
+		key: "rise", kind: "1 to 100", fallback: "2",
+		doc: "Successes in a row that bring a backend up.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if v, ok := d.integer(n, 1, 100); ok {
+				to.Rise = v
+			}
+		},
+	},
+	{
+		key: "fall", kind: "1 to 100", fallback: "2",
+		doc: "Failures in a row that take a backend down. The first probe of a new backend decides alone.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if v, ok := d.integer(n, 1, 100); ok {
+				to.Fall = v
+			}
+		},
+	},
+	{
+		key: "path", kind: "text", fallback: "/",
+		doc: "`http`: what is asked for.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			v, ok := d.text(n, "a path such as /healthz")
+			if ok && !strings.HasPrefix(v, "/") {
+				d.errorf(n, "want a path that begins with a slash, found %q", v)
+				return
+			}
+			to.Path = v
+		},
+	},
+	{
+		key: "host", kind: "text",
+		doc: "`http`: the Host header; the backend's address by default.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if v, ok := d.text(n, "a host name"); ok {
+				to.Host = v
+			}
+		},
+	},
+	{
+		key: "expect", kind: "status codes", fallback: defaultExpect,
+		doc: "`http`: which status codes are a success, such as `200` or `200-299,404`.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			v, ok := d.text(n, "status codes such as 200-399")
+			if !ok {
+				return
+			}
+			if _, err := service.ParseStatusCodes(v); err != nil {
+				d.errorf(n, "want status codes such as 200-399 or 200,204, found %q", v)
+				return
+			}
+			to.Expect = v
+		},
+	},
+}}
+
+// service reads one service and checks what concerns several of its keys.
+func (d *decoder) service(n *yaml.Node) *service.Service {
+	s := &service.Service{}
+	at := &origin{name: n}
+	d.at[s] = at
+	seen := serviceSchema.decode(d, n, s)
+	if seen == nil {
+		return s
+	}
+	if seen["name"] != nil {
+		at.name = seen["name"]
+	}
+	if seen["health"] == nil {
+		s.Health = defaultHealth(s)
+	}
+	d.checkFamilies(seen["backends"], s)
+	return s
+}
+
+// backend reads the short or the long form and appends it to the service.
+func (d *decoder) backend(n *yaml.Node, to *service.Service) {
+	b := service.Backend{Weight: service.DefaultWeight}
+	if n.Kind == yaml.MappingNode {
+		backendSchema.decode(d, n, &b)
+	} else if v, ok := d.text(n, wantBackend); ok {
+		b.Address, _ = d.address(n, v, wantBackend)
+	}
+	to.Backends = append(to.Backends, b)
+}
+
+// checkFamilies finds backends that no listener can use, listeners that no
+// backend can serve, and backends that stand twice.
+func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
+	if list == nil || len(s.Listeners) == 0 {
+		return
+	}
+	list = resolve(list)
+	var wanted, offered [2]bool
+	for _, l := range s.Listeners {
+		wanted[family(l.Address.Addr().Is4())] = true
+	}
+	first := make(map[string]int, len(s.Backends))
+	for i, b := range s.Backends {
+		if !b.Address.IsValid() || b.Address.Port() == 0 {
+			continue
+		}
+		f := family(b.Address.Addr().Is4())
+		offered[f] = true
+		at := list.Content[i]
+		if !wanted[f] {
+			d.errorf(at, "service %s: backend %s is %s but no listener is; give it a listener of that family",
+				s.Name, b.Address, families[f])
+		}
+		key := b.Address.String()
+		if j, ok := first[key]; ok {
+			d.errorf(at, "service %s: backend %s already stands at line %d; give one of them the weight of both",
+				s.Name, b.Address, list.Content[j].Line)
+			continue
+		}
+		first[key] = i
+	}
+	for f := range families {
+		if wanted[f] && !offered[f] && offered[1-f] {
+			d.errorf(list, "service %s: a listener is %s but no backend is; give it a backend of that family",
+				s.Name, families[f])
+		}
+	}
+}
+
+var families = [2]string{"IPv4", "IPv6"}
+
+func family(v4 bool) int {
+	if v4 {
+		return 0
+	}
+	return 1
+}
+
+func defaultHealth(s *service.Service) service.Health {
+	h := service.Health{Probe: service.ProbeTCP, Interval: defaultInterval, Timeout: defaultTimeout,
+		Rise: defaultRise, Fall: defaultFall}
+	isUDP := func(l service.Listener) bool { return l.Protocol == service.UDP }
+	if len(s.Listeners) > 0 && !slices.ContainsFunc(s.Listeners, func(l service.Listener) bool { return !isUDP(l) }) {
+		h.Probe = service.ProbeNone
+	}
+	return h
+}
+
+// health reads the probe of a service and refuses keys of another probe.
+func (d *decoder) health(n *yaml.Node, s *service.Service) {
+	h := service.Health{Probe: service.ProbeTCP, Interval: defaultInterval, Timeout: defaultTimeout,
+		Rise: defaultRise, Fall: defaultFall, Path: defaultPath, Expect: defaultExpect}
+	seen := healthSchema.decode(d, n, &h)
+	if seen == nil {
+		return
+	}
+	if h.Timeout > h.Interval {
+		at := seen["timeout"]
+		if at == nil {
+			at = seen["interval"]
+		}
+		d.errorf(at, "timeout %s is longer than interval %s; a probe must end before the next begins",
+			short(h.Timeout), short(h.Interval))
+	}
+	if h.Probe != service.ProbeHTTP {
+		for _, key := range []string{"path", "host", "expect"} {
+			if seen[key] != nil {
+				d.errorf(seen[key], "%q belongs to the http probe, this probe is %s", key, h.Probe)
+			}
+		}
+		h.Path, h.Host, h.Expect = "", "", ""
+	}
+	s.Health = h
+}
