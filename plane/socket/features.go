@@ -1,0 +1,105 @@
+package socket
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
+	"golang.org/x/sys/unix"
+)
+
+// Feature is something that the plane needs from the kernel.
+type Feature struct {
+	Name   string
+	Since  string // the first kernel that has it
+	Needed string // what for
+	probe  func() error
+}
+
+// Features lists what the plane needs, checked by trying, not by version.
+var Features = []Feature{
+	{"cgroup/sock_addr programs", "4.17", "translation in connect()",
+		func() error { return features.HaveProgramType(ebpf.CGroupSockAddr) }},
+	{"bpf_sk_storage_get in cgroup/sock_addr", "5.2", "names of unconnected UDP sockets",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSkStorageGet) }},
+	{"bpf_get_netns_cookie in cgroup/sock_addr", "5.7", "affinity and source-hash",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie) }},
+	{"bpf_get_socket_cookie in cgroup/sock", "5.8", "forgetting closed sockets",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSock, asm.FnGetSocketCookie) }},
+	{"bpf_ktime_get_coarse_ns", "5.11", "affinity time-out",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnKtimeGetCoarseNs) }},
+	{"atomic compare-and-exchange in BPF", "5.12", "remembering sockets without a lock", features.HaveV3ISA},
+	{"bpf_set_retval in cgroup/sock_addr", "5.18", "refusing a connection at once",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval) }},
+	{"BPF type information of the kernel", "5.2", "maps with a spin lock", haveBTF},
+}
+
+func haveBTF() error {
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
+		return ebpf.ErrNotSupported
+	}
+	return nil
+}
+
+// Check tries the feature: nil, ebpf.ErrNotSupported, or another error when the
+// kernel would not say.
+func (f Feature) Check() error { return f.probe() }
+
+// capabilities that the agent needs, by number (linux/capability.h).
+var capabilities = []struct {
+	name string
+	bit  uint
+	why  string
+}{
+	{"CAP_BPF", unix.CAP_BPF, "load programs"},
+	{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attach them to a cgroup"},
+}
+
+// CheckHost returns what keeps the plane from working on this host: missing
+// capabilities first, because without them features cannot be tried.
+func CheckHost() error {
+	if missing := missingCapabilities(); len(missing) > 0 {
+		return fmt.Errorf("missing %s; run as root or give the process these capabilities",
+			strings.Join(missing, " and "))
+	}
+	var errs []error
+	for _, f := range Features {
+		if err := f.Check(); errors.Is(err, ebpf.ErrNotSupported) {
+			errs = append(errs, fmt.Errorf("this kernel lacks %s (%s): Linux %s or newer has it", f.Name, f.Needed, f.Since))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func missingCapabilities() []string {
+	effective, err := effectiveCapabilities()
+	if err != nil || effective&(1<<unix.CAP_SYS_ADMIN) != 0 {
+		// CAP_SYS_ADMIN contains CAP_BPF for compatibility (capabilities(7)).
+		effective |= 1 << unix.CAP_BPF
+	}
+	var missing []string
+	for _, c := range capabilities {
+		if err == nil && effective&(1<<c.bit) == 0 {
+			missing = append(missing, fmt.Sprintf("%s (to %s)", c.name, c.why))
+		}
+	}
+	return missing
+}
+
+func effectiveCapabilities() (uint64, error) {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(status)) {
+		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			return strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+		}
+	}
+	return 0, errors.New("no CapEff in /proc/self/status")
+}

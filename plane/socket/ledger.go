@@ -1,0 +1,484 @@
+package socket
+
+import (
+	"encoding/binary"
+	"hash/maphash"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+	"unsafe"
+
+	"github.com/pentad/pentad/service"
+)
+
+// ledger is what user space knows of the maps: who has which index, what stands
+// there. It is pure: it turns a wish into writes and makes none itself.
+type ledger struct {
+	capacity capacity
+
+	services indexes
+	backends indexes
+	slots    extents
+
+	generation []uint32 // of every backend index
+
+	byName map[string]*entry
+	owner  map[service.Listener]*entry
+	v4, v6 int // listeners installed
+
+	// What the programs may still be reading: free after a grace period.
+	retired struct {
+		services, backends []uint32
+		slots              []extent
+	}
+}
+
+// capacity is the size of the maps that follow the configuration.
+type capacity struct {
+	Services, Backends, Slots, Listeners4, Listeners6 uint32
+}
+
+// entry is one service in the kernel.
+type entry struct {
+	id       uint32
+	name     string
+	info     kernelServiceInfo
+	places   map[netip.AddrPort]place
+	tables   [2]table // by family
+	shown    map[service.Listener]kernelListener
+	complete bool // false: the kernel's copy is not known to be right, write all of it
+}
+
+// place is one backend in the kernel.
+type place struct {
+	index  uint32
+	hot    kernelBackend
+	detail kernelBackendDetail
+}
+
+// table is one selection table in the kernel.
+type table struct {
+	extent extent
+	sum    uint64 // of its contents
+}
+
+// batch is writes to one map, in order.
+type batch[K, V any] struct {
+	keys   []K
+	values []V
+}
+
+func (b *batch[K, V]) add(k K, v V) {
+	b.keys = append(b.keys, k)
+	b.values = append(b.values, v)
+}
+
+// writes is what has to be written, in the order of its fields: everything that
+// a listener leads to before the listener, what nobody leads to any more after.
+type writes struct {
+	services batch[uint32, kernelServiceInfo]
+	backends batch[uint32, kernelBackend]
+	details  batch[uint32, kernelBackendDetail]
+	slots    batch[uint32, kernelSlot]
+
+	set4    batch[kernelListener4Key, kernelListener]
+	set6    batch[kernelListener6Key, kernelListener]
+	remove4 []kernelListener4Key
+	remove6 []kernelListener6Key
+
+	retiredBackends batch[uint32, kernelBackend]
+	retiredDetails  batch[uint32, kernelBackendDetail]
+	retiredServices batch[uint32, kernelServiceInfo]
+}
+
+// count returns the number of elements that would be written or removed.
+func (w *writes) count() int {
+	return len(w.services.keys) + len(w.backends.keys) + len(w.details.keys) + len(w.slots.keys) +
+		len(w.set4.keys) + len(w.set6.keys) + len(w.remove4) + len(w.remove6) +
+		len(w.retiredBackends.keys) + len(w.retiredDetails.keys) + len(w.retiredServices.keys)
+}
+
+// settle drops removals of listeners that another service took over meanwhile.
+func (w *writes) settle() {
+	w.remove4 = without(w.remove4, w.set4.keys)
+	w.remove6 = without(w.remove6, w.set6.keys)
+}
+
+func without[K comparable](keys, taken []K) []K {
+	if len(keys) == 0 || len(taken) == 0 {
+		return keys
+	}
+	set := make(map[K]bool, len(taken))
+	for _, k := range taken {
+		set[k] = true
+	}
+	return slices.DeleteFunc(keys, func(k K) bool { return set[k] })
+}
+
+// newLedger describes empty maps. first is the generation from which backends
+// count; it must be one that no reference in the kernel can have.
+func newLedger(c capacity, first uint32) *ledger {
+	l := &ledger{
+		capacity:   c,
+		services:   newIndexes(c.Services),
+		backends:   newIndexes(c.Backends),
+		slots:      newExtents(c.Slots),
+		generation: make([]uint32, c.Backends),
+		byName:     make(map[string]*entry),
+		owner:      make(map[service.Listener]*entry),
+	}
+	for i := range l.generation {
+		l.generation[i] = first
+	}
+	return l
+}
+
+// fits reports whether a service can be installed in what is free now.
+func (l *ledger) fits(s *service.Service, t *[2][]service.Slot) bool {
+	e := l.byName[s.Name]
+	newBackends, new4, new6 := 0, 0, 0
+	if e == nil && l.services.room() < 1 {
+		return false
+	}
+	for _, b := range s.Backends {
+		if e == nil || !has(e.places, b.Address) {
+			newBackends++
+		}
+	}
+	for _, x := range s.Listeners {
+		switch {
+		case has(l.owner, x):
+		case x.Address.Addr().Is4():
+			new4++
+		default:
+			new6++
+		}
+	}
+	if l.backends.room() < newBackends ||
+		int(l.capacity.Listeners4)-l.v4 < new4 || int(l.capacity.Listeners6)-l.v6 < new6 {
+		return false
+	}
+	// Both tables in one hole: a little stricter than needed, and simple.
+	return l.slots.fits(uint32(len(t[0]) + len(t[1])))
+}
+
+func has[K comparable, V any](m map[K]V, k K) bool {
+	_, ok := m[k]
+	return ok
+}
+
+// install stages what makes the kernel show the service; the caller has asked
+// whether it fits. now is for people: when a state began.
+func (l *ledger) install(s *service.Service, t *[2][]service.Slot, now time.Time, w *writes) {
+	e := l.byName[s.Name]
+	if e == nil {
+		e = &entry{
+			id: l.services.take(), name: s.Name,
+			places: make(map[netip.AddrPort]place, len(s.Backends)),
+			shown:  make(map[service.Listener]kernelListener, len(s.Listeners)),
+		}
+		l.byName[s.Name] = e
+	}
+	if info := serviceInfo(s); !e.complete || info != e.info {
+		e.info = info
+		w.services.add(e.id, info)
+	}
+	index := l.placeBackends(e, s, now, w)
+	l.placeTables(e, t, index, w)
+	l.showListeners(e, s, w)
+	l.retireBackends(e, s, w)
+	e.complete = true
+}
+
+// placeBackends writes the backends that are new or changed and returns the
+// index of each.
+func (l *ledger) placeBackends(e *entry, s *service.Service, now time.Time, w *writes) []uint32 {
+	index := make([]uint32, len(s.Backends))
+	for i, state := range s.States() {
+		b := s.Backends[i]
+		p, known := e.places[b.Address]
+		if !known {
+			p.index = l.backends.take()
+		}
+		hot := hotBackend(b, state, e.id, l.generation[p.index])
+		detail := p.detail
+		detail.Group, detail.Drained, detail.Down = b.Group, flag(b.Drained), flag(b.Down)
+		setText(detail.Zone[:], b.Zone)
+		if !known || hot.State != p.hot.State {
+			detail.Since = uint64(now.Unix())
+		}
+		if !known || !e.complete || hot != p.hot {
+			w.backends.add(p.index, hot)
+		}
+		if !known || !e.complete || detail != p.detail {
+			w.details.add(p.index, detail)
+		}
+		p.hot, p.detail = hot, detail
+		e.places[b.Address] = p
+		index[i] = p.index
+	}
+	return index
+}
+
+// placeTables writes the selection tables that changed into new ranges.
+func (l *ledger) placeTables(e *entry, t *[2][]service.Slot, index []uint32, w *writes) {
+	for f := range t {
+		slots := make([]kernelSlot, len(t[f]))
+		for i, s := range t[f] {
+			slots[i] = kernelSlot{First: index[s.First], Second: index[s.Second], Threshold: s.Threshold}
+		}
+		sum := sumSlots(slots)
+		old := e.tables[f]
+		if e.complete && old.extent.length == uint32(len(slots)) && old.sum == sum {
+			continue
+		}
+		fresh, _ := l.slots.take(uint32(len(slots)))
+		for i, s := range slots {
+			w.slots.add(fresh.start+uint32(i), s)
+		}
+		if old.extent.length > 0 {
+			l.retired.slots = append(l.retired.slots, old.extent)
+		}
+		e.tables[f] = table{fresh, sum}
+	}
+}
+
+// showListeners switches the listeners of the service to its tables.
+func (l *ledger) showListeners(e *entry, s *service.Service, w *writes) {
+	for _, x := range s.Listeners {
+		v4 := x.Address.Addr().Is4()
+		t := e.tables[familyOf(v4)]
+		value := kernelListener{
+			Service: e.id, Slots: t.extent.start, Count: t.extent.length,
+			Affinity: uint32(s.Affinity / time.Second), Balance: uint32(s.Balance),
+		}
+		holder := l.owner[x]
+		if holder == e && e.complete && e.shown[x] == value {
+			continue
+		}
+		if holder == nil {
+			l.countListener(v4, 1)
+		} else if holder != e {
+			delete(holder.shown, x)
+		}
+		l.owner[x] = e
+		e.shown[x] = value
+		if v4 {
+			w.set4.add(key4(x), value)
+		} else {
+			w.set6.add(key6(x), value)
+		}
+	}
+	for x := range e.shown {
+		if _, wanted := slices.BinarySearchFunc(s.Listeners, x, service.Listener.Compare); !wanted {
+			l.hideListener(e, x, w)
+		}
+	}
+}
+
+func (l *ledger) hideListener(e *entry, x service.Listener, w *writes) {
+	delete(e.shown, x)
+	delete(l.owner, x)
+	v4 := x.Address.Addr().Is4()
+	l.countListener(v4, -1)
+	if v4 {
+		w.remove4 = append(w.remove4, key4(x))
+	} else {
+		w.remove6 = append(w.remove6, key6(x))
+	}
+}
+
+func (l *ledger) countListener(v4 bool, n int) {
+	if v4 {
+		l.v4 += n
+	} else {
+		l.v6 += n
+	}
+}
+
+// retireBackends takes back the places of backends that the service no longer
+// has; with s nil, of all.
+func (l *ledger) retireBackends(e *entry, s *service.Service, w *writes) {
+	wanted := make(map[netip.AddrPort]bool)
+	if s != nil {
+		if len(e.places) == len(s.Backends) {
+			return
+		}
+		for _, b := range s.Backends {
+			wanted[b.Address] = true
+		}
+	}
+	for _, addr := range slices.SortedFunc(maps.Keys(e.places), netip.AddrPort.Compare) {
+		if wanted[addr] {
+			continue
+		}
+		p := e.places[addr]
+		delete(e.places, addr)
+		l.generation[p.index]++
+		// The address stays until the place has a new occupant: a
+		// program that is looking at it now must not see half of it.
+		gone := p.hot
+		gone.State, gone.Service, gone.Weight = 0, 0, 0
+		gone.Generation = l.generation[p.index]
+		w.retiredBackends.add(p.index, gone)
+		w.retiredDetails.add(p.index, kernelBackendDetail{})
+		l.retired.backends = append(l.retired.backends, p.index)
+	}
+}
+
+// remove stages the removal of a service.
+func (l *ledger) remove(name string, w *writes) {
+	e := l.byName[name]
+	if e == nil {
+		return
+	}
+	for _, x := range slices.SortedFunc(maps.Keys(e.shown), service.Listener.Compare) {
+		l.hideListener(e, x, w)
+	}
+	l.retireBackends(e, nil, w)
+	for f := range e.tables {
+		if e.tables[f].extent.length > 0 {
+			l.retired.slots = append(l.retired.slots, e.tables[f].extent)
+		}
+	}
+	w.retiredServices.add(e.id, kernelServiceInfo{})
+	l.retired.services = append(l.retired.services, e.id)
+	delete(l.byName, name)
+}
+
+// manyRetired reports whether a grace period would free an eighth of anything.
+func (l *ledger) manyRetired() bool {
+	slots := uint32(0)
+	for _, e := range l.retired.slots {
+		slots += e.length
+	}
+	return uint32(len(l.retired.services)) > l.capacity.Services/8 ||
+		uint32(len(l.retired.backends)) > l.capacity.Backends/8 ||
+		slots > l.capacity.Slots/8
+}
+
+// reclaim frees what was retired; the caller has waited for a grace period.
+func (l *ledger) reclaim() {
+	for _, i := range l.retired.services {
+		l.services.give(i)
+	}
+	for _, i := range l.retired.backends {
+		l.backends.give(i)
+	}
+	for _, e := range l.retired.slots {
+		l.slots.give(e)
+	}
+	l.retired.services, l.retired.backends, l.retired.slots = nil, nil, nil
+}
+
+func familyOf(v4 bool) int {
+	if v4 {
+		return 0
+	}
+	return 1
+}
+
+func serviceInfo(s *service.Service) kernelServiceInfo {
+	info := kernelServiceInfo{Balance: uint32(s.Balance), Affinity: uint32(s.Affinity / time.Second)}
+	setText(info.Name[:], s.Name)
+	return info
+}
+
+func hotBackend(b service.Backend, state service.State, id, generation uint32) kernelBackend {
+	return kernelBackend{
+		Addr: words(b.Address.Addr()), Port: bigEndian(b.Address.Port()), State: kernelState(state),
+		Generation: generation, Service: id, Weight: b.Weight,
+	}
+}
+
+func kernelState(s service.State) uint8 {
+	switch s {
+	case service.Serving:
+		return uint8(kernelBackendStateBACKEND_SERVING)
+	case service.Standby:
+		return uint8(kernelBackendStateBACKEND_STANDBY)
+	case service.Drained:
+		return uint8(kernelBackendStateBACKEND_DRAINED)
+	case service.Down:
+		return uint8(kernelBackendStateBACKEND_DOWN)
+	}
+	return uint8(kernelBackendStateBACKEND_NONE)
+}
+
+func flag(b bool) uint8 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// key4 and key6 are a listener as a key of its map.
+func key4(x service.Listener) kernelListener4Key {
+	return kernelListener4Key{
+		Addr: words(x.Address.Addr())[3], Port: bigEndian(x.Address.Port()), Protocol: uint8(x.Protocol),
+	}
+}
+
+func key6(x service.Listener) kernelListener6Key {
+	return kernelListener6Key{
+		Addr: words(x.Address.Addr()), Port: bigEndian(x.Address.Port()), Protocol: uint8(x.Protocol),
+	}
+}
+
+// words is an address in the form of the maps: network byte order, IPv4 mapped.
+func words(a netip.Addr) [4]uint32 {
+	b := a.As16()
+	var w [4]uint32
+	for i := range w {
+		w[i] = binary.NativeEndian.Uint32(b[4*i:])
+	}
+	return w
+}
+
+// address is the reverse of words.
+func address(w [4]uint32) netip.Addr {
+	var b [16]byte
+	for i := range w {
+		binary.NativeEndian.PutUint32(b[4*i:], w[i])
+	}
+	return netip.AddrFrom16(b).Unmap()
+}
+
+// bigEndian turns a port into network byte order and back.
+func bigEndian(p uint16) uint16 {
+	var b [2]byte
+	binary.BigEndian.PutUint16(b[:], p)
+	return binary.NativeEndian.Uint16(b[:])
+}
+
+// setText writes a string into a C array; what does not fit is cut.
+func setText(to []int8, text string) {
+	clear(to)
+	for i := range min(len(text), len(to)-1) {
+		to[i] = int8(text[i])
+	}
+}
+
+// text reads a C array.
+func text(from []int8) string {
+	b := make([]byte, 0, len(from))
+	for _, c := range from {
+		if c == 0 {
+			break
+		}
+		b = append(b, byte(c))
+	}
+	return string(b)
+}
+
+var sumSeed = maphash.MakeSeed()
+
+// sumSlots tells tables apart within one process.
+func sumSlots(slots []kernelSlot) uint64 {
+	if len(slots) == 0 {
+		return 0
+	}
+	size := int(unsafe.Sizeof(slots[0])) * len(slots)
+	return maphash.Bytes(sumSeed, unsafe.Slice((*byte)(unsafe.Pointer(&slots[0])), size))
+}

@@ -1,0 +1,469 @@
+// Package socket translates destinations when a socket connects. It owns the
+// programs in bpf/socket.bpf.c, their maps and their pins, and has one verb:
+// Apply makes the kernel look like a snapshot.
+//
+// The kernel is the truth: what is installed is read back from the maps, never
+// remembered across processes. Nothing here may leave the maps, at any moment,
+// in a state in which a connect() finds half a mapping, and nothing may depend
+// on this process being alive.
+//
+// Facts about the hooks come from the kernel's net/ipv4/af_inet.c,
+// net/ipv4/udp.c, net/ipv6/udp.c and kernel/bpf/cgroup.c.
+package socket
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/rlimit"
+
+	"github.com/pentad/pentad/service"
+)
+
+// ProbeMark is the mark (SO_MARK) of sockets that are not translated: a probe
+// reaches the backend that it names, also when that is the VIP of another
+// service. The bytes spell "pntd"; no other use of marks is known to match it.
+const ProbeMark = 0x706e7464
+
+// Options say where a plane lives.
+type Options struct {
+	Pins        string // directory on bpffs, DefaultPins if empty
+	Version     string // of this pentad, written into the pins
+	Log         *slog.Logger
+	MaxBackends int // never make room for more backends; 0: as many as memory holds
+}
+
+// Plane is the socket plane of one host. Its methods may be called from several
+// goroutines.
+type Plane struct {
+	opts Options
+	dir  string
+
+	mu      sync.Mutex
+	set     *mapSet
+	ledger  *ledger
+	links   attacher
+	applied *service.Snapshot // what the ledger knows to be in the kernel
+	partial bool              // the kernel may show services that applied does not name
+	cgroup  string            // where the current programs are attached; empty: they are not
+}
+
+// FullError says that services did not fit into the kernel. All others are
+// installed; these keep what they had before.
+type FullError struct {
+	Services []string // sorted
+	Cause    error    // why there is no more room
+}
+
+// Error names the services.
+func (e *FullError) Error() string {
+	return fmt.Sprintf("no room in the kernel for %d services (%s): %v", len(e.Services), shorten(e.Services, 5), e.Cause)
+}
+
+// Unwrap returns the cause.
+func (e *FullError) Unwrap() error { return e.Cause }
+
+func shorten(names []string, n int) string {
+	if len(names) > n {
+		return strings.Join(names[:n], ", ") + ", ..."
+	}
+	return strings.Join(names, ", ")
+}
+
+var errLimit = errors.New("the limit on backends is reached")
+
+// New returns a plane that has not touched the kernel yet. The caller holds the
+// lock on the pins.
+func New(opts Options) *Plane {
+	if opts.Pins == "" {
+		opts.Pins = DefaultPins
+	}
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	dir := filepath.Join(opts.Pins, planeDir)
+	return &Plane{opts: opts, dir: dir, links: attacher{dir: dir}}
+}
+
+// Close lets go of the kernel. What is installed stays and goes on working.
+func (p *Plane) Close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.links.close()
+	p.set.close()
+	p.set = nil
+}
+
+// Apply makes the kernel look like the snapshot. It may be called again after
+// any error. A *FullError means that everything else is in place.
+func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	path, err := cgroupPath(snap.Cgroup)
+	if err != nil {
+		return err
+	}
+	if err := p.open(snap); err != nil {
+		return err
+	}
+	full, err := p.install(snap)
+	if err != nil {
+		p.forgetKernel()
+		return err
+	}
+	if p.cgroup != path {
+		if err := p.attach(path); err != nil {
+			return err
+		}
+	}
+	if full != nil {
+		return full
+	}
+	return nil
+}
+
+// Usage is what the installed plane uses and has done.
+type Usage struct {
+	Hooks    []Hook
+	Memory   map[string]uint64 // bytes by map
+	Counters Counters
+}
+
+// Usage reads the kernel. The error is ErrNothingInstalled before the first Apply.
+func (p *Plane) Usage() (Usage, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.set == nil {
+		return Usage{}, ErrNothingInstalled
+	}
+	c, err := readCounters(p.set)
+	return Usage{Hooks: readHooks(p.dir), Memory: p.set.memory(), Counters: c}, err
+}
+
+// Verify makes the next Apply read the kernel again instead of trusting what
+// this process knows of it.
+func (p *Plane) Verify() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.forgetKernel()
+}
+
+func (p *Plane) forgetKernel() {
+	p.ledger, p.applied, p.cgroup = nil, nil, ""
+}
+
+// open finds or makes the maps and learns what is in them.
+func (p *Plane) open(snap *service.Snapshot) error {
+	if p.ledger != nil {
+		return nil
+	}
+	// Kernels before 5.11 count maps against RLIMIT_MEMLOCK.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
+		return err
+	}
+	p.set.close()
+	p.set = nil
+	number, info, err := openAbout(p.dir, nil)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return p.create(snap, number+1, nil)
+	case err != nil:
+		return fmt.Errorf("pins under %s: %w", p.dir, err)
+	case info.Layout > layoutVersion:
+		return foreignLayout(p.dir, info)
+	}
+	set, err := openSet(p.dir, number, nil)
+	if err != nil {
+		return fmt.Errorf("pins under %s: %w", p.dir, err)
+	}
+	spec, err := loadKernel()
+	if err != nil {
+		set.close()
+		return err
+	}
+	if info.Layout != layoutVersion || !set.compatible(spec) {
+		defer set.close()
+		return p.rebuild(snap, set, spec)
+	}
+	p.set = set
+	return p.adopt()
+}
+
+// adopt takes over the maps of p.set with all that is in them.
+func (p *Plane) adopt() error {
+	l, w, err := adopt(p.set)
+	if err != nil {
+		return err
+	}
+	// An agent that died may have retired what a program still reads.
+	waitForReaders()
+	if err := p.set.write(w); err != nil {
+		return err
+	}
+	p.ledger, p.applied, p.partial = l, &service.Snapshot{}, true
+	return nil
+}
+
+// create makes empty maps; state maps in keep live on in them.
+func (p *Plane) create(snap *service.Snapshot, number int, keep map[string]*ebpf.Map) error {
+	spec, err := loadKernel()
+	if err != nil {
+		return err
+	}
+	c := p.limit(roomFor(snap))
+	resize(spec, c)
+	set, err := createSet(p.dir, number, spec, keep)
+	if err != nil {
+		return fmt.Errorf("pins under %s: %w", p.dir, err)
+	}
+	// References of sockets and clients may come from an earlier set: a
+	// generation drawn by lot keeps them from meeting a new backend.
+	p.set, p.ledger, p.applied = set, newLedger(c, rand.Uint32N(1<<31)), &service.Snapshot{}
+	return nil
+}
+
+// rebuild makes maps of this version beside those of an older one. What sockets
+// did moves over; the configuration is written anew.
+func (p *Plane) rebuild(snap *service.Snapshot, old *mapSet, spec *ebpf.CollectionSpec) error {
+	keep := make(map[string]*ebpf.Map)
+	for _, name := range stateMaps {
+		if !sameShape(spec.Maps[name], old.maps[name]) {
+			return fmt.Errorf("pins under %s: the state of sockets in map %s has a form that this pentad cannot read; remove it with `pentad down`",
+				p.dir, name)
+		}
+		keep[name] = old.maps[name]
+	}
+	p.opts.Log.Info("rebuilding the maps of an older layout", "from", old.dir)
+	return p.create(snap, old.number+1, keep)
+}
+
+// roomFor returns map sizes with half as much again as the snapshot needs.
+func roomFor(snap *service.Snapshot) capacity {
+	var c capacity
+	for _, s := range snap.Services {
+		c.Services++
+		c.Backends += uint32(len(s.Backends))
+		c.Slots += tableRoom(s)
+		for _, l := range s.Listeners {
+			if l.Address.Addr().Is4() {
+				c.Listeners4++
+			} else {
+				c.Listeners6++
+			}
+		}
+	}
+	more := func(n uint32) uint32 { return n + n/2 + 1024 }
+	return capacity{
+		Services: more(c.Services), Backends: more(c.Backends), Slots: more(c.Slots),
+		Listeners4: more(c.Listeners4), Listeners6: more(c.Listeners6),
+	}
+}
+
+// tableRoom returns how many slots the tables of a service have at most.
+func tableRoom(s *service.Service) uint32 {
+	if s.Balance == service.Random {
+		return uint32(len(s.Backends))
+	}
+	return uint32(len(s.Table(true)) + len(s.Table(false)))
+}
+
+func (p *Plane) limit(c capacity) capacity {
+	if p.opts.MaxBackends > 0 {
+		c.Backends = min(c.Backends, uint32(p.opts.MaxBackends)+1) // index 0 is nobody
+	}
+	return c
+}
+
+// install writes what differs between the kernel and the snapshot. When
+// something does not fit it first frees what is no longer read, then makes room,
+// then does without.
+func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
+	makeRoom := []func(*service.Snapshot) error{
+		func(*service.Snapshot) error { return p.adopt() },
+		p.grow,
+	}
+	var cause error
+	for {
+		p.reclaimSome()
+		var w writes
+		done, unfit := p.stage(snap, &w)
+		if len(unfit) > 0 && len(makeRoom) > 0 {
+			// Nothing was written yet: read the kernel again and start over.
+			cause = makeRoom[0](snap)
+			makeRoom = makeRoom[1:]
+			if p.ledger == nil {
+				return nil, cause
+			}
+			continue
+		}
+		if err := p.set.write(&w); err != nil {
+			return nil, err
+		}
+		p.applied, p.partial = done, len(unfit) > 0
+		if p.partial {
+			return &FullError{Services: unfit, Cause: cause}, nil
+		}
+		return nil, nil
+	}
+}
+
+// stage turns the difference into writes. It returns the snapshot that the
+// kernel will show then, and the names of services that did not fit.
+func (p *Plane) stage(snap *service.Snapshot, w *writes) (*service.Snapshot, []string) {
+	changed, removed := service.Diff(p.applied, snap)
+	for _, s := range removed {
+		p.ledger.remove(s.Name, w)
+	}
+	if p.partial {
+		for name := range p.ledger.byName {
+			if snap.Find(name) == nil {
+				p.ledger.remove(name, w)
+			}
+		}
+	}
+	now := time.Now()
+	var unfit []string
+	for _, s := range changed {
+		tables := [2][]service.Slot{s.Table(true), s.Table(false)}
+		if !p.ledger.fits(s, &tables) {
+			unfit = append(unfit, s.Name)
+			continue
+		}
+		p.ledger.install(s, &tables, now, w)
+	}
+	if len(unfit) == 0 {
+		return snap, nil
+	}
+	done := *snap
+	done.Services = slices.DeleteFunc(slices.Clone(snap.Services), func(s *service.Service) bool {
+		_, found := slices.BinarySearch(unfit, s.Name)
+		return found
+	})
+	return &done, unfit
+}
+
+// reclaimSome frees retired places once they are a part of the whole that
+// matters, so that a change need not wait for a grace period each time.
+func (p *Plane) reclaimSome() {
+	if !p.ledger.manyRetired() {
+		return
+	}
+	waitForReaders()
+	p.ledger.reclaim()
+}
+
+// grow moves to larger maps: filled beside the old ones, then switched to. When
+// that fails everything stays as it was, and the error says why.
+func (p *Plane) grow(snap *service.Snapshot) error {
+	now, need := p.set.capacity(), roomFor(snap)
+	larger := func(now, need uint32) uint32 { return max(need, now+now/2) }
+	next := p.limit(capacity{
+		Services:   larger(now.Services, need.Services),
+		Backends:   larger(now.Backends, need.Backends),
+		Slots:      larger(now.Slots, need.Slots),
+		Listeners4: larger(now.Listeners4, need.Listeners4),
+		Listeners6: larger(now.Listeners6, need.Listeners6),
+	})
+	if p.opts.MaxBackends > 0 && now.Backends > uint32(p.opts.MaxBackends) {
+		return errors.Join(errLimit, p.adopt())
+	}
+	set, err := p.larger(next)
+	if err != nil {
+		return errors.Join(err, p.adopt())
+	}
+	old := p.set
+	defer old.close()
+	p.set = set
+	if p.cgroup != "" {
+		if err := p.attach(p.cgroup); err != nil {
+			p.forgetKernel()
+			return err
+		}
+	}
+	p.opts.Log.Info("moved to larger maps", "backends", next.Backends, "slots", next.Slots,
+		"listeners4", next.Listeners4, "listeners6", next.Listeners6)
+	return p.adopt()
+}
+
+// larger makes a copy of the maps in another size.
+func (p *Plane) larger(c capacity) (*mapSet, error) {
+	spec, err := loadKernel()
+	if err != nil {
+		return nil, err
+	}
+	resize(spec, c)
+	keep := map[string]*ebpf.Map{kernelMapAffinity: p.set.maps[kernelMapAffinity]}
+	for _, name := range stateMaps {
+		keep[name] = p.set.maps[name]
+	}
+	set, err := createSet(p.dir, p.set.number+1, spec, keep)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.set.copyTo(set); err != nil {
+		set.close()
+		return nil, errors.Join(err, removeSet(set.dir))
+	}
+	return set, nil
+}
+
+// attach loads the programs of this pentad over the current maps, switches the
+// hooks to them, and declares the maps to be the ones that count.
+func (p *Plane) attach(cgroup string) error {
+	programs, err := p.load()
+	if err != nil {
+		return err
+	}
+	defer func() {
+		for _, prog := range programs {
+			prog.Close()
+		}
+	}()
+	if err := p.links.attach(programs, cgroup); err != nil {
+		return err
+	}
+	p.cgroup = cgroup
+	if err := p.set.commit(p.opts.Version); err != nil {
+		return fmt.Errorf("pins under %s: %w", p.dir, err)
+	}
+	return removeOtherSets(p.dir, p.set.number)
+}
+
+// load verifies the programs against the current maps.
+func (p *Plane) load() (map[string]*ebpf.Program, error) {
+	spec, err := loadKernel()
+	if err != nil {
+		return nil, err
+	}
+	resize(spec, p.set.capacity())
+	if err := spec.Variables[kernelVarProbeMark].Set(uint32(ProbeMark)); err != nil {
+		return nil, err
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: p.set.maps})
+	if err != nil {
+		return nil, fmt.Errorf("programs: %w", err)
+	}
+	defer coll.Close()
+	programs := make(map[string]*ebpf.Program, len(hooks))
+	for _, h := range hooks {
+		programs[h.name] = coll.DetachProgram(h.name)
+	}
+	return programs, nil
+}

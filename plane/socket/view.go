@@ -1,0 +1,317 @@
+package socket
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/pentad/pentad/service"
+)
+
+// ErrNothingInstalled says that there is no pentad in this kernel.
+var ErrNothingInstalled = errors.New("pentad has nothing in this kernel")
+
+// ErrNewer says that a newer pentad made the pins.
+var ErrNewer = errors.New("pins of a newer pentad")
+
+// View is what the kernel does now, read from its maps. It needs no agent.
+type View struct {
+	Version  string // of the pentad that wrote the maps
+	Services []*service.Service
+	Since    map[string]map[netip.AddrPort]time.Time // last change of state, by service
+	Usage
+}
+
+// Hook is one place in the kernel where pentad is attached, or should be.
+type Hook struct {
+	Name     string
+	Attached bool
+	CgroupID uint64
+}
+
+// Counters count since the maps were made. They only grow.
+type Counters struct {
+	Translated uint64 // connections and first datagrams that got a backend
+	Refused    uint64 // refused because no backend was usable
+	Untracked  uint64 // translated, but getpeername shows the backend
+}
+
+// Read returns what is installed under the pin directory. The error is
+// ErrNothingInstalled or ErrNewer, or says what could not be read.
+func Read(dir string) (*View, error) {
+	dir = filepath.Join(dir, planeDir)
+	opts := &ebpf.LoadPinOptions{ReadOnly: true}
+	number, info, err := openAbout(dir, opts)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrNothingInstalled
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pins under %s: %w", dir, err)
+	}
+	if info.Layout != layoutVersion {
+		return nil, foreignLayout(dir, info)
+	}
+	set, err := openSet(dir, number, opts)
+	if err != nil {
+		return nil, fmt.Errorf("pins under %s: %w", dir, err)
+	}
+	defer set.close()
+	in, err := inspect(set)
+	if err != nil {
+		return nil, fmt.Errorf("pins under %s: %w", dir, err)
+	}
+	v := &View{
+		Version: text(info.Version[:]), Usage: Usage{Memory: set.memory(), Hooks: readHooks(dir)},
+		Since: make(map[string]map[netip.AddrPort]time.Time, len(in.services)),
+	}
+	if v.Counters, err = readCounters(set); err != nil {
+		return nil, err
+	}
+	for _, i := range in.services {
+		v.Services = append(v.Services, i.desired())
+		v.Since[i.name] = i.since()
+	}
+	slices.SortFunc(v.Services, func(a, b *service.Service) int { return strings.Compare(a.Name, b.Name) })
+	return v, nil
+}
+
+func foreignLayout(dir string, info kernelAboutInfo) error {
+	if info.Layout > layoutVersion {
+		return fmt.Errorf("%w: %s were made by pentad %s (layout %d, this one knows %d); use that version, or remove them with `pentad down`",
+			ErrNewer, dir, text(info.Version[:]), info.Layout, layoutVersion)
+	}
+	return fmt.Errorf("%s were made by pentad %s (layout %d, this one knows %d); start this version's agent, which takes them over",
+		dir, text(info.Version[:]), info.Layout, layoutVersion)
+}
+
+// parseAbout reads the map about of any version: the layout never moves.
+func parseAbout(raw []byte) kernelAboutInfo {
+	var info kernelAboutInfo
+	if len(raw) >= 4 {
+		info.Layout = binary.NativeEndian.Uint32(raw)
+	}
+	for i := 8; i < len(raw) && i-8 < len(info.Version); i++ {
+		info.Version[i-8] = int8(raw[i])
+	}
+	return info
+}
+
+func readCounters(s *mapSet) (Counters, error) {
+	sum := func(c kernelCounter) (n uint64, err error) {
+		var perCPU []uint64
+		if err := s.maps[kernelMapCounters].Lookup(uint32(c), &perCPU); err != nil {
+			return 0, fmt.Errorf("map counters: %w", err)
+		}
+		for _, v := range perCPU {
+			n += v
+		}
+		return n, nil
+	}
+	translated, err1 := sum(kernelCounterCOUNTER_TRANSLATED)
+	refused, err2 := sum(kernelCounterCOUNTER_REFUSED)
+	untracked, err3 := sum(kernelCounterCOUNTER_UNTRACKED)
+	return Counters{translated, refused, untracked}, errors.Join(err1, err2, err3)
+}
+
+// inspection is the contents of the maps, put together.
+type inspection struct {
+	services map[uint32]*installed
+	backends []kernelBackend // by index
+	strays4  []kernelListener4Key
+	strays6  []kernelListener6Key
+}
+
+// installed is one service as it stands in the maps.
+type installed struct {
+	id        uint32
+	name      string
+	info      kernelServiceInfo
+	listeners map[service.Listener]kernelListener
+	places    map[netip.AddrPort]place
+	broken    bool // something does not fit together: write all of it again
+}
+
+// inspect reads the maps. Listeners of services that do not exist are strays.
+func inspect(s *mapSet) (*inspection, error) {
+	infos, err := dump[uint32, kernelServiceInfo](s.maps[kernelMapServices])
+	if err != nil {
+		return nil, fmt.Errorf("map services: %w", err)
+	}
+	in := &inspection{services: make(map[uint32]*installed)}
+	names := make(map[string]bool)
+	for i, id := range infos.keys {
+		info := infos.values[i]
+		name := text(info.Name[:])
+		if id == 0 || name == "" || names[name] {
+			continue
+		}
+		names[name] = true
+		in.services[id] = &installed{
+			id: id, name: name, info: info,
+			listeners: make(map[service.Listener]kernelListener), places: make(map[netip.AddrPort]place),
+		}
+	}
+	if err := in.readBackends(s); err != nil {
+		return nil, err
+	}
+	return in, in.readListeners(s)
+}
+
+func (in *inspection) readBackends(s *mapSet) error {
+	hot, err := dump[uint32, kernelBackend](s.maps[kernelMapBackends])
+	if err != nil {
+		return fmt.Errorf("map backends: %w", err)
+	}
+	details, err := dump[uint32, kernelBackendDetail](s.maps[kernelMapBackendInfo])
+	if err != nil {
+		return fmt.Errorf("map backend_info: %w", err)
+	}
+	in.backends = hot.values
+	for i, b := range hot.values {
+		owner := in.services[b.Service]
+		if i == 0 || b.Service == 0 || owner == nil {
+			continue
+		}
+		addr := netip.AddrPortFrom(address(b.Addr), bigEndian(b.Port))
+		if has(owner.places, addr) {
+			owner.broken = true
+			continue
+		}
+		owner.places[addr] = place{index: uint32(i), hot: b, detail: details.values[i]}
+	}
+	return nil
+}
+
+func (in *inspection) readListeners(s *mapSet) error {
+	l4, err := dump[kernelListener4Key, kernelListener](s.maps[kernelMapListeners4])
+	if err != nil {
+		return fmt.Errorf("map listeners4: %w", err)
+	}
+	for i, k := range l4.keys {
+		a := address([4]uint32{0, 0, mapped, k.Addr})
+		x := service.Listener{Address: netip.AddrPortFrom(a, bigEndian(k.Port)), Protocol: service.Protocol(k.Protocol)}
+		if owner := in.services[l4.values[i].Service]; owner != nil {
+			owner.listeners[x] = l4.values[i]
+		} else {
+			in.strays4 = append(in.strays4, k)
+		}
+	}
+	l6, err := dump[kernelListener6Key, kernelListener](s.maps[kernelMapListeners6])
+	if err != nil {
+		return fmt.Errorf("map listeners6: %w", err)
+	}
+	for i, k := range l6.keys {
+		x := service.Listener{Address: netip.AddrPortFrom(address(k.Addr), bigEndian(k.Port)), Protocol: service.Protocol(k.Protocol)}
+		if owner := in.services[l6.values[i].Service]; owner != nil {
+			owner.listeners[x] = l6.values[i]
+		} else {
+			in.strays6 = append(in.strays6, k)
+		}
+	}
+	return nil
+}
+
+// mapped is the third word of an IPv4-mapped address, as it lies in memory.
+var mapped = words(netip.AddrFrom4([4]byte{}))[2]
+
+// desired is the service that the maps show.
+func (i *installed) desired() *service.Service {
+	s := &service.Service{
+		Name: i.name, Balance: service.Balance(i.info.Balance),
+		Affinity: time.Duration(i.info.Affinity) * time.Second,
+	}
+	for x := range i.listeners {
+		s.Listeners = append(s.Listeners, x)
+	}
+	slices.SortFunc(s.Listeners, service.Listener.Compare)
+	for addr, p := range i.places {
+		s.Backends = append(s.Backends, service.Backend{
+			Address: addr, Weight: p.hot.Weight, Group: p.detail.Group, Zone: text(p.detail.Zone[:]),
+			Drained: p.detail.Drained != 0, Down: p.detail.Down != 0,
+		})
+	}
+	slices.SortFunc(s.Backends, func(a, b service.Backend) int { return a.Address.Compare(b.Address) })
+	return s
+}
+
+func (i *installed) since() map[netip.AddrPort]time.Time {
+	since := make(map[netip.AddrPort]time.Time, len(i.places))
+	for addr, p := range i.places {
+		since[addr] = time.Unix(int64(p.detail.Since), 0)
+	}
+	return since
+}
+
+// adopt rebuilds the ledger from the maps.
+func adopt(s *mapSet) (*ledger, *writes, error) {
+	in, err := inspect(s)
+	if err != nil {
+		return nil, nil, err
+	}
+	l := newLedger(s.capacity(), 0)
+	var w writes
+	w.remove4, w.remove6 = in.strays4, in.strays6
+
+	for i, b := range in.backends {
+		l.generation[i] = b.Generation
+	}
+	taken := make(map[uint32]bool)
+	var ranges []extent
+	for _, i := range in.services {
+		e := &entry{id: i.id, name: i.name, info: i.info, places: i.places, shown: i.listeners, complete: !i.broken}
+		l.byName[i.name] = e
+		for _, p := range i.places {
+			taken[p.index] = true
+		}
+		for x, value := range i.listeners {
+			l.owner[x] = e
+			v4 := x.Address.Addr().Is4()
+			l.countListener(v4, 1)
+			t := &e.tables[familyOf(v4)]
+			r := extent{value.Slots, value.Count}
+			ranges = append(ranges, r)
+			if t.extent.length > 0 && t.extent != r {
+				// A switch was cut off between two listeners.
+				e.complete = false
+			}
+			t.extent = r
+		}
+	}
+	l.services = restoreIndexes(l.capacity.Services, func(i uint32) bool { return in.services[i] != nil })
+	l.backends = restoreIndexes(l.capacity.Backends, func(i uint32) bool { return taken[i] })
+	ranges = slices.DeleteFunc(ranges, func(e extent) bool { return e.length == 0 || e.end() > l.capacity.Slots })
+	slices.SortFunc(ranges, func(a, b extent) int { return int(int64(a.start) - int64(b.start)) })
+	l.slots = restoreExtents(l.capacity.Slots, ranges)
+	return l, &w, l.sumTables(s, ranges)
+}
+
+// sumTables reads the tables that listeners use, so that unchanged ones need
+// not be written again.
+func (l *ledger) sumTables(s *mapSet, ranges []extent) error {
+	if len(ranges) == 0 {
+		return nil
+	}
+	all, err := dump[uint32, kernelSlot](s.maps[kernelMapSlots])
+	if err != nil {
+		return fmt.Errorf("map slots: %w", err)
+	}
+	for _, e := range l.byName {
+		for f := range e.tables {
+			t := &e.tables[f]
+			if t.extent.end() > uint32(len(all.values)) {
+				e.complete, t.extent = false, extent{}
+				continue
+			}
+			t.sum = sumSlots(all.values[t.extent.start:t.extent.end()])
+		}
+	}
+	return nil
+}
