@@ -1,0 +1,180 @@
+// Package file is the source that most hosts have: one configuration file,
+// watched. It emits the whole configuration each time the text changes, or why
+// it is not valid; what to do with either is for the agent to say.
+package file
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/pentad/pentad/config"
+)
+
+// quiet is how long a file must not change before it is read: an editor that
+// writes in place is not interrupted half-way, and half a list of services can
+// be valid YAML.
+const quiet = 15 * time.Millisecond
+
+// Update is a new state of the file. Exactly one of the two is set.
+type Update struct {
+	Config *config.Config
+	Err    error
+}
+
+// Source watches one file. Files written in place, replaced by rename, and
+// reached through symbolic links that are switched (as Kubernetes mounts a
+// ConfigMap) are all noticed.
+type Source struct {
+	path    string
+	watcher *fsnotify.Watcher
+	names   map[string]bool // what the contents of the file depend on
+	watched map[string]bool // their directories
+	last    []byte
+}
+
+// New returns a source for the file. Close it.
+func New(path string) (*Source, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, fmt.Errorf("watching %s: %w", path, err)
+	}
+	s := &Source{path: path, watcher: w, watched: make(map[string]bool)}
+	if err := s.follow(); err != nil {
+		w.Close()
+		return nil, fmt.Errorf("watching %s: %w", path, err)
+	}
+	return s, nil
+}
+
+// Close stops watching.
+func (s *Source) Close() error { return s.watcher.Close() }
+
+// Load reads the file as it is now. Run reports only what differs from it.
+func (s *Source) Load() (*config.Config, error) {
+	data, err := os.ReadFile(s.path)
+	if err != nil {
+		return nil, fmt.Errorf("configuration cannot be read: %w", err)
+	}
+	s.last = data
+	return config.Parse(s.path, data)
+}
+
+// follow finds out on which names the contents of the file depend (the path,
+// every symbolic link on the way, the file at its end) and watches their
+// directories: a file that is renamed into place is another file.
+func (s *Source) follow() error {
+	s.names = make(map[string]bool)
+	path := s.path
+	// As many links as the kernel follows (path_resolution(7)).
+	for range 40 {
+		link, next := nextLink(path)
+		if link == "" {
+			break
+		}
+		s.names[link] = true
+		path = next
+	}
+	s.names[s.path], s.names[path] = true, true
+
+	wanted := make(map[string]bool)
+	for name := range s.names {
+		wanted[filepath.Dir(name)] = true
+	}
+	for dir := range s.watched {
+		if !wanted[dir] {
+			// It may be gone already.
+			_ = s.watcher.Remove(dir)
+			delete(s.watched, dir)
+		}
+	}
+	for dir := range wanted {
+		if s.watched[dir] {
+			continue
+		}
+		if err := s.watcher.Add(dir); err == nil {
+			s.watched[dir] = true
+		} else if dir == filepath.Dir(s.path) {
+			return err
+		}
+	}
+	return nil
+}
+
+// nextLink finds the last symbolic link in a path: which one it is, and the
+// path without it. link is empty when there is none.
+func nextLink(path string) (link, resolved string) {
+	rest := ""
+	for prefix := path; ; {
+		if target, err := os.Readlink(prefix); err == nil {
+			if !filepath.IsAbs(target) {
+				target = filepath.Join(filepath.Dir(prefix), target)
+			}
+			return prefix, filepath.Join(target, rest)
+		}
+		parent := filepath.Dir(prefix)
+		if parent == prefix {
+			return "", path
+		}
+		rest = filepath.Join(filepath.Base(prefix), rest)
+		prefix = parent
+	}
+}
+
+// Run emits every change of the file until the context ends. It returns the
+// error of the watcher if that breaks.
+func (s *Source) Run(ctx context.Context, emit func(Update)) error {
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-s.watcher.Errors:
+			// Events were lost (the queue overflowed): look for ourselves.
+			timer.Reset(quiet)
+			if err != nil && ctx.Err() == nil && !isOverflow(err) {
+				return fmt.Errorf("watching %s: %w", s.path, err)
+			}
+		case e, ok := <-s.watcher.Events:
+			if !ok {
+				return nil
+			}
+			if e.Op != fsnotify.Chmod && s.names[e.Name] {
+				timer.Reset(quiet)
+			}
+		case <-timer.C:
+			if err := s.follow(); err != nil {
+				emit(Update{Err: fmt.Errorf("watching %s: %w", s.path, err)})
+			}
+			s.read(emit)
+		}
+	}
+}
+
+func isOverflow(err error) bool { return err == fsnotify.ErrEventOverflow }
+
+func (s *Source) read(emit func(Update)) {
+	data, err := os.ReadFile(s.path)
+	if err != nil {
+		s.last = nil
+		emit(Update{Err: fmt.Errorf("configuration cannot be read: %w", err)})
+		return
+	}
+	if bytes.Equal(data, s.last) {
+		return
+	}
+	s.last = data
+	c, err := config.Parse(s.path, data)
+	emit(Update{Config: c, Err: err})
+}
