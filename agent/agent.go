@@ -1,0 +1,532 @@
+// Package agent runs one host: it takes services from the source, puts the
+// state of backends over them, and has the planes install the result. Apply,
+// retry, reload and recovery are decided here and nowhere else.
+//
+// The agent may die at any moment. What it has installed goes on working, and
+// the next agent takes it over; so nothing that clients depend on may live in
+// this process alone.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/source/file"
+)
+
+// Options say what an agent runs on.
+type Options struct {
+	ConfigFile string
+	Pins       string // directory on bpffs
+	RunDir     string // for the agent's socket
+	Version    string
+	Log        *slog.Logger
+
+	MaxBackends int // see socket.Options
+}
+
+// How often the agent looks whether the kernel still has what it should, and
+// how long it waits before it repeats what failed.
+const (
+	verifyEvery = 30 * time.Second
+	retryFirst  = 100 * time.Millisecond
+	retryMost   = 10 * time.Second
+)
+
+// plane is what the agent needs of a plane.
+type plane interface {
+	Apply(context.Context, *service.Snapshot) error
+	Verify()
+}
+
+// Agent is one running agent.
+type Agent struct {
+	opts    Options
+	log     *slog.Logger
+	plane   plane
+	socket  *socket.Plane
+	monitor *health.Monitor
+	started time.Time
+
+	updates chan file.Update
+	changes chan []health.Change
+	drains  chan drain
+
+	// Owned by the loop.
+	config    *config.Config
+	state     map[health.Key]state
+	monitored *service.Snapshot // what the monitor was told of last
+
+	mu       sync.Mutex // guards what follows, which the API reads
+	snapshot *service.Snapshot
+	loaded   time.Time
+	invalid  error // why the newest file is not in force
+	failed   error // why the newest snapshot is not, or not all, in the kernel
+}
+
+// state is what is known of a backend beyond its configuration.
+type state struct {
+	down, drained bool
+}
+
+type drain struct {
+	api.DrainRequest
+	done chan error
+}
+
+// Run runs an agent until the context ends. What it installed stays.
+func Run(ctx context.Context, opts Options) error {
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := socket.CheckHost(); err != nil {
+		return err
+	}
+	lock, err := socket.Lock(opts.Pins)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	source, err := file.New(opts.ConfigFile)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	first, err := source.Load()
+	if err != nil {
+		return err
+	}
+	p := socket.New(socket.Options{
+		Pins: opts.Pins, Version: opts.Version, Log: opts.Log, MaxBackends: opts.MaxBackends,
+	})
+	defer p.Close()
+	a := &Agent{
+		opts: opts, log: opts.Log, plane: p, socket: p, started: time.Now(),
+		updates: make(chan file.Update), changes: make(chan []health.Change), drains: make(chan drain),
+		state: make(map[health.Key]state), monitored: &service.Snapshot{}, snapshot: &service.Snapshot{},
+	}
+	return a.run(ctx, source, first)
+}
+
+func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Config) error {
+	known, err := a.recall()
+	if err != nil {
+		return err
+	}
+	a.config, a.loaded = first, time.Now()
+	if err := a.apply(ctx); err != nil && !isPartial(err) {
+		return err
+	}
+	a.log.Info("services are in the kernel", "revision", a.snapshot.Revision,
+		"services", len(a.snapshot.Services), "took", time.Since(a.started).Round(time.Millisecond))
+
+	ctx, stop := context.WithCancel(ctx)
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	defer stop()
+	servers, err := a.serve(first.API)
+	if err != nil {
+		return err
+	}
+	for _, s := range servers {
+		tasks.Go(func() { a.serveUntil(ctx, s) })
+	}
+	monitor := health.New(a.log, func(c []health.Change) { send(ctx, a.changes, c) })
+	a.mu.Lock()
+	a.monitor = monitor
+	a.mu.Unlock()
+	a.prune()
+	a.follow(known)
+	tasks.Go(func() { a.monitor.Run(ctx) })
+	failed := make(chan error, 1)
+	tasks.Go(func() {
+		if err := source.Run(ctx, func(u file.Update) { send(ctx, a.updates, u) }); err != nil {
+			failed <- err
+		}
+	})
+	// Parsing leaves much behind, and a host's agent should be small.
+	debug.FreeOSMemory()
+	return a.loop(ctx, failed)
+}
+
+func send[T any](ctx context.Context, to chan<- T, v T) {
+	select {
+	case to <- v:
+	case <-ctx.Done():
+	}
+}
+
+// recall takes the state of backends from the kernel, where an earlier agent
+// left it, and returns which backends it knew.
+func (a *Agent) recall() (map[health.Key]bool, error) {
+	v, err := socket.Read(a.opts.Pins)
+	if errors.Is(err, socket.ErrNothingInstalled) {
+		return nil, nil
+	}
+	if errors.Is(err, socket.ErrNewer) {
+		return nil, err
+	}
+	if err != nil {
+		// An older layout, or pins that somebody damaged: start afresh.
+		a.log.Warn("the state of backends could not be read from the kernel", "error", err)
+		return nil, nil
+	}
+	known := make(map[health.Key]bool)
+	for _, s := range v.Services {
+		for _, b := range s.Backends {
+			k := health.Key{Service: s.Name, Address: b.Address}
+			known[k] = true
+			if b.Down || b.Drained {
+				a.state[k] = state{down: b.Down, drained: b.Drained}
+			}
+		}
+	}
+	return known, nil
+}
+
+func isPartial(err error) bool {
+	var full *socket.FullError
+	return errors.As(err, &full)
+}
+
+// loop is the one place where things change.
+func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
+	verify := time.NewTicker(verifyEvery)
+	defer verify.Stop()
+	retry := time.NewTimer(time.Hour)
+	retry.Stop()
+	wait := retryFirst
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			a.log.Info("agent stops; the services stay in the kernel")
+			return nil
+		case err := <-failed:
+			return err
+		case u := <-a.updates:
+			err = a.take(ctx, u)
+		case c := <-a.changes:
+			a.note(c)
+			err = a.apply(ctx)
+		case d := <-a.drains:
+			err = a.drain(ctx, d)
+		case <-verify.C:
+			a.plane.Verify()
+			err = a.apply(ctx)
+		case <-retry.C:
+			err = a.apply(ctx)
+		}
+		switch {
+		case err == nil || ctx.Err() != nil:
+			wait = retryFirst
+			retry.Stop()
+		case isPartial(err):
+			// Only another configuration or more memory helps; verify looks again.
+		default:
+			a.log.Error("the kernel does not have the newest state yet", "error", err, "again", wait)
+			retry.Reset(wait)
+			wait = min(2*wait, retryMost)
+		}
+	}
+}
+
+// take reacts to a new text of the file.
+func (a *Agent) take(ctx context.Context, u file.Update) error {
+	a.mu.Lock()
+	a.invalid = u.Err
+	a.mu.Unlock()
+	if u.Err != nil {
+		var all config.Errors
+		if !errors.As(u.Err, &all) {
+			a.log.Error("configuration is not in force", "source", "file", "error", u.Err)
+			return nil
+		}
+		for _, e := range all {
+			a.log.Error("configuration is not valid and not in force", "source", "file", "error", e)
+		}
+		return nil
+	}
+	if u.Config.API != a.config.API {
+		a.log.Warn("api.listen changes when the agent restarts", "source", "file")
+	}
+	a.config = u.Config
+	a.mu.Lock()
+	a.loaded = time.Now()
+	a.mu.Unlock()
+	err := a.apply(ctx)
+	a.prune()
+	return err
+}
+
+// note takes what the probes found out.
+func (a *Agent) note(changes []health.Change) {
+	for _, c := range changes {
+		s := a.state[c.Key]
+		s.down = !c.Up
+		a.setState(c.Key, s)
+		if c.Up {
+			a.log.Info("backend is up", "service", c.Service, "backend", c.Address)
+		} else {
+			a.log.Warn("backend is down", "service", c.Service, "backend", c.Address, "error", c.Err)
+		}
+	}
+}
+
+func (a *Agent) setState(k health.Key, s state) {
+	if s == (state{}) {
+		delete(a.state, k)
+	} else {
+		a.state[k] = s
+	}
+}
+
+// drain sets or ends the draining of a backend.
+func (a *Agent) drain(ctx context.Context, d drain) error {
+	s := a.snapshot.Find(d.Service)
+	if s == nil {
+		d.done <- fmt.Errorf("service %s: %w; `pentad service list` shows them", d.Service, api.ErrNotFound)
+		return nil
+	}
+	for _, b := range s.Backends {
+		if b.Address != d.Address {
+			continue
+		}
+		k := health.Key{Service: d.Service, Address: d.Address}
+		st := a.state[k]
+		st.drained = d.Drained
+		a.setState(k, st)
+		err := a.apply(ctx)
+		if isPartial(err) {
+			err = nil
+		}
+		d.done <- err
+		a.log.Info("backend drain", "service", d.Service, "backend", d.Address, "drained", d.Drained)
+		return err
+	}
+	d.done <- fmt.Errorf("service %s: backend %s: %w; `pentad service show %s` shows them",
+		d.Service, d.Address, api.ErrNotFound, d.Service)
+	return nil
+}
+
+// apply makes the next snapshot and has it installed.
+func (a *Agent) apply(ctx context.Context) error {
+	last := a.snapshot
+	next := last.Next(a.config.Scope.Cgroup, a.overlay(a.config.Services))
+	began := time.Now()
+	err := a.plane.Apply(ctx, next)
+	a.mu.Lock()
+	a.snapshot, a.failed = next, err
+	a.mu.Unlock()
+	if err != nil && !isPartial(err) {
+		return err
+	}
+	if next != last {
+		a.log.Info("applied", "revision", next.Revision, "services", len(next.Services),
+			"took", time.Since(began).Round(10*time.Microsecond))
+	}
+	if a.monitor != nil {
+		a.follow(nil)
+	}
+	if err != nil {
+		a.log.Error("some services did not fit", "error", err)
+	}
+	return err
+}
+
+// overlay puts the state of backends over configured services. Services without
+// state are the same pointers.
+func (a *Agent) overlay(services []*service.Service) []*service.Service {
+	if len(a.state) == 0 {
+		return services
+	}
+	touched := make(map[string]bool, len(a.state))
+	for k := range a.state {
+		touched[k.Service] = true
+	}
+	out := make([]*service.Service, len(services))
+	for i, s := range services {
+		out[i] = s
+		if touched[s.Name] {
+			out[i] = a.withState(s)
+		}
+	}
+	return out
+}
+
+func (a *Agent) withState(s *service.Service) *service.Service {
+	c := *s
+	c.Backends = make([]service.Backend, len(s.Backends))
+	for i, b := range s.Backends {
+		st := a.state[health.Key{Service: s.Name, Address: b.Address}]
+		b.Down = st.down && s.Health.Probe != service.ProbeNone
+		b.Drained = st.drained
+		c.Backends[i] = b
+	}
+	return &c
+}
+
+// targets returns what to probe from now on, and what no longer. known are the
+// backends whose state an earlier agent left.
+func (a *Agent) targets(last, next *service.Snapshot, known map[health.Key]bool) (add []health.Target, remove []health.Key) {
+	changed, removed := service.Diff(last, next)
+	listeners := make(map[string]bool)
+	if len(changed) > 0 {
+		for _, s := range next.Services {
+			for _, l := range s.Listeners {
+				if l.Protocol == service.TCP {
+					listeners[l.Address.String()] = true
+				}
+			}
+		}
+	}
+	for _, s := range changed {
+		if s.Health.Probe == service.ProbeNone {
+			removed = append(removed, s)
+			continue
+		}
+		for _, b := range s.Backends {
+			k := health.Key{Service: s.Name, Address: b.Address}
+			t := health.Target{Key: k, Health: s.Health, Down: b.Down, Known: known[k]}
+			if listeners[b.Address.String()] {
+				// A VIP of another service: the probe must not be translated.
+				t.Mark = socket.ProbeMark
+			}
+			add = append(add, t)
+		}
+		if old := last.Find(s.Name); old != nil {
+			remove = append(remove, missing(old, s)...)
+		}
+	}
+	for _, s := range removed {
+		remove = append(remove, missing(s, &service.Service{})...)
+	}
+	return add, remove
+}
+
+// missing returns the backends of old that the other does not have.
+func missing(old, other *service.Service) []health.Key {
+	has := make(map[string]bool, len(other.Backends))
+	for _, b := range other.Backends {
+		has[b.Address.String()] = true
+	}
+	var keys []health.Key
+	for _, b := range old.Backends {
+		if !has[b.Address.String()] {
+			keys = append(keys, health.Key{Service: old.Name, Address: b.Address})
+		}
+	}
+	return keys
+}
+
+// prune forgets the state of backends that are not in the configuration.
+func (a *Agent) prune() {
+	for k := range a.state {
+		s := a.snapshot.Find(k.Service)
+		if s == nil || !slices.ContainsFunc(s.Backends, func(b service.Backend) bool { return b.Address == k.Address }) {
+			delete(a.state, k)
+		}
+	}
+}
+
+// follow tells the monitor what is installed now.
+func (a *Agent) follow(known map[health.Key]bool) {
+	if a.monitored == a.snapshot {
+		return
+	}
+	a.monitor.Update(a.targets(a.monitored, a.snapshot, known))
+	a.monitored = a.snapshot
+}
+
+// Drain implements api.Agent.
+func (a *Agent) Drain(ctx context.Context, r api.DrainRequest) error {
+	d := drain{r, make(chan error, 1)}
+	select {
+	case a.drains <- d:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-d.done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Status implements api.Agent.
+func (a *Agent) Status() api.Status {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := api.Status{
+		Version: a.opts.Version, PID: os.Getpid(), Started: a.started, Revision: a.snapshot.Revision,
+		Config: api.Config{File: a.opts.ConfigFile, Loaded: a.loaded},
+	}
+	if a.monitor != nil {
+		st := a.monitor.Stats()
+		s.Probes = api.Probes{Targets: st.Targets, Done: st.Probes, Late: st.Late}
+		if st.Late > time.Second {
+			s.Problems = append(s.Problems, fmt.Sprintf(
+				"probes start %s late: this host cannot keep up; probe fewer backends or less often", st.Late.Round(time.Millisecond)))
+		}
+	}
+	if a.invalid != nil {
+		s.Config.Error = a.invalid.Error()
+		s.Problems = append(s.Problems, "the configuration file is not valid and not in force: "+a.invalid.Error())
+	}
+	if a.failed != nil {
+		s.Problems = append(s.Problems, "not everything is in the kernel: "+a.failed.Error())
+	}
+	return s
+}
+
+// server is one address that the agent serves.
+type server struct {
+	http.Server
+	listener net.Listener
+}
+
+func (a *Agent) serve(c config.API) ([]*server, error) {
+	l, err := api.Listen(a.opts.RunDir)
+	if err != nil {
+		return nil, err
+	}
+	servers := []*server{{Server: http.Server{Handler: api.Handler(a)}, listener: l}}
+	// Metrics are worth less than services: without the port the agent runs on.
+	l, err = net.Listen("tcp", c.Listen.String())
+	if err != nil {
+		a.log.Error("no metrics: the address of api.listen cannot be used", "error", err)
+		return servers, nil
+	}
+	return append(servers, &server{
+		Server:   http.Server{Handler: a.metricsHandler(), ReadHeaderTimeout: 10 * time.Second},
+		listener: l,
+	}), nil
+}
+
+func (a *Agent) serveUntil(ctx context.Context, s *server) {
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		<-ctx.Done()
+		s.Close()
+	}()
+	if err := s.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
+		a.log.Error("agent API ended", "error", err)
+	}
+	<-closed
+}

@@ -1,0 +1,70 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/plane/socket"
+)
+
+// How long Down waits for an agent after asking it to end, and after killing it.
+const downPatience = 5 * time.Second
+
+// Down removes everything of pentad from the kernel, whatever state it is in: a
+// running agent is ended first, because it would put everything back.
+func Down(ctx context.Context, pins, runDir string) error {
+	if _, err := os.Stat(pins); errors.Is(err, fs.ErrNotExist) {
+		return removeRunDir(runDir)
+	}
+	lock, err := socket.Lock(pins)
+	var held *socket.LockedError
+	if errors.As(err, &held) {
+		lock, err = evict(ctx, pins, held)
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return errors.Join(socket.Remove(pins), removeRunDir(runDir))
+}
+
+// evict ends the agent that holds the lock and takes the lock.
+func evict(ctx context.Context, pins string, held *socket.LockedError) (*os.File, error) {
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		if held.PID == 0 {
+			return nil, held
+		}
+		if err := syscall.Kill(held.PID, signal); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return nil, fmt.Errorf("ending the agent, process %d: %w", held.PID, err)
+		}
+		for deadline := time.Now().Add(downPatience); time.Now().Before(deadline); {
+			lock, err := socket.Lock(pins)
+			if err == nil || !errors.As(err, &held) {
+				return lock, err
+			}
+			select {
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	return nil, held
+}
+
+func removeRunDir(dir string) error {
+	if err := os.Remove(filepath.Join(dir, api.SocketName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,142 @@
+package agent
+
+import (
+	"fmt"
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+// Metrics are all that the agent exports beside those of Go and of the process.
+// docs/metrics.md is written from this list.
+var Metrics = []struct{ Name, Type, Labels, Help string }{
+	{"pentad_build_info", "gauge", "version", "Always 1."},
+	{"pentad_config_valid", "gauge", "", "1 when the newest text of the file is in force, else 0."},
+	{"pentad_config_revision", "gauge", "", "Revision of the snapshot in force; it grows with every change."},
+	{"pentad_services", "gauge", "", "Services of the snapshot."},
+	{"pentad_services_without_room", "gauge", "", "Services that did not fit into the kernel."},
+	{"pentad_kernel_in_sync", "gauge", "", "1 when the kernel has the whole snapshot, else 0."},
+	{"pentad_backends", "gauge", "state", "Backends of the snapshot by state."},
+	{"pentad_hook_attached", "gauge", "hook", "1 when the program is attached, else 0."},
+	{"pentad_kernel_memory_bytes", "gauge", "map", "Kernel memory of a map."},
+	{"pentad_connections_translated_total", "counter", "", "Connections and first datagrams that got a backend."},
+	{"pentad_connections_refused_total", "counter", "", "Connections and datagrams refused because no backend was usable."},
+	{"pentad_connections_untracked_total", "counter", "", "Connections whose VIP could not be remembered: getpeername shows the backend."},
+	{"pentad_probes_total", "counter", "", "Probes that ended."},
+	{"pentad_probe_delay_seconds", "gauge", "", "How late the last probe started."},
+}
+
+// collector reads the kernel and the agent when it is scraped.
+type collector struct {
+	agent *Agent
+	descs map[string]*prometheus.Desc
+}
+
+func newCollector(a *Agent) *collector {
+	c := &collector{agent: a, descs: make(map[string]*prometheus.Desc)}
+	for _, m := range Metrics {
+		var labels []string
+		if m.Labels != "" {
+			labels = []string{m.Labels}
+		}
+		c.descs[m.Name] = prometheus.NewDesc(m.Name, m.Help, labels, nil)
+	}
+	return c
+}
+
+// Describe implements prometheus.Collector.
+func (c *collector) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range c.descs {
+		out <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *collector) Collect(out chan<- prometheus.Metric) {
+	gauge := func(name string, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(c.descs[name], prometheus.GaugeValue, v, labels...)
+	}
+	counter := func(name string, v uint64) {
+		out <- prometheus.MustNewConstMetric(c.descs[name], prometheus.CounterValue, float64(v))
+	}
+	a := c.agent
+	a.mu.Lock()
+	snap, invalid, failed, monitor := a.snapshot, a.invalid, a.failed, a.monitor
+	a.mu.Unlock()
+
+	gauge("pentad_build_info", 1, a.opts.Version)
+	gauge("pentad_config_valid", truth(invalid == nil))
+	gauge("pentad_config_revision", float64(snap.Revision))
+	gauge("pentad_services", float64(len(snap.Services)))
+	gauge("pentad_services_without_room", float64(withoutRoom(failed)))
+	gauge("pentad_kernel_in_sync", truth(failed == nil))
+	states := make(map[service.State]int)
+	for _, s := range snap.Services {
+		for _, st := range s.States() {
+			states[st]++
+		}
+	}
+	for _, st := range []service.State{service.Serving, service.Standby, service.Drained, service.Down} {
+		gauge("pentad_backends", float64(states[st]), st.String())
+	}
+	if monitor != nil {
+		st := monitor.Stats()
+		counter("pentad_probes_total", st.Probes)
+		gauge("pentad_probe_delay_seconds", st.Late.Seconds())
+	}
+	usage, err := a.socket.Usage()
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(c.descs["pentad_connections_translated_total"], err)
+		return
+	}
+	for _, h := range usage.Hooks {
+		gauge("pentad_hook_attached", truth(h.Attached), h.Name)
+	}
+	for name, n := range usage.Memory {
+		gauge("pentad_kernel_memory_bytes", float64(n), name)
+	}
+	counter("pentad_connections_translated_total", usage.Counters.Translated)
+	counter("pentad_connections_refused_total", usage.Counters.Refused)
+	counter("pentad_connections_untracked_total", usage.Counters.Untracked)
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func withoutRoom(err error) int {
+	if full, ok := err.(*socket.FullError); ok {
+		return len(full.Services)
+	}
+	return 0
+}
+
+// metricsHandler serves /metrics and /healthz.
+func (a *Agent) metricsHandler() http.Handler {
+	r := prometheus.NewRegistry()
+	r.MustRegister(newCollector(a), collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		status := a.Status()
+		if len(status.Problems) > 0 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		for _, p := range status.Problems {
+			fmt.Fprintln(w, p)
+		}
+		if len(status.Problems) == 0 {
+			fmt.Fprintln(w, "ok")
+		}
+	})
+	return mux
+}

@@ -1,0 +1,186 @@
+// Package api is how commands and scrapers talk to a running agent: HTTP and
+// JSON on a unix socket, metrics and health on a TCP port. It holds what both
+// ends agree on, the server and the client; it decides nothing.
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// DefaultRunDir is where the agent's socket lies.
+const DefaultRunDir = "/run/pentad"
+
+// SocketName is the agent's socket below its run directory.
+const SocketName = "pentad.sock"
+
+// ErrNoAgent says that no agent answers on the socket.
+var ErrNoAgent = errors.New("no agent is running")
+
+// Status is what the agent says of itself.
+type Status struct {
+	Version  string    `json:"version"`
+	PID      int       `json:"pid"`
+	Started  time.Time `json:"started"`
+	Revision uint64    `json:"revision"`
+	Config   Config    `json:"config"`
+	Probes   Probes    `json:"probes"`
+	Problems []string  `json:"problems,omitempty"` // what is wrong, a sentence each
+}
+
+// Config is the state of the configuration file.
+type Config struct {
+	File   string    `json:"file"`
+	Loaded time.Time `json:"loaded"`          // when the configuration in force was read
+	Error  string    `json:"error,omitempty"` // why a later one is not in force
+}
+
+// Probes says how the probing of backends goes.
+type Probes struct {
+	Targets int           `json:"targets"`
+	Done    uint64        `json:"done"`
+	Late    time.Duration `json:"late"` // how late the last one started, ns
+}
+
+// DrainRequest asks to drain a backend or to end that.
+type DrainRequest struct {
+	Service string         `json:"service"`
+	Address netip.AddrPort `json:"address"`
+	Drained bool           `json:"drained"`
+}
+
+// Failure is the body of every answer that is not 200.
+type Failure struct {
+	Error string `json:"error"`
+}
+
+// Agent is what the server needs of an agent.
+type Agent interface {
+	Status() Status
+	// Drain returns once the kernel has it.
+	Drain(ctx context.Context, r DrainRequest) error
+}
+
+// ErrNotFound is returned by an Agent for an object that does not exist.
+var ErrNotFound = errors.New("not found")
+
+// Handler serves the agent's API.
+func Handler(a Agent) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, http.StatusOK, a.Status())
+	})
+	mux.HandleFunc("POST /v1/drain", func(w http.ResponseWriter, r *http.Request) {
+		var req DrainRequest
+		if err := json.NewDecoder(io.LimitReader(r.Body, 1<<16)).Decode(&req); err != nil {
+			reply(w, http.StatusBadRequest, Failure{"the request is not valid: " + err.Error()})
+			return
+		}
+		switch err := a.Drain(r.Context(), req); {
+		case errors.Is(err, ErrNotFound):
+			reply(w, http.StatusNotFound, Failure{err.Error()})
+		case err != nil:
+			reply(w, http.StatusInternalServerError, Failure{err.Error()})
+		default:
+			reply(w, http.StatusOK, struct{}{})
+		}
+	})
+	return mux
+}
+
+func reply(w http.ResponseWriter, code int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	// The client is gone if this fails, and nobody is left to tell.
+	_ = json.NewEncoder(w).Encode(body)
+}
+
+// Listen opens the agent's socket in the run directory, for its owner alone. A
+// socket that a dead agent left is replaced; the caller holds the agent's lock.
+func Listen(runDir string) (net.Listener, error) {
+	if err := os.MkdirAll(runDir, 0o755); err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
+	}
+	path := filepath.Join(runDir, SocketName)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("agent socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("agent socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("agent socket: %w", err)
+	}
+	return l, nil
+}
+
+// Client talks to the agent of one run directory.
+type Client struct {
+	path string
+	http *http.Client
+}
+
+// NewClient returns a client; it does not connect yet.
+func NewClient(runDir string) *Client {
+	path := filepath.Join(runDir, SocketName)
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", path)
+	}
+	return &Client{path: path, http: &http.Client{
+		Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true},
+		Timeout:   10 * time.Second,
+	}}
+}
+
+// Status asks the agent how it is. The error is ErrNoAgent when none answers.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	var s Status
+	return s, c.call(ctx, http.MethodGet, "/v1/status", nil, &s)
+}
+
+// Drain asks the agent to drain a backend or to end that.
+func (c *Client) Drain(ctx context.Context, r DrainRequest) error {
+	return c.call(ctx, http.MethodPost, "/v1/drain", r, &struct{}{})
+}
+
+func (c *Client) call(ctx context.Context, method, path string, body, into any) error {
+	var in bytes.Buffer
+	if body != nil {
+		if err := json.NewEncoder(&in).Encode(body); err != nil {
+			return err
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://pentad"+path, &in)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	var refused *net.OpError
+	if errors.As(err, &refused) && refused.Op == "dial" {
+		return fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
+	}
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		var f Failure
+		if err := json.NewDecoder(resp.Body).Decode(&f); err != nil || f.Error == "" {
+			return fmt.Errorf("the agent answered %s", resp.Status)
+		}
+		return errors.New(f.Error)
+	}
+	return json.NewDecoder(resp.Body).Decode(into)
+}
