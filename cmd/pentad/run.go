@@ -1,0 +1,38 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pentad/pentad/agent"
+	"github.com/pentad/pentad/config"
+)
+
+func newRun(at *places) *cobra.Command {
+	var file string
+	var verbose bool
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the agent of this host",
+		Long: "Run the agent of this host: install the services of the configuration file, watch the file, probe the\n" +
+			"backends. When the agent ends, whatever the way, the services stay in the kernel and go on working;\n" +
+			"the next agent takes them over. `pentad down` removes them.",
+		Example: "  pentad run -c /etc/pentad/pentad.yaml",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			level := slog.LevelInfo
+			if verbose {
+				level = slog.LevelDebug
+			}
+			return agent.Run(cmd.Context(), agent.Options{
+				ConfigFile: file, Pins: at.pins, RunDir: at.runDir, Version: version,
+				Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
+			})
+		},
+	}
+	cmd.Flags().StringVarP(&file, "config", "c", config.DefaultPath, "configuration file")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log more")
+	return cmd
+}

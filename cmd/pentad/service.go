@@ -1,0 +1,143 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+func newService(at *places) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "service",
+		Short: "Show the mapping as the kernel has it",
+		Long:  "Show the mapping as the kernel has it now, read from its maps. This works with the agent dead.",
+	}
+	cmd.AddCommand(newServiceList(at), newServiceShow(at))
+	return cmd
+}
+
+func newServiceList(at *places) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "list",
+		Short:   "List every listener and what it maps to now",
+		Example: "  pentad service list\n  pentad service list -o json",
+		Args:    cobra.NoArgs,
+	}
+	f := addFormat(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		v, err := socket.Read(at.pins)
+		if err != nil {
+			return err
+		}
+		all := make([]serviceOut, len(v.Services))
+		for i, s := range v.Services {
+			all[i] = newServiceOut(v, s)
+		}
+		if done, err := f.structured(cmd.OutOrStdout(), all); done {
+			return err
+		}
+		rows := [][]string{{"SERVICE", "LISTENER", "BALANCE", "BACKENDS", "MAPS TO"}}
+		for _, s := range v.Services {
+			rows = append(rows, listenerRows(s, *f == "wide")...)
+		}
+		return table(cmd.OutOrStdout(), rows)
+	}
+	return cmd
+}
+
+// shownBackends is how many backends a row of the plain table names.
+const shownBackends = 3
+
+func listenerRows(s *service.Service, wide bool) [][]string {
+	var rows [][]string
+	states := s.States()
+	for _, l := range s.Listeners {
+		var serving []string
+		total := 0
+		for i, b := range s.Backends {
+			if b.Address.Addr().Is4() != l.Address.Addr().Is4() {
+				continue
+			}
+			total++
+			if states[i] == service.Serving {
+				serving = append(serving, b.Address.String())
+			}
+		}
+		to := strings.Join(serving, ", ")
+		if n := len(serving); n > shownBackends && !wide {
+			to = fmt.Sprintf("%s and %d more", strings.Join(serving[:shownBackends], ", "), n-shownBackends)
+		}
+		if len(serving) == 0 {
+			to = "nothing: refused"
+		}
+		rows = append(rows, []string{s.Name, l.String(), s.Balance.String(), fmt.Sprintf("%d/%d", len(serving), total), to})
+	}
+	return rows
+}
+
+func newServiceShow(at *places) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:               "show NAME",
+		Short:             "Show one service and the state of its backends",
+		Example:           "  pentad service show orders-db",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeServices(at),
+	}
+	f := addFormat(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		v, err := socket.Read(at.pins)
+		if err != nil {
+			return err
+		}
+		s := (&service.Snapshot{Services: v.Services}).Find(args[0])
+		if s == nil {
+			return fmt.Errorf("the kernel has no service %s; `pentad service list` shows those that it has", args[0])
+		}
+		if done, err := f.structured(cmd.OutOrStdout(), newServiceOut(v, s)); done {
+			return err
+		}
+		return showService(cmd.OutOrStdout(), v, s)
+	}
+	return cmd
+}
+
+func showService(w io.Writer, v *socket.View, s *service.Service) error {
+	out := newServiceOut(v, s)
+	rows := [][]string{{"service", out.Name}, {"listen", strings.Join(out.Listen, ", ")}, {"balance", out.Balance}}
+	if out.Affinity != nil {
+		rows = append(rows, []string{"affinity", out.Affinity.Timeout})
+	}
+	if err := table(w, rows); err != nil {
+		return err
+	}
+	fmt.Fprintln(w)
+	return table(w, backendRows(out.Backends, false))
+}
+
+// completeServices offers the names of the services that the kernel has.
+func completeServices(at *places) cobra.CompletionFunc {
+	return func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+		v, err := socket.Read(at.pins)
+		if err != nil || len(args) > 1 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		var words []string
+		for _, s := range v.Services {
+			if len(args) == 0 {
+				words = append(words, s.Name)
+				continue
+			}
+			if s.Name == args[0] {
+				for _, b := range s.Backends {
+					words = append(words, b.Address.String())
+				}
+			}
+		}
+		return words, cobra.ShellCompDirectiveNoFileComp
+	}
+}

@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+func newStatus(at *places) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show on one screen whether all is well",
+		Long: "Show on one screen whether all is well. Exit code 0: the agent runs, every hook is attached, the newest\n" +
+			"configuration is in force; 1: something of this is not so, and the last lines say what. Backends that\n" +
+			"are down are a fact, not a failure of pentad.",
+		Example: "  pentad status",
+		Args:    cobra.NoArgs,
+	}
+	f := addFormat(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		s, err := readStatus(cmd.Context(), at)
+		if err != nil {
+			return err
+		}
+		done, err := f.structured(cmd.OutOrStdout(), s)
+		if !done {
+			err = s.print(cmd.OutOrStdout())
+		}
+		if err == nil && len(s.Problems) > 0 {
+			err = errNo
+		}
+		return err
+	}
+	return cmd
+}
+
+// statusOut is the status of pentad on this host.
+type statusOut struct {
+	Agent       *api.Status       `json:"agent" yaml:"agent"` // absent: not running
+	Installed   string            `json:"installed,omitempty" yaml:"installed,omitempty"`
+	Hooks       map[string]bool   `json:"hooks" yaml:"hooks"`
+	Services    int               `json:"services" yaml:"services"`
+	Listeners   int               `json:"listeners" yaml:"listeners"`
+	Refusing    []string          `json:"refusing,omitempty" yaml:"refusing,omitempty"` // services without a usable backend
+	Backends    map[string]int    `json:"backends" yaml:"backends"`                     // by state
+	Memory      map[string]uint64 `json:"memory" yaml:"memory"`                         // bytes of kernel memory by map
+	Connections socket.Counters   `json:"connections" yaml:"connections"`
+	Problems    []string          `json:"problems,omitempty" yaml:"problems,omitempty"`
+}
+
+func readStatus(ctx context.Context, at *places) (*statusOut, error) {
+	s := &statusOut{Hooks: map[string]bool{}, Backends: map[string]int{}}
+	running, err := api.NewClient(at.runDir).Status(ctx)
+	switch {
+	case err == nil:
+		s.Agent = &running
+		s.Problems = running.Problems
+	case errors.Is(err, api.ErrNoAgent):
+		s.Problems = append(s.Problems, "no agent is running: backends are not probed and the file is not watched; start it: pentad run")
+	default:
+		s.Problems = append(s.Problems, "the agent does not answer: "+err.Error())
+	}
+	v, err := socket.Read(at.pins)
+	if errors.Is(err, socket.ErrNothingInstalled) {
+		s.Problems = append(s.Problems, "nothing is installed in the kernel: no VIP is translated")
+		return s, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.addView(v)
+	return s, nil
+}
+
+func (s *statusOut) addView(v *socket.View) {
+	s.Installed, s.Services, s.Memory, s.Connections = v.Version, len(v.Services), v.Memory, v.Counters
+	var detached []string
+	for _, h := range v.Hooks {
+		s.Hooks[h.Name] = h.Attached
+		if !h.Attached {
+			detached = append(detached, h.Name)
+		}
+	}
+	if len(detached) > 0 {
+		s.Problems = append(s.Problems, "hooks are not attached: "+strings.Join(detached, ", "))
+	}
+	for _, x := range v.Services {
+		s.Listeners += len(x.Listeners)
+		serving := 0
+		for _, state := range x.States() {
+			s.Backends[state.String()]++
+			if state == service.Serving {
+				serving++
+			}
+		}
+		if serving == 0 {
+			s.Refusing = append(s.Refusing, x.Name)
+		}
+	}
+	if n := v.Counters.Untracked; n > 0 {
+		s.Problems = append(s.Problems, fmt.Sprintf(
+			"%d connections could not be remembered: more sockets go through VIPs than there is room for, and getpeername shows those the backend", n))
+	}
+}
+
+func (s *statusOut) print(w io.Writer) error {
+	rows := [][]string{{"agent", "not running"}}
+	if a := s.Agent; a != nil {
+		rows = [][]string{
+			{"agent", fmt.Sprintf("running, version %s, process %d, for %s", a.Version, a.PID, ago(a.Started))},
+			{"configuration", fmt.Sprintf("%s, revision %d, read %s ago", a.Config.File, a.Revision, ago(a.Config.Loaded))},
+			{"probes", fmt.Sprintf("%s, %d done", count(a.Probes.Targets, "backend"), a.Probes.Done)},
+		}
+	}
+	if s.Installed == "" {
+		rows = append(rows, []string{"kernel", "nothing installed"})
+	} else {
+		rows = append(rows, s.kernelRows()...)
+	}
+	for _, p := range s.Problems {
+		rows = append(rows, []string{"PROBLEM", strings.ReplaceAll(p, "\n", "\n\t")})
+	}
+	return table(w, rows)
+}
+
+func (s *statusOut) kernelRows() [][]string {
+	attached, memory := 0, uint64(0)
+	for _, ok := range s.Hooks {
+		if ok {
+			attached++
+		}
+	}
+	for _, n := range s.Memory {
+		memory += n
+	}
+	var states []string
+	for _, state := range []service.State{service.Serving, service.Standby, service.Drained, service.Down} {
+		if n := s.Backends[state.String()]; n > 0 {
+			states = append(states, fmt.Sprintf("%d %s", n, state))
+		}
+	}
+	if len(states) == 0 {
+		states = []string{"none"}
+	}
+	rows := [][]string{
+		{"hooks", fmt.Sprintf("%d of %d attached", attached, len(s.Hooks))},
+		{"services", fmt.Sprintf("%d with %s", s.Services, count(s.Listeners, "listener"))},
+		{"backends", strings.Join(states, ", ")},
+		{"connections", fmt.Sprintf("%d translated, %d refused", s.Connections.Translated, s.Connections.Refused)},
+		{"kernel memory", bytesText(memory)},
+	}
+	if n := len(s.Refusing); n > 0 {
+		rows = append(rows, []string{"refusing", fmt.Sprintf("%s without a usable backend: %s", count(n, "service"), firstFew(s.Refusing))})
+	}
+	return rows
+}
+
+func firstFew(names []string) string {
+	const few = 5
+	if len(names) > few {
+		return strings.Join(names[:few], ", ") + ", ..."
+	}
+	return strings.Join(names, ", ")
+}
