@@ -90,19 +90,15 @@ type kernelListener struct {
 }
 
 type kernelListener4Key struct {
-	_        structs.HostLayout
-	Addr     uint32
-	Port     uint16
-	Protocol uint8
-	Pad      uint8
+	_            structs.HostLayout
+	Addr         uint32
+	PortProtocol uint32
 }
 
 type kernelListener6Key struct {
-	_        structs.HostLayout
-	Addr     [4]uint32
-	Port     uint16
-	Protocol uint8
-	Pad      uint8
+	_            structs.HostLayout
+	Addr         [4]uint32
+	PortProtocol uint32
 }
 
 type kernelServiceInfo struct {
@@ -124,11 +120,13 @@ type kernelSocket struct {
 	_        structs.HostLayout
 	Cookie   uint64
 	Vip      [4]uint32
+	Addr     [4]uint32
+	VipPort  uint16
 	Port     uint16
 	Crowded  uint8
-	Pad      [5]uint8
+	Pad      [3]uint8
 	Backend  uint64
-	Reserved [3]uint64
+	Reserved uint64
 }
 
 type kernelUdpPeers struct {

@@ -413,18 +413,37 @@ func flag(b bool) uint8 {
 	return 0
 }
 
-// key4 and key6 are a listener as a key of its map.
+// key4 and key6 are a listener as a key of its map, listener4 and listener6 the
+// way back.
 func key4(x service.Listener) kernelListener4Key {
-	return kernelListener4Key{
-		Addr: words(x.Address.Addr())[3], Port: bigEndian(x.Address.Port()), Protocol: uint8(x.Protocol),
-	}
+	return kernelListener4Key{Addr: words(x.Address.Addr())[3], PortProtocol: portProtocol(x)}
 }
 
 func key6(x service.Listener) kernelListener6Key {
-	return kernelListener6Key{
-		Addr: words(x.Address.Addr()), Port: bigEndian(x.Address.Port()), Protocol: uint8(x.Protocol),
+	return kernelListener6Key{Addr: words(x.Address.Addr()), PortProtocol: portProtocol(x)}
+}
+
+func listener4(k kernelListener4Key) service.Listener {
+	return newListener([4]uint32{0, 0, mapped, k.Addr}, k.PortProtocol)
+}
+
+func listener6(k kernelListener6Key) service.Listener {
+	return newListener(k.Addr, k.PortProtocol)
+}
+
+func portProtocol(x service.Listener) uint32 {
+	return uint32(bigEndian(x.Address.Port()))<<16 | uint32(x.Protocol)
+}
+
+func newListener(addr [4]uint32, portProtocol uint32) service.Listener {
+	return service.Listener{
+		Address:  netip.AddrPortFrom(address(addr), bigEndian(uint16(portProtocol>>16))),
+		Protocol: service.Protocol(portProtocol),
 	}
 }
+
+// mapped is the third word of an IPv4-mapped address, as it lies in memory.
+var mapped = words(netip.AddrFrom4([4]byte{}))[2]
 
 // words is an address in the form of the maps: network byte order, IPv4 mapped.
 func words(a netip.Addr) [4]uint32 {

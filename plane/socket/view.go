@@ -196,10 +196,8 @@ func (in *inspection) readListeners(s *mapSet) error {
 		return fmt.Errorf("map listeners4: %w", err)
 	}
 	for i, k := range l4.keys {
-		a := address([4]uint32{0, 0, mapped, k.Addr})
-		x := service.Listener{Address: netip.AddrPortFrom(a, bigEndian(k.Port)), Protocol: service.Protocol(k.Protocol)}
 		if owner := in.services[l4.values[i].Service]; owner != nil {
-			owner.listeners[x] = l4.values[i]
+			owner.listeners[listener4(k)] = l4.values[i]
 		} else {
 			in.strays4 = append(in.strays4, k)
 		}
@@ -209,18 +207,14 @@ func (in *inspection) readListeners(s *mapSet) error {
 		return fmt.Errorf("map listeners6: %w", err)
 	}
 	for i, k := range l6.keys {
-		x := service.Listener{Address: netip.AddrPortFrom(address(k.Addr), bigEndian(k.Port)), Protocol: service.Protocol(k.Protocol)}
 		if owner := in.services[l6.values[i].Service]; owner != nil {
-			owner.listeners[x] = l6.values[i]
+			owner.listeners[listener6(k)] = l6.values[i]
 		} else {
 			in.strays6 = append(in.strays6, k)
 		}
 	}
 	return nil
 }
-
-// mapped is the third word of an IPv4-mapped address, as it lies in memory.
-var mapped = words(netip.AddrFrom4([4]byte{}))[2]
 
 // desired is the service that the maps show.
 func (i *installed) desired() *service.Service {

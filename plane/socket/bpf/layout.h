@@ -42,18 +42,19 @@ enum counter {
 	COUNTERS = 3,
 };
 
+/*
+ * Keys are written and hashed in whole words: bytes that are written one by one
+ * and read as a word cost a connect() a stalled load. The last word is the port,
+ * as it lies in memory in network byte order, << 16 | the protocol.
+ */
 struct listener4_key {
 	__be32 addr;
-	__be16 port;
-	__u8 protocol;
-	__u8 pad;
+	__u32 port_protocol;
 };
 
 struct listener6_key {
 	__be32 addr[4];
-	__be16 port;
-	__u8 protocol;
-	__u8 pad;
+	__u32 port_protocol;
 };
 
 /*
@@ -113,17 +114,20 @@ struct service_info {
 };
 
 /*
- * A connected socket that was translated: which VIP the application named.
- * cookie is the lock on the entry: whoever sets it from 0 owns it.
+ * A connected socket that was translated: which VIP the application named, and
+ * what it became. cookie is the lock on the entry: whoever sets it from 0 owns
+ * it.
  */
 struct socket {
 	__u64 cookie;
 	__be32 vip[4];
+	__be32 addr[4];		/* the backend; a socket with another peer has moved on */
+	__be16 vip_port;
 	__be16 port;
 	__u8 crowded;		/* other sockets of this place are in sockets_more */
-	__u8 pad[5];
+	__u8 pad[3];
 	__u64 backend;		/* {generation << 32 | index} */
-	__u64 reserved[3];
+	__u64 reserved;		/* one entry is one cache line */
 };
 
 /* A name that an unconnected UDP socket used for a backend. */

@@ -164,10 +164,12 @@ static __always_inline int refuse(void)
 	return 0;
 }
 
-/* MPTCP dials by its first subflow; to a service it is TCP. */
-static __always_inline __u8 protocol_of(const struct bpf_sock_addr *ctx)
+/* A key has one byte for the protocol, and what it cuts off turns MPTCP into TCP. */
+_Static_assert((__u8)IPPROTO_MPTCP == IPPROTO_TCP, "to a service MPTCP is TCP");
+
+static __always_inline __u32 port_protocol(const struct bpf_sock_addr *ctx)
 {
-	return ctx->protocol == IPPROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;
+	return ctx->user_port << 16 | (__u8)ctx->protocol;
 }
 
 static __always_inline bool is_probe(struct bpf_sock_addr *ctx)
@@ -181,8 +183,7 @@ static __always_inline struct listener *find4(struct bpf_sock_addr *ctx, __be32 
 {
 	struct listener4_key key = {
 		.addr = addr,
-		.port = ctx->user_port,
-		.protocol = protocol_of(ctx),
+		.port_protocol = port_protocol(ctx),
 	};
 
 	return bpf_map_lookup_elem(&listeners4, &key);
@@ -192,8 +193,7 @@ static __always_inline struct listener *find6(struct bpf_sock_addr *ctx, const _
 {
 	struct listener6_key key = {
 		.addr = { addr[0], addr[1], addr[2], addr[3] },
-		.port = ctx->user_port,
-		.protocol = protocol_of(ctx),
+		.port_protocol = port_protocol(ctx),
 	};
 
 	return bpf_map_lookup_elem(&listeners6, &key);
@@ -364,27 +364,57 @@ static __always_inline void forget(__u64 cookie)
 		*(volatile __u64 *)&s->cookie = 0;
 }
 
+static __always_inline void fill(struct socket *s, const __be32 *vip, __be16 vip_port,
+				 const struct backend *b, __u64 ref)
+{
+	copy(s->vip, vip);
+	copy(s->addr, b->addr);
+	s->vip_port = vip_port;
+	s->port = b->port;
+	s->backend = ref;
+}
+
 /* Keep the name that the application used, for getpeername and recvmsg. */
-static __always_inline void remember(__u64 cookie, const __be32 *vip, __be16 port, __u64 ref)
+static __always_inline void remember(__u64 cookie, const __be32 *vip, __be16 vip_port,
+				     const struct backend *b, __u64 ref)
 {
 	struct socket *s = place_of(cookie);
-	struct socket more = {};
+	struct socket more = { .cookie = cookie };
 
 	if (!s)
 		return;
 	if (s->cookie == cookie || !__sync_val_compare_and_swap(&s->cookie, 0, cookie)) {
-		copy(s->vip, vip);
-		s->port = port;
-		s->backend = ref;
+		fill(s, vip, vip_port, b, ref);
 		return;
 	}
-	more.cookie = cookie;
-	copy(more.vip, vip);
-	more.port = port;
-	more.backend = ref;
+	fill(&more, vip, vip_port, b, ref);
 	*(volatile __u8 *)&s->crowded = 1;
 	if (bpf_map_update_elem(&sockets_more, &cookie, &more, BPF_ANY))
 		count(COUNTER_UNTRACKED);
+}
+
+/*
+ * A socket that connects to no listener must not keep the name of an earlier
+ * connection. Only a socket that had a peer can have one, and making a cookie
+ * for all others would be most of what they pay.
+ */
+static __always_inline void forget_earlier(struct bpf_sock_addr *ctx, bool v4)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (sk && (v4 ? sk->dst_ip4
+		      : sk->dst_ip6[0] | sk->dst_ip6[1] | sk->dst_ip6[2] | sk->dst_ip6[3]))
+		forget(bpf_get_socket_cookie(ctx));
+}
+
+/* What this socket was told of its peer, if the peer is still the one it was. */
+static __always_inline struct socket *recall_peer(struct bpf_sock_addr *ctx, const __be32 *addr)
+{
+	struct socket *s = recall(bpf_get_socket_cookie(ctx));
+
+	if (!s || s->port != (__be16)ctx->user_port || !same(s->addr, addr))
+		return NULL;
+	return s;
 }
 
 /* Where an unconnected UDP socket's datagrams to this VIP went so far. */
@@ -510,7 +540,7 @@ static __always_inline struct backend *connect_to(struct bpf_sock_addr *ctx,
 		forget(cookie);
 		return NULL;
 	}
-	remember(cookie, vip, ctx->user_port, ref);
+	remember(cookie, vip, ctx->user_port, b, ref);
 	count(COUNTER_TRANSLATED);
 	return b;
 }
@@ -581,7 +611,7 @@ int connect4(struct bpf_sock_addr *ctx)
 	struct backend *b;
 
 	if (!l) {
-		forget(bpf_get_socket_cookie(ctx));
+		forget_earlier(ctx, true);
 		return 1;
 	}
 	if (is_probe(ctx))
@@ -609,7 +639,7 @@ int connect6(struct bpf_sock_addr *ctx)
 		l = find6(ctx, vip);
 	}
 	if (!l) {
-		forget(bpf_get_socket_cookie(ctx));
+		forget_earlier(ctx, false);
 		return 1;
 	}
 	if (is_probe(ctx))
@@ -683,11 +713,11 @@ static __always_inline bool sender_name(struct bpf_sock_addr *ctx, const __be32 
 	/* A socket that was disconnected since (connect to AF_UNSPEC) has no peer. */
 	if (!sk->dst_port || sk->dst_port != (__be16)ctx->user_port)
 		return false;
-	s = recall(bpf_get_socket_cookie(ctx));
+	s = recall_peer(ctx, from);
 	if (!s)
 		return false;
 	copy(vip, s->vip);
-	*vip_port = s->port;
+	*vip_port = s->vip_port;
 	return true;
 }
 
@@ -718,20 +748,24 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	struct socket *s = recall(bpf_get_socket_cookie(ctx));
+	__be32 peer[4] = { 0, 0, MAPPED, ctx->user_ip4 };
+	struct socket *s = recall_peer(ctx, peer);
 
 	if (s)
-		store_addr4(ctx, s->vip, s->port);
+		store_addr4(ctx, s->vip, s->vip_port);
 	return 1;
 }
 
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct socket *s = recall(bpf_get_socket_cookie(ctx));
+	struct socket *s;
+	__be32 peer[4];
 
+	load_addr6(ctx, peer);
+	s = recall_peer(ctx, peer);
 	if (s)
-		store_addr6(ctx, s->vip, s->port);
+		store_addr6(ctx, s->vip, s->vip_port);
 	return 1;
 }
 
