@@ -160,6 +160,20 @@ func (s *stage) until(ctx context.Context, within time.Duration, what string, co
 	return nil
 }
 
+// settle waits until requests that were under way have ended and are counted.
+func (s *stage) settle(ctx context.Context) error {
+	last := -1
+	return s.until(ctx, 5*time.Second, "requests under way have ended", func() error {
+		failed := s.tally.counts().failed
+		if failed == last {
+			return nil
+		}
+		last = failed
+		time.Sleep(100 * time.Millisecond)
+		return errors.New("some still fail")
+	})
+}
+
 // watch shows for a while what the clients see.
 func (s *stage) watch(ctx context.Context, seconds int) error {
 	for range seconds {
@@ -190,6 +204,9 @@ func (s *stage) killServer(ctx context.Context) error {
 		return err
 	}
 	after := time.Since(killed)
+	if err := s.settle(ctx); err != nil {
+		return err
+	}
 	s.explained = s.tally.counts().failed - before.failed
 	s.say("its probe failed twice: no new connection goes there, %d ms after the kill; %d requests failed until then",
 		after.Milliseconds(), s.explained)

@@ -36,7 +36,7 @@ var stateMaps = []string{
 var mapNames = []string{
 	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
 	kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,
-	kernelMapListeners4, kernelMapListeners6, kernelMapAbout,
+	kernelMapFilter, kernelMapListeners4, kernelMapListeners6, kernelMapAbout,
 }
 
 func (s *mapSet) close() {
@@ -265,23 +265,23 @@ func drop[K any](s *mapSet, name string, keys []K) error {
 	return nil
 }
 
-// write makes the writes in the order that keeps every reader on complete data.
+// write makes the writes, which are settled, in the order that keeps every reader
+// on complete data.
 func (s *mapSet) write(w *writes) error {
-	w.settle()
-	return errors.Join(
-		inOrder(
-			func() error { return put(s, kernelMapServices, w.services) },
-			func() error { return put(s, kernelMapBackends, w.backends) },
-			func() error { return put(s, kernelMapBackendInfo, w.details) },
-			func() error { return put(s, kernelMapSlots, w.slots) },
-			func() error { return put(s, kernelMapListeners4, w.set4) },
-			func() error { return put(s, kernelMapListeners6, w.set6) },
-			func() error { return drop(s, kernelMapListeners4, w.remove4) },
-			func() error { return drop(s, kernelMapListeners6, w.remove6) },
-			func() error { return put(s, kernelMapBackends, w.retiredBackends) },
-			func() error { return put(s, kernelMapBackendInfo, w.retiredDetails) },
-			func() error { return put(s, kernelMapServices, w.retiredServices) },
-		),
+	return inOrder(
+		func() error { return put(s, kernelMapServices, w.services) },
+		func() error { return put(s, kernelMapBackends, w.backends) },
+		func() error { return put(s, kernelMapBackendInfo, w.details) },
+		func() error { return put(s, kernelMapSlots, w.slots) },
+		func() error { return put(s, kernelMapFilter, w.setBits) },
+		func() error { return put(s, kernelMapListeners4, w.set4) },
+		func() error { return put(s, kernelMapListeners6, w.set6) },
+		func() error { return drop(s, kernelMapListeners4, w.remove4) },
+		func() error { return drop(s, kernelMapListeners6, w.remove6) },
+		func() error { return put(s, kernelMapFilter, w.clearedBits) },
+		func() error { return put(s, kernelMapBackends, w.retiredBackends) },
+		func() error { return put(s, kernelMapBackendInfo, w.retiredDetails) },
+		func() error { return put(s, kernelMapServices, w.retiredServices) },
 	)
 }
 
@@ -302,6 +302,7 @@ func (s *mapSet) copyTo(to *mapSet) error {
 		func() error { return copyMap[uint32, kernelBackend](s, to, kernelMapBackends) },
 		func() error { return copyMap[uint32, kernelBackendDetail](s, to, kernelMapBackendInfo) },
 		func() error { return copyMap[uint32, kernelSlot](s, to, kernelMapSlots) },
+		func() error { return copyMap[uint32, uint64](s, to, kernelMapFilter) },
 		func() error { return copyMap[kernelListener4Key, kernelListener](s, to, kernelMapListeners4) },
 		func() error { return copyMap[kernelListener6Key, kernelListener](s, to, kernelMapListeners6) },
 	)

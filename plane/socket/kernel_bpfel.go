@@ -80,6 +80,12 @@ const (
 	kernelCounterCOUNTERS           kernelCounter = 3
 )
 
+type kernelFilterSize uint32
+
+const (
+	kernelFilterSizeFILTER_BITS kernelFilterSize = 20
+)
+
 type kernelListener struct {
 	_        structs.HostLayout
 	Service  uint32
@@ -156,6 +162,7 @@ const (
 	kernelMapBackendInfo        = "backend_info"
 	kernelMapBackends           = "backends"
 	kernelMapCounters           = "counters"
+	kernelMapFilter             = "filter"
 	kernelMapListeners4         = "listeners4"
 	kernelMapListeners6         = "listeners6"
 	kernelMapServices           = "services"
@@ -176,6 +183,7 @@ const (
 	kernelVarUnusedBackendState = "unused_backend_state"
 	kernelVarUnusedBalance      = "unused_balance"
 	kernelVarUnusedCounter      = "unused_counter"
+	kernelVarUnusedFilterSize   = "unused_filter_size"
 )
 
 // loadKernel returns the embedded CollectionSpec for kernel.
@@ -240,6 +248,7 @@ type kernelMapSpecs struct {
 	BackendInfo *ebpf.MapSpec `ebpf:"backend_info"`
 	Backends    *ebpf.MapSpec `ebpf:"backends"`
 	Counters    *ebpf.MapSpec `ebpf:"counters"`
+	Filter      *ebpf.MapSpec `ebpf:"filter"`
 	Listeners4  *ebpf.MapSpec `ebpf:"listeners4"`
 	Listeners6  *ebpf.MapSpec `ebpf:"listeners6"`
 	Services    *ebpf.MapSpec `ebpf:"services"`
@@ -257,6 +266,7 @@ type kernelVariableSpecs struct {
 	UnusedBackendState *ebpf.VariableSpec `ebpf:"unused_backend_state"`
 	UnusedBalance      *ebpf.VariableSpec `ebpf:"unused_balance"`
 	UnusedCounter      *ebpf.VariableSpec `ebpf:"unused_counter"`
+	UnusedFilterSize   *ebpf.VariableSpec `ebpf:"unused_filter_size"`
 }
 
 // kernelObjects contains all objects after they have been loaded into the kernel.
@@ -284,6 +294,7 @@ type kernelMaps struct {
 	BackendInfo *ebpf.Map `ebpf:"backend_info"`
 	Backends    *ebpf.Map `ebpf:"backends"`
 	Counters    *ebpf.Map `ebpf:"counters"`
+	Filter      *ebpf.Map `ebpf:"filter"`
 	Listeners4  *ebpf.Map `ebpf:"listeners4"`
 	Listeners6  *ebpf.Map `ebpf:"listeners6"`
 	Services    *ebpf.Map `ebpf:"services"`
@@ -300,6 +311,7 @@ func (m *kernelMaps) Close() error {
 		m.BackendInfo,
 		m.Backends,
 		m.Counters,
+		m.Filter,
 		m.Listeners4,
 		m.Listeners6,
 		m.Services,
@@ -318,6 +330,7 @@ type kernelVariables struct {
 	UnusedBackendState *ebpf.Variable `ebpf:"unused_backend_state"`
 	UnusedBalance      *ebpf.Variable `ebpf:"unused_balance"`
 	UnusedCounter      *ebpf.Variable `ebpf:"unused_counter"`
+	UnusedFilterSize   *ebpf.Variable `ebpf:"unused_filter_size"`
 }
 
 // kernelPrograms contains all programs after they have been loaded into the kernel.

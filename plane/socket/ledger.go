@@ -27,6 +27,9 @@ type ledger struct {
 	owner  map[service.Listener]*entry
 	v4, v6 int // listeners installed
 
+	shared map[uint32]uint32 // listeners by their bit of the filter
+	filter map[uint32]uint64 // words of the filter that are not 0
+
 	// What the programs may still be reading: free after a grace period.
 	retired struct {
 		services, backends []uint32
@@ -81,12 +84,14 @@ type writes struct {
 	backends batch[uint32, kernelBackend]
 	details  batch[uint32, kernelBackendDetail]
 	slots    batch[uint32, kernelSlot]
+	setBits  batch[uint32, uint64]
 
 	set4    batch[kernelListener4Key, kernelListener]
 	set6    batch[kernelListener6Key, kernelListener]
 	remove4 []kernelListener4Key
 	remove6 []kernelListener6Key
 
+	clearedBits     batch[uint32, uint64]
 	retiredBackends batch[uint32, kernelBackend]
 	retiredDetails  batch[uint32, kernelBackendDetail]
 	retiredServices batch[uint32, kernelServiceInfo]
@@ -99,10 +104,18 @@ func (w *writes) count() int {
 		len(w.retiredBackends.keys) + len(w.retiredDetails.keys) + len(w.retiredServices.keys)
 }
 
-// settle drops removals of listeners that another service took over meanwhile.
-func (w *writes) settle() {
+// settle puts right what depends on the whole: a removed listener that another
+// service took over stays, and a word of the filter is written with the bits of
+// both what comes and what goes first, and as it will be last.
+func (w *writes) settle(l *ledger) {
 	w.remove4 = without(w.remove4, w.set4.keys)
 	w.remove6 = without(w.remove6, w.set6.keys)
+	for i, word := range w.setBits.keys {
+		w.setBits.values[i] |= l.filter[word]
+	}
+	for i, word := range w.clearedBits.keys {
+		w.clearedBits.values[i] = l.filter[word]
+	}
 }
 
 func without[K comparable](keys, taken []K) []K {
@@ -127,6 +140,8 @@ func newLedger(c capacity, first uint32) *ledger {
 		generation: make([]uint32, c.Backends),
 		byName:     make(map[string]*entry),
 		owner:      make(map[service.Listener]*entry),
+		shared:     make(map[uint32]uint32),
+		filter:     make(map[uint32]uint64),
 	}
 	for i := range l.generation {
 		l.generation[i] = first
@@ -258,7 +273,7 @@ func (l *ledger) showListeners(e *entry, s *service.Service, w *writes) {
 			continue
 		}
 		if holder == nil {
-			l.countListener(v4, 1)
+			l.countListener(x, 1, w)
 		} else if holder != e {
 			delete(holder.shown, x)
 		}
@@ -280,21 +295,50 @@ func (l *ledger) showListeners(e *entry, s *service.Service, w *writes) {
 func (l *ledger) hideListener(e *entry, x service.Listener, w *writes) {
 	delete(e.shown, x)
 	delete(l.owner, x)
-	v4 := x.Address.Addr().Is4()
-	l.countListener(v4, -1)
-	if v4 {
+	l.countListener(x, -1, w)
+	if x.Address.Addr().Is4() {
 		w.remove4 = append(w.remove4, key4(x))
 	} else {
 		w.remove6 = append(w.remove6, key6(x))
 	}
 }
 
-func (l *ledger) countListener(v4 bool, n int) {
-	if v4 {
+// countListener notes that a listener comes (1) or goes (-1) and stages its bit
+// of the filter.
+func (l *ledger) countListener(x service.Listener, n int, w *writes) {
+	if x.Address.Addr().Is4() {
 		l.v4 += n
 	} else {
 		l.v6 += n
 	}
+	bit := filterBit(x)
+	word, mask := bit/64, uint64(1)<<(bit%64)
+	if n > 0 {
+		l.shared[bit]++
+		if l.shared[bit] == 1 {
+			l.filter[word] |= mask
+			w.setBits.add(word, l.filter[word])
+		}
+		return
+	}
+	l.shared[bit]--
+	if l.shared[bit] == 0 {
+		delete(l.shared, bit)
+		l.filter[word] &^= mask
+		w.clearedBits.add(word, 0)
+	}
+}
+
+const filterBits = uint32(kernelFilterSizeFILTER_BITS)
+
+// filterBit is filter_bit of bpf/layout.h.
+func filterBit(x service.Listener) uint32 {
+	address4 := words(x.Address.Addr())[3]
+	if x.Address.Addr().Is6() {
+		w := words(x.Address.Addr())
+		address4 = w[0] ^ w[1] ^ w[2] ^ w[3]
+	}
+	return (address4*0x9e3779b1 ^ portProtocol(x)*0x85ebca77) >> (32 - filterBits)
 }
 
 // retireBackends takes back the places of backends that the service no longer

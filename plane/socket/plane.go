@@ -313,6 +313,7 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 			}
 			continue
 		}
+		w.settle(p.ledger)
 		if err := p.set.write(&w); err != nil {
 			return nil, err
 		}

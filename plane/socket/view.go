@@ -268,7 +268,7 @@ func adopt(s *mapSet) (*ledger, *writes, error) {
 		for x, value := range i.listeners {
 			l.owner[x] = e
 			v4 := x.Address.Addr().Is4()
-			l.countListener(v4, 1)
+			l.countListener(x, 1, &w)
 			t := &e.tables[familyOf(v4)]
 			r := extent{value.Slots, value.Count}
 			ranges = append(ranges, r)
@@ -284,7 +284,25 @@ func adopt(s *mapSet) (*ledger, *writes, error) {
 	ranges = slices.DeleteFunc(ranges, func(e extent) bool { return e.length == 0 || e.end() > l.capacity.Slots })
 	slices.SortFunc(ranges, func(a, b extent) int { return int(int64(a.start) - int64(b.start)) })
 	l.slots = restoreExtents(l.capacity.Slots, ranges)
+	if err := l.checkFilter(s, &w); err != nil {
+		return nil, nil, err
+	}
 	return l, &w, l.sumTables(s, ranges)
+}
+
+// checkFilter stages the words of the filter that are not what they should be.
+func (l *ledger) checkFilter(s *mapSet, w *writes) error {
+	w.setBits = batch[uint32, uint64]{}
+	words, err := dump[uint32, uint64](s.maps[kernelMapFilter])
+	if err != nil {
+		return fmt.Errorf("map filter: %w", err)
+	}
+	for i, have := range words.values {
+		if have != l.filter[uint32(i)] {
+			w.setBits.add(uint32(i), l.filter[uint32(i)])
+		}
+	}
+	return nil
 }
 
 // sumTables reads the tables that listeners use, so that unchanged ones need

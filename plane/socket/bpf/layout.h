@@ -14,6 +14,10 @@
 /* How many connected sockets have their own place in the map sockets. */
 #define SOCKETS (1 << 17)
 
+enum filter_size {
+	FILTER_BITS = 20,	/* 2^20 bits: 100 for each of 10,000 listeners */
+};
+
 /* How many pairs of VIP and backend one unconnected UDP socket remembers. */
 #define UDP_PEERS 32
 
@@ -41,6 +45,17 @@ enum counter {
 	COUNTER_UNTRACKED = 2,	/* translated, but its VIP could not be remembered */
 	COUNTERS = 3,
 };
+
+/*
+ * Which bit of the filter a listener sets; address4 is an IPv4 address, or the
+ * words of an IPv6 address folded by exclusive or. User space computes the same.
+ * The multipliers are large odd numbers, and the upper bits of a product depend
+ * on all bits of its factors.
+ */
+static inline __u32 filter_bit(__u32 address4, __u32 port_protocol)
+{
+	return (address4 * 0x9e3779b1u ^ port_protocol * 0x85ebca77u) >> (32 - FILTER_BITS);
+}
 
 /*
  * Keys are written and hashed in whole words: bytes that are written one by one

@@ -5,7 +5,7 @@
  * cgroup. A destination that is a listener becomes one of its backends; what
  * the application is told stays the VIP. No packet is touched.
  *
- *	listeners --> slots --> backends	what to do (user space writes)
+ *	filter --> listeners --> slots --> backends	what to do (user space writes)
  *	sockets, sockets_more, udp_peers	what was done (these programs write)
  */
 #include <stdbool.h>
@@ -26,6 +26,19 @@
 
 /* Sockets with this mark are probes: they reach the backend that they name. */
 const volatile __u32 probe_mark;
+
+/*
+ * filter: bit -> whether any listener may have it. Most connections on a host go
+ * to no service; this spares them the hash. A bit is set before its listener is
+ * there and cleared after it is gone. Written by user space, read by connect and
+ * sendmsg.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, (1 << FILTER_BITS) / 64);
+} filter SEC(".maps");
 
 /*
  * listeners4, listeners6: VIP, port and protocol -> how to choose a backend.
@@ -179,6 +192,15 @@ static __always_inline bool is_probe(struct bpf_sock_addr *ctx)
 	return sk && sk->mark == probe_mark;
 }
 
+static __always_inline bool passes_filter(__u32 address4, __u32 port_protocol)
+{
+	__u32 bit = filter_bit(address4, port_protocol);
+	__u32 index = bit / 64;
+	__u64 *word = bpf_map_lookup_elem(&filter, &index);
+
+	return word && *word >> (bit % 64) & 1;
+}
+
 static __always_inline struct listener *find4(struct bpf_sock_addr *ctx, __be32 addr)
 {
 	struct listener4_key key = {
@@ -186,6 +208,8 @@ static __always_inline struct listener *find4(struct bpf_sock_addr *ctx, __be32 
 		.port_protocol = port_protocol(ctx),
 	};
 
+	if (!passes_filter(key.addr, key.port_protocol))
+		return NULL;
 	return bpf_map_lookup_elem(&listeners4, &key);
 }
 
@@ -196,6 +220,8 @@ static __always_inline struct listener *find6(struct bpf_sock_addr *ctx, const _
 		.port_protocol = port_protocol(ctx),
 	};
 
+	if (!passes_filter(addr[0] ^ addr[1] ^ addr[2] ^ addr[3], key.port_protocol))
+		return NULL;
 	return bpf_map_lookup_elem(&listeners6, &key);
 }
 
@@ -776,9 +802,10 @@ int sock_release(struct bpf_sock *sk)
 	return 1;
 }
 
-/* Keeps the enums in the type information, from which user space has them. */
+/* From here user space has the constants. */
 const enum backend_state unused_backend_state __attribute__((unused));
 const enum balance unused_balance __attribute__((unused));
 const enum counter unused_counter __attribute__((unused));
+const enum filter_size unused_filter_size __attribute__((unused));
 
 char LICENSE[] SEC("license") = "GPL";
