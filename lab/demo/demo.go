@@ -37,6 +37,7 @@ type stage struct {
 	began   time.Time
 	servers map[string]*lab.Process
 	agent   *lab.Process
+	client  *lab.Process
 	tally   *tally
 
 	explained int // requests that failed between the kill of a server and its second failed probe
@@ -108,7 +109,7 @@ func (s *stage) build(ctx context.Context) error {
 	s.tally = newTally()
 	client := exec.Command(s.program, "demo", "client", "http://"+vip+"/")
 	client.Stdout = s.tally
-	if _, err := s.host.Start(client, lab.Inside); err != nil {
+	if s.client, err = s.host.Start(client, lab.Inside); err != nil {
 		return err
 	}
 	s.say("clients request http://%s/ without pause, every request on a new connection", vip)
@@ -262,6 +263,7 @@ func (s *stage) stateOf(ctx context.Context, backend, state string) error {
 }
 
 func (s *stage) summarize(ctx context.Context) error {
+	s.client.Kill()
 	if out, err := s.run(ctx, "down"); err != nil {
 		return fmt.Errorf("down: %w: %s", err, out)
 	}
