@@ -46,7 +46,7 @@ var clients = map[string]func([]string) error{
 	"fast open":              fastOpen,
 	"crowd":                  crowd,
 	"churn":                  churn,
-	"who":                    askWho,
+	"ask":                    askWho,
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {

@@ -14,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -320,4 +323,21 @@ func within(t testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)
 	return ctx
+}
+
+func command(name string, args ...string) *exec.Cmd { return exec.Command(name, args...) }
+
+// queryPrograms counts the programs attached to a cgroup at one place.
+func queryPrograms(t testing.TB, cgroup string, at ebpf.AttachType) int {
+	t.Helper()
+	f, err := os.Open(cgroup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	result, err := link.QueryPrograms(link.QueryOptions{Target: int(f.Fd()), Attach: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(result.Programs)
 }
