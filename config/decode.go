@@ -266,6 +266,10 @@ func (d *decoder) listener(n *yaml.Node) (service.Listener, bool) {
 
 // nearest suggests the word that was probably meant, or nothing.
 func nearest(word string, words []string) string {
+	const longest = 64 // no key is nearly as long
+	if len(word) > longest {
+		return "; known are " + strings.Join(words, ", ")
+	}
 	best, distance := "", 1+len(word)/2
 	for _, w := range words {
 		if n := editDistance(strings.ToLower(word), strings.ToLower(w)); n < distance {
@@ -278,23 +282,28 @@ func nearest(word string, words []string) string {
 	return fmt.Sprintf("; did you mean %q?", best)
 }
 
-// editDistance is the Levenshtein distance of two words.
+// editDistance counts the letters to insert, remove, change or swap with their
+// neighbour to turn one word into the other (optimal string alignment).
 func editDistance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
+	rows := make([][]int, len(a)+1)
+	for i := range rows {
+		rows[i] = make([]int, len(b)+1)
+		rows[i][0] = i
 	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
+	for j := range rows[0] {
+		rows[0][j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		for j := 1; j <= len(b); j++ {
 			cost := 1
-			if a[i] == b[j] {
+			if a[i-1] == b[j-1] {
 				cost = 0
 			}
-			next := min(row[j+1]+1, row[j]+1, diagonal+cost)
-			diagonal, row[j+1] = row[j+1], next
+			rows[i][j] = min(rows[i-1][j]+1, rows[i][j-1]+1, rows[i-1][j-1]+cost)
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				rows[i][j] = min(rows[i][j], rows[i-2][j-2]+1)
+			}
 		}
 	}
-	return row[len(b)]
+	return rows[len(a)][len(b)]
 }

@@ -95,7 +95,7 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		},
 	},
 	{
-		key: "listen", kind: "list of VIP:PORT[/tcp\\|udp]", required: true,
+		key: "listen", kind: "list of VIP:PORT[/tcp|udp]", required: true,
 		doc: "The virtual addresses. IPv6 is written `[2001:db8::10]:53/udp`. The address need not lie on any interface.",
 		set: func(d *decoder, n *yaml.Node, to *service.Service) {
 			at := d.at[to]
@@ -226,7 +226,7 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 	},
 	{
 		key: "timeout", kind: "duration", fallback: "1s",
-		doc: "How long a probe may take, 10ms up to the interval.",
+		doc: "How long a probe may take, 10ms up to the interval; 1s, or the interval if that is shorter, by default.",
 		set: func(d *decoder, n *yaml.Node, to *service.Health) {
 			if v, ok := d.duration(n, 10*time.Millisecond, time.Hour); ok {
 				to.Timeout = v
@@ -385,12 +385,11 @@ func (d *decoder) health(n *yaml.Node, s *service.Service) {
 	if seen == nil {
 		return
 	}
+	if seen["timeout"] == nil {
+		h.Timeout = min(h.Timeout, h.Interval)
+	}
 	if h.Timeout > h.Interval {
-		at := seen["timeout"]
-		if at == nil {
-			at = seen["interval"]
-		}
-		d.errorf(at, "timeout %s is longer than interval %s; a probe must end before the next begins",
+		d.errorf(seen["timeout"], "timeout %s is longer than interval %s; a probe must end before the next begins",
 			short(h.Timeout), short(h.Interval))
 	}
 	if h.Probe != service.ProbeHTTP {

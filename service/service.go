@@ -268,18 +268,6 @@ func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
 	return next
 }
 
-// Replace returns the snapshot that follows s when the services given take the
-// place of those of the same names; services with unknown names are left out.
-func (s *Snapshot) Replace(services []*Service) *Snapshot {
-	all := slices.Clone(s.Services)
-	for _, n := range services {
-		if i, ok := slices.BinarySearchFunc(all, n, byName); ok {
-			all[i] = n
-		}
-	}
-	return s.Next(s.Cgroup, all)
-}
-
 // Find returns the service of that name, or nil.
 func (s *Snapshot) Find(name string) *Service {
 	i, ok := slices.BinarySearchFunc(s.Services, name, func(s *Service, name string) int {

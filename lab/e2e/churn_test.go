@@ -99,24 +99,44 @@ func churnOnce(n, kind int) (failed bool, err error) {
 	if err := peerIs(fd, vip); err != nil && !(n == flapping && errors.Is(err, unix.ENOTCONN)) {
 		return false, err
 	}
+	question := ""
 	if kind == unix.SOCK_DGRAM {
-		if _, err := unix.Write(fd, []byte("x")); err != nil {
+		question = fmt.Sprintf("%d-%d", n, rand.Uint64())
+		if _, err := unix.Write(fd, []byte(question)); err != nil {
 			return false, err
 		}
 		if n == flapping {
 			return false, nil // the datagram may meet nobody
 		}
 	}
-	b := make([]byte, 100)
-	size, err := unix.Read(fd, b)
+	who, err := answerTo(fd, question)
 	if err != nil && n == flapping {
 		return true, nil // killed while it spoke
 	}
-	who, _, _ := strings.Cut(strings.TrimSpace(string(b[:max(0, size)])), " ")
 	if want := fmt.Sprintf("service-%d", n); who != want && !(n == flapping && who == "") {
 		return false, fmt.Errorf("%q answered: %v", who, err)
 	}
 	return false, nil
+}
+
+// answerTo reads who answers the question. A UDP socket has its port before it
+// has its peer, and in between it takes what was meant for an earlier owner of
+// the port: answers to other questions are not ours.
+func answerTo(fd int, question string) (string, error) {
+	b := make([]byte, 100)
+	for {
+		n, err := unix.Read(fd, b)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		who, about, _ := strings.Cut(strings.TrimSpace(string(b[:n])), " ")
+		if about == question {
+			return who, nil
+		}
+	}
 }
 
 func TestChurn(t *testing.T) {
