@@ -119,4 +119,3 @@ func runHelper() bool {
 	}
 	return true
 }
-

@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -207,9 +206,4 @@ func median(values []float64) float64 {
 		return v[len(v)/2]
 	}
 	return (v[len(v)/2-1] + v[len(v)/2]) / 2
-}
-
-func medianDuration(values []time.Duration) time.Duration {
-	v := slices.Sorted(slices.Values(values))
-	return v[len(v)/2]
 }

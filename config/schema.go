@@ -402,3 +402,43 @@ func (d *decoder) health(n *yaml.Node, s *service.Service) {
 	}
 	s.Health = h
 }
+
+// Key is one key of pentad.yaml, for documentation.
+type Key struct {
+	Path     string // "services[].health.path"
+	Kind     string // "duration"
+	Default  string // empty: none
+	Required bool
+	Doc      string
+}
+
+// Keys returns every key of pentad.yaml in the order of the documentation.
+func Keys() []Key {
+	keys := fileSchema.describe("")
+	nested := map[string]func(string) []Key{
+		"services":            serviceSchema.describe,
+		"services[].affinity": affinitySchema.describe,
+		"services[].backends": backendSchema.describe,
+		"services[].health":   healthSchema.describe,
+		"scope":               scopeSchema.describe,
+		"api":                 apiSchema.describe,
+	}
+	for i := 0; i < len(keys); i++ {
+		if describe := nested[keys[i].Path]; describe != nil {
+			path := keys[i].Path + "."
+			if strings.HasPrefix(keys[i].Kind, "list") {
+				path = keys[i].Path + "[]."
+			}
+			keys = slices.Insert(keys, i+1, describe(path)...)
+		}
+	}
+	return keys
+}
+
+func (s *schema[T]) describe(prefix string) []Key {
+	keys := make([]Key, len(s.fields))
+	for i, f := range s.fields {
+		keys[i] = Key{prefix + f.key, f.kind, f.fallback, f.required, f.doc}
+	}
+	return keys
+}

@@ -2,6 +2,8 @@
 // file here: flags in, one call, printing out.
 package main
 
+//go:generate go test -run TestDocs . -update
+
 import (
 	"context"
 	"errors"

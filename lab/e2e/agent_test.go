@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -597,7 +598,7 @@ func get(t *testing.T, w *world, url string) string {
 		if err != nil {
 			return err
 		}
-		client := http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return c, nil }}}
+		client := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil }}}
 		resp, err := client.Get(url)
 		if err != nil {
 			return err

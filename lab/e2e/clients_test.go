@@ -25,7 +25,6 @@ var (
 	vipShut  = netip.MustParseAddrPort("192.0.2.5:80") // its backend refuses
 	direct   = netip.MustParseAddrPort("10.0.0.3:7000")
 	backend  = netip.MustParseAddrPort("10.0.0.1:7000") // of vipTCP and vipUDP
-	backend6 = netip.MustParseAddrPort("[2001:db8::1]:7000")
 )
 
 // clients look at what an application sees. They run inside, one process each.

@@ -15,7 +15,7 @@
 #define SOCKETS (1 << 17)
 
 enum filter_size {
-	FILTER_BITS = 20,	/* 2^20 bits: 100 for each of 10,000 listeners */
+	FILTER_BITS = 20, /* 2^20 bits: 100 for each of 10,000 listeners */
 };
 
 /* How many pairs of VIP and backend one unconnected UDP socket remembers. */
@@ -27,11 +27,11 @@ enum filter_size {
 #define VERSION_LENGTH 48
 
 enum backend_state {
-	BACKEND_NONE = 0,	/* nobody lives here */
-	BACKEND_SERVING = 1,	/* takes new connections */
-	BACKEND_STANDBY = 2,	/* could serve; a lower group does */
-	BACKEND_DRAINED = 3,	/* takes no new connections; old ones finish */
-	BACKEND_DOWN = 4,	/* its probe failed */
+	BACKEND_NONE = 0,    /* nobody lives here */
+	BACKEND_SERVING = 1, /* takes new connections */
+	BACKEND_STANDBY = 2, /* could serve; a lower group does */
+	BACKEND_DRAINED = 3, /* takes no new connections; old ones finish */
+	BACKEND_DOWN = 4,    /* its probe failed */
 };
 
 enum balance {
@@ -40,9 +40,9 @@ enum balance {
 };
 
 enum counter {
-	COUNTER_TRANSLATED = 0,	/* connect() or first datagram sent to a backend */
-	COUNTER_REFUSED = 1,	/* no usable backend: ECONNREFUSED */
-	COUNTER_UNTRACKED = 2,	/* translated, but its VIP could not be remembered */
+	COUNTER_TRANSLATED = 0, /* connect() or first datagram sent to a backend */
+	COUNTER_REFUSED = 1,    /* no usable backend: ECONNREFUSED */
+	COUNTER_UNTRACKED = 2,  /* translated, but its VIP could not be remembered */
 	COUNTERS = 3,
 };
 
@@ -77,11 +77,11 @@ struct listener6_key {
  * switch from one mapping to the next.
  */
 struct listener {
-	__u32 service;		/* index into services */
-	__u32 slots;		/* first slot */
-	__u32 count;		/* number of slots; 0: no usable backend */
-	__u32 affinity;		/* seconds; 0: none */
-	__u32 balance;		/* enum balance */
+	__u32 service;  /* index into services */
+	__u32 slots;    /* first slot */
+	__u32 count;    /* number of slots; 0: no usable backend */
+	__u32 affinity; /* seconds; 0: none */
+	__u32 balance;  /* enum balance */
 };
 
 /*
@@ -91,7 +91,7 @@ struct listener {
  * table both are the same backend.
  */
 struct slot {
-	__u32 first;		/* index into backends */
+	__u32 first; /* index into backends */
 	__u32 second;
 	__u32 threshold;
 	__u32 pad;
@@ -104,20 +104,20 @@ struct slot {
 struct backend {
 	__be32 addr[4];
 	__be16 port;
-	__u8 state;		/* enum backend_state */
+	__u8 state; /* enum backend_state */
 	__u8 pad;
 	__u32 generation;
-	__u32 service;		/* index into services */
+	__u32 service; /* index into services */
 	__u32 weight;
 };
 
 /* One backend, cold part: only user space reads it. */
 struct backend_detail {
 	__u32 group;
-	__u8 drained;		/* by the operator, not by weight 0 */
-	__u8 down;		/* by its probe, also while drained */
+	__u8 drained; /* by the operator, not by weight 0 */
+	__u8 down;    /* by its probe, also while drained */
 	__u8 pad[2];
-	__u64 since;		/* Unix seconds of the last change of state */
+	__u64 since; /* Unix seconds of the last change of state */
 	char zone[ZONE_LENGTH];
 };
 
@@ -125,7 +125,7 @@ struct backend_detail {
 struct service_info {
 	char name[NAME_LENGTH];
 	__u32 balance;
-	__u32 affinity;		/* seconds */
+	__u32 affinity; /* seconds */
 };
 
 /*
@@ -136,13 +136,13 @@ struct service_info {
 struct socket {
 	__u64 cookie;
 	__be32 vip[4];
-	__be32 addr[4];		/* the backend; a socket with another peer has moved on */
+	__be32 addr[4]; /* the backend; a socket with another peer has moved on */
 	__be16 vip_port;
 	__be16 port;
-	__u8 crowded;		/* other sockets of this place are in sockets_more */
+	__u8 crowded; /* other sockets of this place are in sockets_more */
 	__u8 pad[3];
-	__u64 backend;		/* {generation << 32 | index} */
-	__u64 reserved;		/* one entry is one cache line */
+	__u64 backend;  /* {generation << 32 | index} */
+	__u64 reserved; /* one entry is one cache line */
 };
 
 /* A name that an unconnected UDP socket used for a backend. */
@@ -150,20 +150,20 @@ struct udp_peer {
 	__be32 vip[4];
 	__be32 addr[4];
 	__be16 vip_port;
-	__be16 port;		/* 0: empty */
-	__u32 current;		/* 1: where the next datagram to the VIP goes */
-	__u64 backend;		/* {generation << 32 | index} */
+	__be16 port;   /* 0: empty */
+	__u32 current; /* 1: where the next datagram to the VIP goes */
+	__u64 backend; /* {generation << 32 | index} */
 };
 
 struct affinity_key {
-	__u64 client;		/* cookie of the network namespace */
+	__u64 client; /* cookie of the network namespace */
 	__u32 service;
-	__u32 family;		/* AF_INET or AF_INET6 of the listener */
+	__u32 family; /* AF_INET or AF_INET6 of the listener */
 };
 
 struct affinity_entry {
-	__u64 backend;		/* {generation << 32 | index} */
-	__u64 used;		/* CLOCK_MONOTONIC_COARSE, ns */
+	__u64 backend; /* {generation << 32 | index} */
+	__u64 used;    /* CLOCK_MONOTONIC_COARSE, ns */
 };
 
 /*

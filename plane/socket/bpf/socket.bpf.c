@@ -216,7 +216,7 @@ static __always_inline struct listener *find4(struct bpf_sock_addr *ctx, __be32 
 static __always_inline struct listener *find6(struct bpf_sock_addr *ctx, const __be32 *addr)
 {
 	struct listener6_key key = {
-		.addr = { addr[0], addr[1], addr[2], addr[3] },
+		.addr = {addr[0], addr[1], addr[2], addr[3]},
 		.port_protocol = port_protocol(ctx),
 	};
 
@@ -295,8 +295,8 @@ static __always_inline __u64 client_hash(struct bpf_sock_addr *ctx)
  */
 static __always_inline __u64 choose(struct bpf_sock_addr *ctx, const struct listener *l)
 {
-	__u32 number = l->balance == BALANCE_SOURCE_HASH ? (__u32)client_hash(ctx)
-							 : bpf_get_prandom_u32();
+	__u32 number =
+		l->balance == BALANCE_SOURCE_HASH ? (__u32)client_hash(ctx) : bpf_get_prandom_u32();
 	__u64 scaled = (__u64)number * l->count;
 	__u32 index = l->slots + (__u32)(scaled >> 32);
 	struct slot *s = bpf_map_lookup_elem(&slots, &index);
@@ -405,7 +405,7 @@ static __always_inline void remember(__u64 cookie, const __be32 *vip, __be16 vip
 				     const struct backend *b, __u64 ref)
 {
 	struct socket *s = place_of(cookie);
-	struct socket more = { .cookie = cookie };
+	struct socket more = {.cookie = cookie};
 
 	if (!s)
 		return;
@@ -428,8 +428,8 @@ static __always_inline void forget_earlier(struct bpf_sock_addr *ctx, bool v4)
 {
 	struct bpf_sock *sk = ctx->sk;
 
-	if (sk && (v4 ? sk->dst_ip4
-		      : sk->dst_ip6[0] | sk->dst_ip6[1] | sk->dst_ip6[2] | sk->dst_ip6[3]))
+	if (sk &&
+	    (v4 ? sk->dst_ip4 : sk->dst_ip6[0] | sk->dst_ip6[1] | sk->dst_ip6[2] | sk->dst_ip6[3]))
 		forget(bpf_get_socket_cookie(ctx));
 }
 
@@ -553,9 +553,8 @@ static __always_inline void unname_peer(struct bpf_sock_addr *ctx, const __be32 
 }
 
 /* connect() to a listener: the chosen backend, or NULL to refuse. */
-static __always_inline struct backend *connect_to(struct bpf_sock_addr *ctx,
-						  const struct listener *l, const __be32 *vip,
-						  __u32 family)
+static __always_inline struct backend *
+connect_to(struct bpf_sock_addr *ctx, const struct listener *l, const __be32 *vip, __u32 family)
 {
 	__u64 ref = l->count ? decide(ctx, l, family) : 0;
 	__u64 cookie = bpf_get_socket_cookie(ctx);
@@ -612,8 +611,7 @@ static __always_inline void load_addr6(const struct bpf_sock_addr *ctx, __be32 *
 	addr[3] = ctx->user_ip6[3];
 }
 
-static __always_inline void store_addr6(struct bpf_sock_addr *ctx, const __be32 *addr,
-					__be16 port)
+static __always_inline void store_addr6(struct bpf_sock_addr *ctx, const __be32 *addr, __be16 port)
 {
 	ctx->user_ip6[0] = addr[0];
 	ctx->user_ip6[1] = addr[1];
@@ -622,8 +620,7 @@ static __always_inline void store_addr6(struct bpf_sock_addr *ctx, const __be32 
 	ctx->user_port = port;
 }
 
-static __always_inline void store_addr4(struct bpf_sock_addr *ctx, const __be32 *addr,
-					__be16 port)
+static __always_inline void store_addr4(struct bpf_sock_addr *ctx, const __be32 *addr, __be16 port)
 {
 	ctx->user_ip4 = addr[3];
 	ctx->user_port = port;
@@ -632,7 +629,7 @@ static __always_inline void store_addr4(struct bpf_sock_addr *ctx, const __be32 
 SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
-	__be32 vip[4] = { 0, 0, MAPPED, ctx->user_ip4 };
+	__be32 vip[4] = {0, 0, MAPPED, ctx->user_ip4};
 	struct listener *l = find4(ctx, vip[3]);
 	struct backend *b;
 
@@ -681,7 +678,7 @@ int connect6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	__be32 vip[4] = { 0, 0, MAPPED, ctx->user_ip4 };
+	__be32 vip[4] = {0, 0, MAPPED, ctx->user_ip4};
 	struct listener *l = find4(ctx, vip[3]);
 	struct backend *b;
 
@@ -750,7 +747,7 @@ static __always_inline bool sender_name(struct bpf_sock_addr *ctx, const __be32 
 SEC("cgroup/recvmsg4")
 int recvmsg4(struct bpf_sock_addr *ctx)
 {
-	__be32 from[4] = { 0, 0, MAPPED, ctx->user_ip4 };
+	__be32 from[4] = {0, 0, MAPPED, ctx->user_ip4};
 	__be32 vip[4] = {};
 	__be16 port = 0;
 
@@ -774,7 +771,7 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	__be32 peer[4] = { 0, 0, MAPPED, ctx->user_ip4 };
+	__be32 peer[4] = {0, 0, MAPPED, ctx->user_ip4};
 	struct socket *s = recall_peer(ctx, peer);
 
 	if (s)

@@ -1,0 +1,61 @@
+# Two commands do all the set-up on a fresh machine: make demo, make test.
+# They need Go 1.26 (or any Go since 1.21, which fetches it) and Linux.
+
+PREFIX  ?= /usr/local
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+COMMIT  ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+LDFLAGS  = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
+SUDO     = $(if $(filter 0,$(shell id -u)),,sudo)
+GO       = $(shell command -v go)
+# Go files that people write.
+GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
+CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')
+
+.PHONY: all build generate format check test bench demo install clean
+
+all: build
+
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/pentad ./cmd/pentad
+
+# The compiled programs and the documentation that is written from the code.
+generate:
+	scripts/need generate
+	$(GO) generate ./...
+
+format:
+	scripts/need generate
+	gofmt -w $(GOFILES)
+	clang-format-19 -i $(CFILES)
+
+check:
+	scripts/need generate
+	@bad=$$(gofmt -l $(GOFILES)); [ -z "$$bad" ] || { echo "gofmt would change: $$bad; run make format"; exit 1; }
+	clang-format-19 --dry-run -Werror $(CFILES)
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) mod tidy -diff
+	@before=$$(git status --porcelain); $(GO) generate ./... && after=$$(git status --porcelain) && \
+	[ "$$before" = "$$after" ] || { echo "generated files were not up to date:"; git diff --stat; exit 1; }
+
+# Real kernel, real clients and servers: needs root.
+test:
+	scripts/need test
+	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI" $(GO) test -timeout 15m ./...
+
+bench: build
+	scripts/need bench
+	$(GO) build -o bin/bench ./bench
+	$(SUDO) bin/bench -pentad bin/pentad
+
+demo: build
+	$(SUDO) bin/pentad demo
+
+install: build
+	install -D -m 755 bin/pentad $(DESTDIR)$(PREFIX)/bin/pentad
+	install -D -m 644 deploy/systemd/pentad.service $(DESTDIR)/etc/systemd/system/pentad.service
+	sed -i 's#/usr/local/bin#$(PREFIX)/bin#' $(DESTDIR)/etc/systemd/system/pentad.service
+	[ -e $(DESTDIR)/etc/pentad/pentad.yaml ] || install -D -m 644 deploy/pentad.yaml $(DESTDIR)/etc/pentad/pentad.yaml
+
+clean:
+	rm -rf bin bench/.work
