@@ -158,8 +158,7 @@ func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Conf
 			failed <- err
 		}
 	})
-	// Parsing leaves much behind, and a host's agent should be small.
-	debug.FreeOSMemory()
+	giveBack()
 	return a.loop(ctx, failed)
 }
 
@@ -264,14 +263,35 @@ func (a *Agent) take(ctx context.Context, u file.Update) error {
 	if u.Config.API != a.config.API {
 		a.log.Warn("api.listen changes when the agent restarts", "source", "file")
 	}
+	u.Config.Services = keep(a.config.Services, u.Config.Services)
 	a.config = u.Config
 	a.mu.Lock()
 	a.loaded = time.Now()
 	a.mu.Unlock()
 	err := a.apply(ctx)
 	a.prune()
+	giveBack()
 	return err
 }
+
+// keep returns the services of next, those that have not changed as the pointers
+// that are in use already: one configuration is kept in memory, not two.
+func keep(last, next []*service.Service) []*service.Service {
+	known := make(map[string]*service.Service, len(last))
+	for _, s := range last {
+		known[s.Name] = s
+	}
+	for i, s := range next {
+		if old := known[s.Name]; old != nil && old.Equal(s) {
+			next[i] = old
+		}
+	}
+	return next
+}
+
+// giveBack returns what parsing has left behind to the host, without anybody
+// waiting for it: an agent should be small.
+func giveBack() { go debug.FreeOSMemory() }
 
 // note takes what the probes found out.
 func (a *Agent) note(changes []health.Change) {

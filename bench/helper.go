@@ -8,6 +8,8 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +20,7 @@ import (
 var helpers = map[string]func(args []string) error{
 	"dial-many": dialMany,
 	"dial-one":  dialOne,
+	"dial-hard": dialHard,
 	"accept":    accept,
 }
 
@@ -90,6 +93,65 @@ func dialOne(args []string) error {
 	slices.Sort(times)
 	fmt.Println(times[rounds/2])
 	return nil
+}
+
+// dialHard connects on both cores until its standard input ends. It prints how
+// many connections it made, how many failed, and how many were made but not to
+// the VIP.
+func dialHard(args []string) error {
+	to, err := netip.ParseAddrPort(args[0])
+	if err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		close(done)
+	}()
+	var made, failed, untranslated atomic.Int64
+	var tasks sync.WaitGroup
+	for range 4 {
+		tasks.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				made.Add(1)
+				if named, err := dialNamed(to); err != nil {
+					failed.Add(1)
+				} else if !named {
+					untranslated.Add(1)
+				}
+			}
+		})
+	}
+	tasks.Wait()
+	fmt.Println(made.Load(), failed.Load(), untranslated.Load())
+	return nil
+}
+
+// dialNamed connects and reports whether the peer's name is what was dialled.
+func dialNamed(to netip.AddrPort) (bool, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+		return false, err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}); err != nil {
+		return false, err
+	}
+	sa, err := unix.Getpeername(fd)
+	if err != nil {
+		// The server has closed already; it was there.
+		return err == unix.ENOTCONN, nil
+	}
+	peer := sa.(*unix.SockaddrInet4)
+	return peer.Addr == to.Addr().As4() && peer.Port == int(to.Port()), nil
 }
 
 // accept takes connections and closes them.

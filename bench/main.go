@@ -20,7 +20,7 @@ type row struct {
 	What   string  `json:"what"`
 	Value  float64 `json:"value"`
 	Unit   string  `json:"unit,omitempty"` // empty: a ratio
-	Limit  float64 `json:"limit,omitempty"`
+	Limit  float64 `json:"limit"`
 	Below  bool    `json:"below"` // whether the value must be at most, or at least, the limit
 	Met    bool    `json:"met"`
 	Detail string  `json:"detail"`
@@ -34,14 +34,14 @@ type board struct {
 }
 
 func (b *board) add(r row) {
-	r.Met = r.Limit == 0 && !r.Below || r.Below && r.Value <= r.Limit || !r.Below && r.Value >= r.Limit
+	r.Met = r.Below && r.Value <= r.Limit || !r.Below && r.Value >= r.Limit
 	b.rows = append(b.rows, r)
 	fmt.Fprintf(os.Stderr, "%s\n", strings.ReplaceAll(r.line(), "\t", "  "))
 }
 
 func (r row) line() string {
 	must, met := "shown", ""
-	if r.Limit != 0 {
+	if r.Limit != 0 || r.Below {
 		sign := ">="
 		if r.Below {
 			sign = "<="
@@ -60,7 +60,13 @@ var parts = []struct {
 	name string
 	run  func(context.Context, *board) error
 }{
+	{"connect", connectTimes},
+	{"wrk", wrk},
 	{"runtime", runTimes},
+	{"size", sizes},
+	{"capacity", capacity},
+	{"probes", probes},
+	{"kills", kills},
 }
 
 func main() {

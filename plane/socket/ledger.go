@@ -47,17 +47,51 @@ type entry struct {
 	id       uint32
 	name     string
 	info     kernelServiceInfo
-	places   map[netip.AddrPort]place
+	places   []place
 	tables   [2]table // by family
 	shown    map[service.Listener]kernelListener
 	complete bool // false: the kernel's copy is not known to be right, write all of it
 }
 
-// place is one backend in the kernel.
+// place is one backend in the kernel. A host may have a hundred thousand.
 type place struct {
-	index  uint32
-	hot    kernelBackend
-	detail kernelBackendDetail
+	hot   kernelBackend
+	index uint32
+	info  info
+}
+
+// info is kernelBackendDetail without the room that C needs for a text.
+type info struct {
+	group         uint32
+	drained, down bool
+	since         uint64
+	zone          string
+}
+
+func (p *place) address() netip.AddrPort {
+	return netip.AddrPortFrom(address(p.hot.Addr), bigEndian(p.hot.Port))
+}
+
+func (i info) detail() kernelBackendDetail {
+	d := kernelBackendDetail{Group: i.group, Drained: flag(i.drained), Down: flag(i.down), Since: i.since}
+	setText(d.Zone[:], i.zone)
+	return d
+}
+
+func newInfo(d *kernelBackendDetail) info {
+	return info{group: d.Group, drained: d.Drained != 0, down: d.Down != 0, since: d.Since, zone: text(d.Zone[:])}
+}
+
+// byAddress finds the places of an entry, which may be nil.
+func (e *entry) byAddress() map[netip.AddrPort]place {
+	if e == nil {
+		return nil
+	}
+	m := make(map[netip.AddrPort]place, len(e.places))
+	for _, p := range e.places {
+		m[p.address()] = p
+	}
+	return m
 }
 
 // table is one selection table in the kernel.
@@ -156,8 +190,9 @@ func (l *ledger) fits(s *service.Service, t *[2][]service.Slot) bool {
 	if e == nil && l.services.room() < 1 {
 		return false
 	}
+	places := e.byAddress()
 	for _, b := range s.Backends {
-		if e == nil || !has(e.places, b.Address) {
+		if !has(places, b.Address) {
 			newBackends++
 		}
 	}
@@ -190,8 +225,7 @@ func (l *ledger) install(s *service.Service, t *[2][]service.Slot, now time.Time
 	if e == nil {
 		e = &entry{
 			id: l.services.take(), name: s.Name,
-			places: make(map[netip.AddrPort]place, len(s.Backends)),
-			shown:  make(map[service.Listener]kernelListener, len(s.Listeners)),
+			shown: make(map[service.Listener]kernelListener, len(s.Listeners)),
 		}
 		l.byName[s.Name] = e
 	}
@@ -199,49 +233,50 @@ func (l *ledger) install(s *service.Service, t *[2][]service.Slot, now time.Time
 		e.info = info
 		w.services.add(e.id, info)
 	}
-	index := l.placeBackends(e, s, now, w)
-	l.placeTables(e, t, index, w)
+	gone := l.placeBackends(e, s, now, w)
+	l.placeTables(e, t, w)
 	l.showListeners(e, s, w)
-	l.retireBackends(e, s, w)
+	l.retireBackends(gone, w)
 	e.complete = true
 }
 
-// placeBackends writes the backends that are new or changed and returns the
-// index of each.
-func (l *ledger) placeBackends(e *entry, s *service.Service, now time.Time, w *writes) []uint32 {
-	index := make([]uint32, len(s.Backends))
+// placeBackends writes the backends that are new or changed, so that the entry
+// has those of the service in their order. It returns those that it had besides.
+func (l *ledger) placeBackends(e *entry, s *service.Service, now time.Time, w *writes) (gone map[netip.AddrPort]place) {
+	gone = e.byAddress()
+	places := make([]place, len(s.Backends))
 	for i, state := range s.States() {
 		b := s.Backends[i]
-		p, known := e.places[b.Address]
+		p, known := gone[b.Address]
+		delete(gone, b.Address)
 		if !known {
 			p.index = l.backends.take()
 		}
 		hot := hotBackend(b, state, e.id, l.generation[p.index])
-		detail := p.detail
-		detail.Group, detail.Drained, detail.Down = b.Group, flag(b.Drained), flag(b.Down)
-		setText(detail.Zone[:], b.Zone)
+		in := info{b.Group, b.Drained, b.Down, p.info.since, b.Zone}
 		if !known || hot.State != p.hot.State {
-			detail.Since = uint64(now.Unix())
+			in.since = uint64(now.Unix())
 		}
 		if !known || !e.complete || hot != p.hot {
 			w.backends.add(p.index, hot)
 		}
-		if !known || !e.complete || detail != p.detail {
-			w.details.add(p.index, detail)
+		if !known || !e.complete || in != p.info {
+			w.details.add(p.index, in.detail())
 		}
-		p.hot, p.detail = hot, detail
-		e.places[b.Address] = p
-		index[i] = p.index
+		places[i] = place{hot, p.index, in}
 	}
-	return index
+	e.places = places
+	return gone
 }
 
 // placeTables writes the selection tables that changed into new ranges.
-func (l *ledger) placeTables(e *entry, t *[2][]service.Slot, index []uint32, w *writes) {
+func (l *ledger) placeTables(e *entry, t *[2][]service.Slot, w *writes) {
 	for f := range t {
 		slots := make([]kernelSlot, len(t[f]))
 		for i, s := range t[f] {
-			slots[i] = kernelSlot{First: index[s.First], Second: index[s.Second], Threshold: s.Threshold}
+			slots[i] = kernelSlot{
+				First: e.places[s.First].index, Second: e.places[s.Second].index, Threshold: s.Threshold,
+			}
 		}
 		sum := sumSlots(slots)
 		old := e.tables[f]
@@ -341,31 +376,17 @@ func filterBit(x service.Listener) uint32 {
 	return (address4*0x9e3779b1 ^ portProtocol(x)*0x85ebca77) >> (32 - filterBits)
 }
 
-// retireBackends takes back the places of backends that the service no longer
-// has; with s nil, of all.
-func (l *ledger) retireBackends(e *entry, s *service.Service, w *writes) {
-	wanted := make(map[netip.AddrPort]bool)
-	if s != nil {
-		if len(e.places) == len(s.Backends) {
-			return
-		}
-		for _, b := range s.Backends {
-			wanted[b.Address] = true
-		}
-	}
-	for _, addr := range slices.SortedFunc(maps.Keys(e.places), netip.AddrPort.Compare) {
-		if wanted[addr] {
-			continue
-		}
-		p := e.places[addr]
-		delete(e.places, addr)
+// retireBackends takes back the places of backends that are gone.
+func (l *ledger) retireBackends(gone map[netip.AddrPort]place, w *writes) {
+	for _, addr := range slices.SortedFunc(maps.Keys(gone), netip.AddrPort.Compare) {
+		p := gone[addr]
 		l.generation[p.index]++
 		// The address stays until the place has a new occupant: a
 		// program that is looking at it now must not see half of it.
-		gone := p.hot
-		gone.State, gone.Service, gone.Weight = 0, 0, 0
-		gone.Generation = l.generation[p.index]
-		w.retiredBackends.add(p.index, gone)
+		hot := p.hot
+		hot.State, hot.Service, hot.Weight = 0, 0, 0
+		hot.Generation = l.generation[p.index]
+		w.retiredBackends.add(p.index, hot)
 		w.retiredDetails.add(p.index, kernelBackendDetail{})
 		l.retired.backends = append(l.retired.backends, p.index)
 	}
@@ -380,7 +401,7 @@ func (l *ledger) remove(name string, w *writes) {
 	for _, x := range slices.SortedFunc(maps.Keys(e.shown), service.Listener.Compare) {
 		l.hideListener(e, x, w)
 	}
-	l.retireBackends(e, nil, w)
+	l.retireBackends(e.byAddress(), w)
 	for f := range e.tables {
 		if e.tables[f].extent.length > 0 {
 			l.retired.slots = append(l.retired.slots, e.tables[f].extent)

@@ -185,7 +185,7 @@ func (in *inspection) readBackends(s *mapSet) error {
 			owner.broken = true
 			continue
 		}
-		owner.places[addr] = place{index: uint32(i), hot: b, detail: details.values[i]}
+		owner.places[addr] = place{index: uint32(i), hot: b, info: newInfo(&details.values[i])}
 	}
 	return nil
 }
@@ -228,8 +228,8 @@ func (i *installed) desired() *service.Service {
 	slices.SortFunc(s.Listeners, service.Listener.Compare)
 	for addr, p := range i.places {
 		s.Backends = append(s.Backends, service.Backend{
-			Address: addr, Weight: p.hot.Weight, Group: p.detail.Group, Zone: text(p.detail.Zone[:]),
-			Drained: p.detail.Drained != 0, Down: p.detail.Down != 0,
+			Address: addr, Weight: p.hot.Weight, Group: p.info.group, Zone: p.info.zone,
+			Drained: p.info.drained, Down: p.info.down,
 		})
 	}
 	slices.SortFunc(s.Backends, func(a, b service.Backend) int { return a.Address.Compare(b.Address) })
@@ -239,7 +239,7 @@ func (i *installed) desired() *service.Service {
 func (i *installed) since() map[netip.AddrPort]time.Time {
 	since := make(map[netip.AddrPort]time.Time, len(i.places))
 	for addr, p := range i.places {
-		since[addr] = time.Unix(int64(p.detail.Since), 0)
+		since[addr] = time.Unix(int64(p.info.since), 0)
 	}
 	return since
 }
@@ -260,9 +260,10 @@ func adopt(s *mapSet) (*ledger, *writes, error) {
 	taken := make(map[uint32]bool)
 	var ranges []extent
 	for _, i := range in.services {
-		e := &entry{id: i.id, name: i.name, info: i.info, places: i.places, shown: i.listeners, complete: !i.broken}
+		e := &entry{id: i.id, name: i.name, info: i.info, shown: i.listeners, complete: !i.broken}
 		l.byName[i.name] = e
 		for _, p := range i.places {
+			e.places = append(e.places, p)
 			taken[p.index] = true
 		}
 		for x, value := range i.listeners {

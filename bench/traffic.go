@@ -1,0 +1,270 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/lab"
+)
+
+//go:embed haproxy.cfg
+var haproxyConfig string
+
+//go:embed nginx-stream.conf
+var streamConfig string
+
+//go:embed nginx-web.conf
+var webConfig string
+
+// site is a lab host with a running agent.
+type site struct {
+	*lab.Host
+	b     *board
+	agent *lab.Process
+	api   *api.Client
+}
+
+// newSite makes a host whose whole network 10.0.0.0/8 is local to it, so that
+// one server can be any number of backends.
+func newSite(b *board) (*site, error) {
+	h, err := lab.NewHost()
+	if err != nil {
+		return nil, err
+	}
+	s := &site{Host: h, b: b, api: api.NewClient(filepath.Join(h.Dir, "run"))}
+	err = errors.Join(
+		h.AddAddress("10.0.0.1/8", "10.0.0.2/8", "10.0.0.3/8"),
+		// Ports for many short connections; settings of this namespace alone.
+		s.sysctl("net/ipv4/ip_local_port_range", "1024 65535"),
+		s.sysctl("net/ipv4/tcp_tw_reuse", "1"),
+		s.sysctl("net/core/somaxconn", "4096"),
+	)
+	if err != nil {
+		h.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *site) sysctl(name, value string) error {
+	return s.Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
+}
+
+// launch starts an agent with the configuration in force.
+func (s *site) launch() error {
+	program, err := filepath.Abs(s.b.program)
+	if err != nil {
+		return err
+	}
+	s.agent, err = s.Start(exec.Command(program, "run", "-c", "pentad.yaml", "--pins", s.Pins, "--run-dir", s.Dir+"/run"), lab.Outside)
+	return err
+}
+
+// ready waits until the agent says that all is in the kernel.
+func (s *site) ready(ctx context.Context) error {
+	return lab.Eventually(60*time.Second, func() error {
+		st, err := s.api.Status(ctx)
+		if err == nil && len(st.Problems) > 0 {
+			err = errors.New(st.Problems[0])
+		}
+		select {
+		case <-s.agent.Done():
+			return fmt.Errorf("the agent ended: %s", s.agent.Log)
+		default:
+			return err
+		}
+	})
+}
+
+func (s *site) configure(text string) error {
+	_, err := s.WriteFile("pentad.yaml", text+"scope: {cgroup: "+s.Scope()+"}\n")
+	return err
+}
+
+func (s *site) run(ctx context.Context, text string) error {
+	if err := s.configure(text); err != nil {
+		return err
+	}
+	if err := s.launch(); err != nil {
+		return err
+	}
+	return s.ready(ctx)
+}
+
+// listening waits until an address accepts.
+func (s *site) listening(address string) error {
+	return lab.Eventually(10*time.Second, func() error {
+		return s.Do(func() error {
+			c, err := net.DialTimeout("tcp", address, time.Second)
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+	})
+}
+
+// server starts a program whose configuration file lies in the host's directory.
+func (s *site) server(file, config, address, name string, args ...string) error {
+	if _, err := s.WriteFile(file, config); err != nil {
+		return err
+	}
+	p, err := s.Start(exec.Command(name, args...), lab.Outside)
+	if err != nil {
+		return err
+	}
+	if err := s.listening(address); err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, p.Log)
+	}
+	return nil
+}
+
+const oneService = "services: [{name: web, listen: ['192.0.2.10:80'], health: {probe: none}, backends: ['10.0.0.1:8080']}]\n"
+
+// connectTimes compares a connection through a VIP with a direct one.
+func connectTimes(ctx context.Context, b *board) error {
+	s, err := newSite(b)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	if _, err := s.Start(exec.Command(b.self, "accept", "10.0.0.1:8080"), lab.Outside); err != nil {
+		return err
+	}
+	if err := s.listening("10.0.0.1:8080"); err != nil {
+		return err
+	}
+	if err := s.run(ctx, oneService); err != nil {
+		return err
+	}
+	var ratios, vip, direct []float64
+	// An odd number of pairs; the order within a pair alternates.
+	for i := range 21 {
+		pair := []string{"192.0.2.10:80", "10.0.0.1:8080"}
+		ns := make(map[string]float64)
+		for k := range pair {
+			to := pair[(i+k)%2]
+			out, err := s.Run(ctx, lab.Inside, b.self, "dial-one", to, "5000")
+			if err != nil {
+				return fmt.Errorf("dial-one: %w: %s", err, out)
+			}
+			if ns[to], err = strconv.ParseFloat(strings.TrimSpace(out), 64); err != nil {
+				return err
+			}
+		}
+		vip, direct = append(vip, ns[pair[0]]), append(direct, ns[pair[1]])
+		ratios = append(ratios, ns[pair[0]]/ns[pair[1]])
+	}
+	b.add(row{
+		What: "TCP connect+close, VIP / direct", Value: median(ratios), Limit: 1.05, Below: true,
+		Detail: fmt.Sprintf("%.1f µs against %.1f µs", median(vip)/1000, median(direct)/1000),
+	})
+	return nil
+}
+
+// load is one way to use wrk.
+type load struct {
+	name, unit string
+	args       []string
+	path       string
+	result     *regexp.Regexp
+}
+
+var (
+	perSecond = regexp.MustCompile(`Requests/sec:\s+([\d.]+)`)
+	transfer  = regexp.MustCompile(`Transfer/sec:\s+([\d.]+)(KB|MB|GB)`)
+	loads     = []load{
+		{"requests/s, keep-alive", "requests/s", nil, "/", perSecond},
+		{"requests/s, connection per request", "requests/s", []string{"-H", "Connection: close"}, "/", perSecond},
+		{"throughput, keep-alive, 1 MiB each", "MB/s", nil, "/big", transfer},
+	}
+)
+
+// wrk compares the VIP with a direct connection, HAProxy and nginx.
+func wrk(ctx context.Context, b *board) error {
+	s, err := newSite(b)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	if _, err := s.WriteFile("big", strings.Repeat("x", 1<<20)); err != nil {
+		return err
+	}
+	err = errors.Join(
+		s.server("nginx-web.conf", webConfig, "10.0.0.1:8080", "nginx", "-p", s.Dir, "-c", "nginx-web.conf", "-e", "stderr"),
+		s.server("haproxy.cfg", haproxyConfig, "10.0.0.2:8080", "haproxy", "-f", "haproxy.cfg"),
+		s.server("nginx-stream.conf", streamConfig, "10.0.0.3:8080", "nginx", "-p", s.Dir, "-c", "nginx-stream.conf", "-e", "stderr"),
+		s.run(ctx, oneService),
+	)
+	if err != nil {
+		return err
+	}
+	for _, l := range loads {
+		if err := s.compare(ctx, l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// compare measures all ways to the server in turn, and adds a row for each pair.
+func (s *site) compare(ctx context.Context, l load) error {
+	ways := []string{"192.0.2.10:80", "10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8080"}
+	got := make([][]float64, len(ways))
+	for i := range rounds {
+		for k := range ways {
+			w := (i + k) % len(ways)
+			v, err := s.wrkOnce(ctx, l, ways[w])
+			if err != nil {
+				return err
+			}
+			got[w] = append(got[w], v)
+		}
+	}
+	vip := got[0]
+	for i, peer := range []struct {
+		name  string
+		limit float64
+	}{{"direct", 0.98}, {"HAProxy", 1}, {"nginx stream", 1}} {
+		ratios := make([]float64, rounds)
+		for r := range rounds {
+			ratios[r] = vip[r] / got[i+1][r]
+		}
+		s.b.add(row{
+			What: l.name + ", VIP / " + peer.name, Value: median(ratios), Limit: peer.limit,
+			Detail: fmt.Sprintf("%.0f against %.0f %s", median(vip), median(got[i+1]), l.unit),
+		})
+	}
+	return nil
+}
+
+func (s *site) wrkOnce(ctx context.Context, l load, way string) (float64, error) {
+	args := append([]string{"-t1", "-c32", "-d2s"}, l.args...)
+	out, err := s.Run(ctx, lab.Inside, "wrk", append(args, "http://"+way+l.path)...)
+	if err != nil {
+		return 0, fmt.Errorf("wrk: %w: %s", err, out)
+	}
+	m := l.result.FindStringSubmatch(out)
+	if m == nil || strings.Contains(out, "Socket errors") || strings.Contains(out, "Non-2xx") {
+		return 0, fmt.Errorf("wrk to %s: %s", way, out)
+	}
+	v, err := strconv.ParseFloat(m[1], 64)
+	if err != nil {
+		return 0, err
+	}
+	if len(m) > 2 {
+		v *= map[string]float64{"KB": 1.0 / 1024, "MB": 1, "GB": 1024}[m[2]]
+	}
+	return v, nil
+}
