@@ -64,6 +64,7 @@ var parts = []struct {
 	{"wrk", wrk},
 	{"runtime", runTimes},
 	{"size", sizes},
+	{"change", smallChange},
 	{"capacity", capacity},
 	{"probes", probes},
 	{"kills", kills},

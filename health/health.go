@@ -46,6 +46,10 @@ const maxInFlight = 4096
 // firstWithin is how far the first probes of new targets are spread.
 const firstWithin = 500 * time.Millisecond
 
+// tick is how long due probes are gathered: waking up for each of thousands
+// costs more than probing.
+const tick = 10 * time.Millisecond
+
 // Monitor probes targets and reports changes.
 type Monitor struct {
 	log    *slog.Logger
@@ -72,6 +76,7 @@ type target struct {
 	machine machine
 	probe   probe.Func
 	at      time.Time // of the next probe
+	spread  bool      // the second probe has its time
 	gone    bool
 }
 
@@ -197,8 +202,23 @@ func (t *target) run(ctx context.Context) error {
 	return t.probe(ctx, t.Address)
 }
 
-// ready takes the targets whose time has come and sets their next time, with
-// jitter so that targets that started together drift apart.
+// next returns when to probe again: an interval after this time was due, give or
+// take a twentieth. The second probe comes anywhere in the first interval, so that
+// targets that started together part. A target that is a whole interval late does
+// not catch up.
+func (t *target) next(now time.Time) time.Time {
+	wait := t.Health.Interval - t.Health.Interval/20 + rand.N(t.Health.Interval/10)
+	if !t.spread {
+		t.spread = true
+		wait = rand.N(t.Health.Interval)
+	}
+	if next := t.at.Add(wait); next.After(now) {
+		return next
+	}
+	return now.Add(wait)
+}
+
+// ready takes the targets whose time has come.
 func (m *Monitor) ready(now time.Time) []*target {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -211,7 +231,7 @@ func (m *Monitor) ready(now time.Time) []*target {
 		}
 		m.late.Store(int64(now.Sub(t.at)))
 		ready = append(ready, t)
-		t.at = now.Add(t.Health.Interval - t.Health.Interval/20 + rand.N(t.Health.Interval/10))
+		t.at = t.next(now)
 		heap.Fix(&m.due, 0)
 	}
 	return ready
@@ -223,7 +243,7 @@ func (m *Monitor) untilNext(now time.Time) time.Duration {
 	if len(m.due) == 0 {
 		return time.Hour
 	}
-	return max(0, m.due[0].at.Sub(now))
+	return max(tick, m.due[0].at.Sub(now))
 }
 
 // collect feeds results to the machines and reports changes, those that are

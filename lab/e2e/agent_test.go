@@ -635,6 +635,7 @@ func TestBadHost(t *testing.T) {
 	}
 	run := w.args(program, "run", "-c", "pentad.yaml")
 	says("missing CAP_BPF", append([]string{"setpriv", "--bounding-set", "-all", "--inh-caps", "-all"}, run...)...)
+	says("missing CAP_PERFMON (to pass", append([]string{"setpriv", "--bounding-set", "-all,+bpf,+net_admin", "--inh-caps", "-all"}, run...)...)
 	says("CAP_NET_ADMIN (to attach", append([]string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"}, run...)...)
 	if _, err := w.WriteFile("pentad.yaml", "services: []\nscope: {cgroup: /there/is/none}\n"); err != nil {
 		t.Fatal(err)
@@ -645,4 +646,107 @@ func TestBadHost(t *testing.T) {
 	says("pentad.yaml:2:1: unknown key \"scop\" in the file; did you mean \"scope\"?", run...)
 	says("pentad.yaml:1:11: want a list of services", run...)
 	says("cannot be read", w.args(program, "run", "-c", "none.yaml")...)
+}
+
+// The capabilities of the systemd unit are enough.
+func TestLeastPrivilege(t *testing.T) {
+	t.Parallel()
+	lab.Need(t, "setpriv")
+	w := newWorld(t, "10.0.0.1", "10.0.0.2")
+	w.serve("one", "10.0.0.1:7000")
+	w.configure(webTwo)
+	p, err := w.Start(command("setpriv", append([]string{"--bounding-set", "-all,+bpf,+net_admin,+perfmon", "--inh-caps", "-all", "--no-new-privs", program},
+		w.args("run", "-c", "pentad.yaml")...)...), lab.Outside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.agent = p
+	w.ready()
+	w.awaitStates("web", service.Serving, service.Down)
+	if have := w.answers("192.0.2.10:80", 5); have["one"] != 5 {
+		t.Errorf("answers are %v", have)
+	}
+}
+
+// Where no bpf filesystem is mounted, one is.
+func TestMountsBPFFS(t *testing.T) {
+	t.Parallel()
+	lab.Need(t, "unshare")
+	w := newWorld(t, "10.0.0.1", "10.0.0.2")
+	w.configure(webTwo)
+	// A mount namespace of its own, whose /sys has no bpf filesystem.
+	script := "while umount /sys/fs/bpf 2>/dev/null; do :; done; exec " + program + " " + strings.Join(w.args("run", "-c", "pentad.yaml"), " ")
+	p, err := w.Start(command("unshare", "-m", "sh", "-c", script), lab.Outside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.agent = p
+	w.eventually("the agent has installed all", func() error {
+		if n := attached(t, w); n != 9 {
+			return fmt.Errorf("%d programs are attached: %s", n, p.Log)
+		}
+		return nil
+	})
+	w.agent.Kill()
+	// The pins were on that mount, which went with its namespace.
+	w.eventually("the mount is gone with all of it", func() error {
+		if n := attached(t, w); n != 0 {
+			return fmt.Errorf("%d programs are attached", n)
+		}
+		return nil
+	})
+}
+
+// The demo shows what it says, and leaves nothing behind, also on Ctrl-C.
+func TestDemo(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t)
+	for _, interrupt := range []bool{false, true} {
+		// The demo's host is named after a directory here.
+		dir := filepath.Join(w.Dir, fmt.Sprint("demo-", interrupt))
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		cmd := command(program, "demo")
+		cmd.Env = append(os.Environ(), "TMPDIR="+dir)
+		p, err := w.Start(cmd, lab.Outside)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.eventually("the demo's clients run", func() error {
+			if !strings.Contains(p.Log.String(), "requests, 0 failed") {
+				return fmt.Errorf("it printed:\n%s", p.Log)
+			}
+			return nil
+		})
+		hosts, err := os.ReadDir(dir)
+		if err != nil || len(hosts) != 1 {
+			t.Fatalf("the demo's hosts: %v, %v", hosts, err)
+		}
+		if interrupt {
+			if err := p.Process.Signal(os.Interrupt); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := p.Wait(); err != nil {
+			t.Errorf("demo: %v:\n%s", err, p.Log)
+		}
+		if !interrupt {
+			for _, want := range []string{"its probe failed twice", "it has its share again", "clients noticed nothing", ", 0 at any other time"} {
+				if !strings.Contains(p.Log.String(), want) {
+					t.Errorf("the demo does not say %q:\n%s", want, p.Log)
+				}
+			}
+		}
+		root, err := socket.CgroupRoot()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{filepath.Join(dir, hosts[0].Name()), filepath.Join("/sys/fs/bpf", hosts[0].Name()), filepath.Join(root, hosts[0].Name())} {
+			if _, err := os.Stat(path); !os.IsNotExist(err) {
+				t.Errorf("interrupted %v: %s is left: %v", interrupt, path, err)
+			}
+		}
+	}
 }

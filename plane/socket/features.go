@@ -58,6 +58,7 @@ var capabilities = []struct {
 }{
 	{"CAP_BPF", unix.CAP_BPF, "load programs"},
 	{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attach them to a cgroup"},
+	{"CAP_PERFMON", unix.CAP_PERFMON, "pass the verifier with computed offsets into map values"},
 }
 
 // CheckHost returns what keeps the plane from working on this host: missing
@@ -67,8 +68,12 @@ func CheckHost() error {
 		return fmt.Errorf("missing %s; run as root or give the process these capabilities",
 			strings.Join(missing, " and "))
 	}
+	return checkFeatures(Features)
+}
+
+func checkFeatures(needed []Feature) error {
 	var errs []error
-	for _, f := range Features {
+	for _, f := range needed {
 		if err := f.Check(); errors.Is(err, ebpf.ErrNotSupported) {
 			errs = append(errs, fmt.Errorf("this kernel lacks %s (%s): Linux %s or newer has it", f.Name, f.Needed, f.Since))
 		}
@@ -79,8 +84,8 @@ func CheckHost() error {
 func missingCapabilities() []string {
 	effective, err := effectiveCapabilities()
 	if err != nil || effective&(1<<unix.CAP_SYS_ADMIN) != 0 {
-		// CAP_SYS_ADMIN contains CAP_BPF for compatibility (capabilities(7)).
-		effective |= 1 << unix.CAP_BPF
+		// CAP_SYS_ADMIN contains these two for compatibility (capabilities(7)).
+		effective |= 1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON
 	}
 	var missing []string
 	for _, c := range capabilities {

@@ -39,9 +39,9 @@ type Hook struct {
 
 // Counters count since the maps were made. They only grow.
 type Counters struct {
-	Translated uint64 // connections and first datagrams that got a backend
-	Refused    uint64 // refused because no backend was usable
-	Untracked  uint64 // translated, but getpeername shows the backend
+	Translated uint64 `json:"translated"` // connections and first datagrams that got a backend
+	Refused    uint64 `json:"refused"`    // refused because no backend was usable
+	Untracked  uint64 `json:"untracked"`  // translated, but getpeername shows the backend
 }
 
 // Read returns what is installed under the pin directory. The error is
