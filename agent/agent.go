@@ -42,7 +42,8 @@ type Options struct {
 // How often the agent looks whether the kernel still has what it should, and
 // how long it waits before it repeats what failed.
 const (
-	verifyEvery = 30 * time.Second
+	hooksEvery  = time.Second      // are the programs attached? This is cheap.
+	verifyEvery = 10 * time.Minute // are the maps right? This reads them all.
 	retryFirst  = 100 * time.Millisecond
 	retryMost   = 10 * time.Second
 )
@@ -50,6 +51,7 @@ const (
 // plane is what the agent needs of a plane.
 type plane interface {
 	Apply(context.Context, *service.Snapshot) error
+	CheckHooks() bool
 	Verify()
 }
 
@@ -206,6 +208,8 @@ func isPartial(err error) bool {
 func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	verify := time.NewTicker(verifyEvery)
 	defer verify.Stop()
+	hooks := time.NewTicker(hooksEvery)
+	defer hooks.Stop()
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
 	wait := retryFirst
@@ -224,9 +228,18 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			err = a.apply(ctx)
 		case d := <-a.drains:
 			err = a.drain(ctx, d)
+		case <-hooks.C:
+			// What failed is tried again anyway.
+			failing := a.failed != nil && !isPartial(a.failed)
+			if failing || a.plane.CheckHooks() {
+				continue
+			}
+			a.log.Warn("somebody has removed hooks or pins; they are put back")
+			err = a.apply(ctx)
 		case <-verify.C:
 			a.plane.Verify()
 			err = a.apply(ctx)
+			giveBack()
 		case <-retry.C:
 			err = a.apply(ctx)
 		}

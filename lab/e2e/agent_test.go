@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
@@ -443,13 +444,54 @@ func attached(t *testing.T, w *world) int {
 	return n
 }
 
-// The hooks and the maps are put back when somebody else removes them.
+// The hooks and the maps are put back when somebody else removes them: by the
+// running agent, or by the next.
 func TestRepair(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
 	w.serve("one", "10.0.0.1:7000")
 	w.run("services: [{name: web, listen: ['192.0.2.10:80'], health: {probe: none}, backends: ['10.0.0.1:7000']}]")
+	works := func(after string) {
+		t.Helper()
+		if have := w.answers("192.0.2.10:80", 5); have["one"] != 5 {
+			t.Errorf("after %s: answers are %v", after, have)
+		}
+	}
+	pin := filepath.Join(w.Pins, "socket", "links", "connect4")
+	repaired := func(after string) {
+		t.Helper()
+		w.eventually("the agent repairs "+after, func() error {
+			if n := attached(t, w); n != 9 {
+				return fmt.Errorf("%d programs are attached", n)
+			}
+			_, err := w.pentad("service", "list")
+			return err
+		})
+		w.ready()
+		works(after)
+	}
+	// With the agent alive: a hook is detached, a pin removed, all pins removed.
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.(interface{ Detach() error }).Detach(); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	repaired("a detached hook")
+	if err := os.Remove(pin); err != nil {
+		t.Fatal(err)
+	}
+	repaired("a removed pin")
+	if err := os.RemoveAll(filepath.Join(w.Pins, "socket")); err != nil {
+		t.Fatal(err)
+	}
+	repaired("removed pins")
+
+	// With the agent dead: a listener and a hook are gone.
+	w.agent.Kill()
 	listeners, err := ebpf.LoadPinnedMap(filepath.Join(w.Pins, "socket", "set-1", "listeners4"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -462,18 +504,14 @@ func TestRepair(t *testing.T) {
 	if err := listeners.Delete(&key); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Remove(filepath.Join(w.Pins, "socket", "links", "connect4")); err != nil {
+	if err := os.Remove(pin); err != nil {
 		t.Fatal(err)
 	}
-	w.agent.Kill()
-	if out, err := w.pentad("status"); err == nil || !strings.Contains(out, "connect4") {
+	if out, err := w.pentad("status"); err == nil || !strings.Contains(out, "hooks are not attached: connect4") {
 		t.Errorf("status does not show the missing hook: %s", out)
 	}
 	w.agent = w.launch()
-	w.ready()
-	if have := w.answers("192.0.2.10:80", 5); have["one"] != 5 {
-		t.Errorf("answers are %v", have)
-	}
+	repaired("what happened while it was dead")
 }
 
 // More services than the maps were made for: the maps grow, and what sockets did

@@ -173,18 +173,34 @@ func pinAnew(m *ebpf.Map, path string) error {
 	return c.Pin(path)
 }
 
-// commit declares the set complete.
+// commit declares the set complete, and pins what somebody has unpinned.
 func (s *mapSet) commit(version string) error {
 	info := kernelAboutInfo{Layout: layoutVersion}
 	setText(info.Version[:], version)
 	if err := s.maps[kernelMapAbout].Put(uint32(0), &info); err != nil {
 		return err
 	}
-	path := filepath.Join(s.dir, kernelMapAbout)
-	if _, err := os.Stat(path); err == nil {
-		return nil
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return err
 	}
-	return pinAnew(s.maps[kernelMapAbout], path)
+	for _, name := range mapNames {
+		path := filepath.Join(s.dir, name)
+		if _, err := os.Stat(path); err == nil {
+			continue
+		}
+		if err := pinAnew(s.maps[name], path); err != nil {
+			return fmt.Errorf("map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// pinned reports whether every map of the set is pinned.
+func (s *mapSet) pinned() bool {
+	return !slices.ContainsFunc(mapNames, func(name string) bool {
+		_, err := os.Stat(filepath.Join(s.dir, name))
+		return err != nil
+	})
 }
 
 // removeSet unpins a set, about first, so that it counts no more.

@@ -162,6 +162,25 @@ func (p *Plane) Verify() {
 	p.forgetKernel()
 }
 
+// CheckHooks reports whether everything that Apply attached and pinned still is.
+// If not, the next Apply puts it back. It is cheap.
+func (p *Plane) CheckHooks() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cgroup == "" || p.set == nil {
+		return false
+	}
+	id, err := cgroupID(p.cgroup)
+	lost := err != nil || !p.set.pinned()
+	for _, h := range readHooks(p.dir) {
+		lost = lost || h.CgroupID != id
+	}
+	if lost {
+		p.cgroup = ""
+	}
+	return !lost
+}
+
 func (p *Plane) forgetKernel() {
 	p.ledger, p.applied, p.cgroup = nil, nil, ""
 }
