@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"runtime/debug"
 	"slices"
@@ -71,7 +72,9 @@ type Agent struct {
 	// Owned by the loop.
 	config    *config.Config
 	state     map[health.Key]state
-	monitored *service.Snapshot // what the monitor was told of last
+	vips      map[netip.AddrPort]bool // of TCP: probes must not be translated there
+	monitored *service.Snapshot       // what the monitor was told of last
+	remark    map[netip.AddrPort]bool // addresses that became a VIP, or are one no more, since then
 
 	mu       sync.Mutex // guards what follows, which the API reads
 	snapshot *service.Snapshot
@@ -129,7 +132,8 @@ func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Conf
 	if err != nil {
 		return err
 	}
-	a.config, a.loaded = first, time.Now()
+	a.loaded = time.Now()
+	a.use(first)
 	if err := a.apply(ctx); err != nil && !isPartial(err) {
 		return err
 	}
@@ -277,7 +281,7 @@ func (a *Agent) take(ctx context.Context, u file.Update) error {
 		a.log.Warn("api.listen changes when the agent restarts", "source", "file")
 	}
 	u.Config.Services = keep(a.config.Services, u.Config.Services)
-	a.config = u.Config
+	a.use(u.Config)
 	a.mu.Lock()
 	a.loaded = time.Now()
 	a.mu.Unlock()
@@ -285,6 +289,33 @@ func (a *Agent) take(ctx context.Context, u file.Update) error {
 	a.prune()
 	giveBack()
 	return err
+}
+
+// use makes a configuration the one to apply.
+func (a *Agent) use(c *config.Config) {
+	a.config = c
+	vips := make(map[netip.AddrPort]bool, len(c.Services))
+	for _, s := range c.Services {
+		for _, l := range s.Listeners {
+			if l.Protocol == service.TCP {
+				vips[l.Address] = true
+			}
+		}
+	}
+	if a.remark == nil {
+		a.remark = make(map[netip.AddrPort]bool)
+	}
+	for v := range vips {
+		if !a.vips[v] {
+			a.remark[v] = true
+		}
+	}
+	for v := range a.vips {
+		if !vips[v] {
+			a.remark[v] = true
+		}
+	}
+	a.vips = vips
 }
 
 // keep returns the services of next, those that have not changed as the pointers
@@ -417,16 +448,7 @@ func (a *Agent) withState(s *service.Service) *service.Service {
 // backends whose state an earlier agent left.
 func (a *Agent) targets(last, next *service.Snapshot, known map[health.Key]bool) (add []health.Target, remove []health.Key) {
 	changed, removed := service.Diff(last, next)
-	listeners := make(map[string]bool)
-	if len(changed) > 0 {
-		for _, s := range next.Services {
-			for _, l := range s.Listeners {
-				if l.Protocol == service.TCP {
-					listeners[l.Address.String()] = true
-				}
-			}
-		}
-	}
+	changed = append(changed, a.remarked(next)...)
 	for _, s := range changed {
 		if s.Health.Probe == service.ProbeNone {
 			removed = append(removed, s)
@@ -435,8 +457,7 @@ func (a *Agent) targets(last, next *service.Snapshot, known map[health.Key]bool)
 		for _, b := range s.Backends {
 			k := health.Key{Service: s.Name, Address: b.Address}
 			t := health.Target{Key: k, Health: s.Health, Down: b.Down, Known: known[k]}
-			if listeners[b.Address.String()] {
-				// A VIP of another service: the probe must not be translated.
+			if a.vips[b.Address] {
 				t.Mark = socket.ProbeMark
 			}
 			add = append(add, t)
@@ -449,6 +470,19 @@ func (a *Agent) targets(last, next *service.Snapshot, known map[health.Key]bool)
 		remove = append(remove, missing(s, &service.Service{})...)
 	}
 	return add, remove
+}
+
+// remarked returns the services that have a backend whose address became a VIP,
+// or is one no more.
+func (a *Agent) remarked(snap *service.Snapshot) []*service.Service {
+	var touched []*service.Service
+	for _, s := range snap.Services {
+		if len(a.remark) > 0 && slices.ContainsFunc(s.Backends, func(b service.Backend) bool { return a.remark[b.Address] }) {
+			touched = append(touched, s)
+		}
+	}
+	a.remark = nil
+	return touched
 }
 
 // missing returns the backends of old that the other does not have.

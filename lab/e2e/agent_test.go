@@ -219,21 +219,23 @@ location /host { if ($host != "shop.example") { return 400; } return 204; } } }`
 }
 
 // A probe goes to the backend that it names, also when that address is the VIP
-// of another service and the agent lies in the scope.
+// of another service, or becomes it, and the agent lies in the scope.
 func TestProbeIsNotTranslated(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
 	w.serve("two", "10.0.0.2:7000")
-	w.configure(`services:
+	outer := `services:
 - name: outer
   listen: [192.0.2.10:80]
   backends: [10.0.0.1:7000]
-  health: {interval: 100ms, timeout: 50ms}
+  health: {interval: 100ms, timeout: 50ms}`
+	inner := `
 - name: inner
   listen: [10.0.0.1:7000]
   backends: [10.0.0.2:7000]
-  health: {interval: 100ms, timeout: 50ms}`)
+  health: {interval: 100ms, timeout: 50ms}`
+	w.configure(outer + inner)
 	p, err := w.Start(command(program, w.args("run", "-c", "pentad.yaml")...), lab.Inside)
 	if err != nil {
 		t.Fatal(err)
@@ -243,6 +245,35 @@ func TestProbeIsNotTranslated(t *testing.T) {
 	// Nobody listens on 10.0.0.1:7000 itself; through the VIP a probe would succeed.
 	w.awaitStates("outer", service.Down)
 	w.awaitStates("inner", service.Serving)
+
+	// The same when the VIP comes later: probes of a service that did not change
+	// must not find it.
+	w.configure(outer)
+	w.eventually("inner is gone", func() error {
+		if n := len(w.view().Services); n != 1 {
+			return fmt.Errorf("there are %d services", n)
+		}
+		return nil
+	})
+	w.configure(outer + inner)
+	w.awaitStates("inner", service.Serving)
+	done := func() uint64 {
+		var s struct {
+			Agent struct{ Probes struct{ Done uint64 } }
+		}
+		if err := json.Unmarshal([]byte(w.mustPentad("status", "-o", "json")), &s); err != nil {
+			t.Fatal(err)
+		}
+		return s.Agent.Probes.Done
+	}
+	before := done()
+	w.eventually("ten more probes are done", func() error {
+		if n := done() - before; n < 10 {
+			return fmt.Errorf("%d are", n)
+		}
+		return nil
+	})
+	w.awaitStates("outer", service.Down)
 }
 
 func TestAffinityAndSourceHash(t *testing.T) {
