@@ -263,6 +263,9 @@ func TestProbeIsNotTranslated(t *testing.T) {
 		return nil
 	})
 	w.awaitStates("outer", service.Down)
+	if strings.Contains(w.agent.Log.String(), `"backend is up" service=outer`) {
+		t.Error("a probe of outer was translated")
+	}
 }
 
 func TestAffinityAndSourceHash(t *testing.T) {
