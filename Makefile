@@ -41,7 +41,7 @@ check:
 # Real kernel, real clients and servers: needs root.
 test:
 	scripts/need test
-	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI" $(GO) test -timeout 15m ./...
+	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI" $(GO) test -count=1 -timeout 15m ./...
 
 bench: build
 	scripts/need bench

@@ -129,7 +129,7 @@ func TestErrors(t *testing.T) {
 		{"values", one("  balance: randm\n  affinity: {timeout: 1.5s}\n  health: {probe: tpc, interval: 1ms, timeout: x, rise: 0, fall: two}\n"),
 			"f:5:12: want random or source-hash, found \"randm\"; did you mean \"random\"?\n" +
 				"f:6:23: want whole seconds, found \"1.5s\"\n" +
-				"f:7:19: want none, tcp or http, found \"tpc\"; did you mean \"tcp\"?\n" +
+				"f:7:19: want none, tcp, tls, http, grpc, postgres, mysql, redis or exec, found \"tpc\"; did you mean \"tcp\"?\n" +
 				"f:7:34: want a duration from 100ms to 1h, such as 2s, found \"1ms\"\n" +
 				"f:7:48: want a duration from 10ms to 1h, such as 2s, found \"x\"\n" +
 				"f:7:57: want a whole number from 1 to 100, found \"0\"\n" +
@@ -140,8 +140,15 @@ func TestErrors(t *testing.T) {
 				"f:8:36: want a whole number from 0 to 65535, found \"65536\"\nf:8:49: a zone has at most 63 bytes, found 64"},
 		{"timeout beyond interval", one("  health: {interval: 1s, timeout: 2s}\n"), "f:5:35: timeout 2s is longer than interval 1s; a probe must end before the next begins"},
 		{"timeout beyond the default interval", one("  health: {timeout: 3s}\n"), "f:5:21: timeout 3s is longer than interval 2s; a probe must end before the next begins"},
-		{"keys of another probe", one("  health: {path: /x, expect: '200'}\n"), "f:5:18: \"path\" belongs to the http probe, this probe is tcp\nf:5:30: \"expect\" belongs to the http probe, this probe is tcp"},
+		{"keys of another probe", one("  health: {path: /x, expect: '200'}\n"), "f:5:18: \"path\" belongs to the probes http, grpc; this probe is tcp\nf:5:30: \"expect\" belongs to the probes http; this probe is tcp"},
 		{"http", one("  health: {probe: http, path: x, expect: 99}\n"), "f:5:31: want a path that begins with a slash, found \"x\"\nf:5:42: want status codes such as 200-399 or 200,204, found \"99\""},
+		{"role with a tcp probe", one("  health: {role: primary}\n"), "f:5:18: \"role\" belongs to the probes postgres, mysql, redis; this probe is tcp"},
+		{"postgres", one("  health: {probe: postgres, role: primry, host: db.example, passwordFile: secret}\n"),
+			"f:5:11: the postgres probe needs the key \"user\"\nf:5:35: want any, primary or replica, found \"primry\"; did you mean \"primary\"?\n" +
+				"f:5:49: \"host\" is the name in the certificate; without \"tls: true\" there is none\nf:5:75: want a path that begins with a slash, found \"secret\""},
+		{"exec", one("  health: {probe: exec, command: [check], tls: yes}\n"),
+			"f:5:34: want the full path of a program, found \"check\"\nf:5:48: want true or false, found \"yes\"\nf:5:48: \"tls\" belongs to the probes http, grpc, postgres, mysql, redis; this probe is exec"},
+		{"exec of nothing", one("  health: {probe: exec}\n"), "f:5:11: the exec probe needs the key \"command\", such as [/usr/local/bin/check]"},
 		{"scope", one("scope: {cgroup: system.slice}\napi: {listen: here}\n"),
 			"f:5:17: want the path of a cgroup below the root of its hierarchy, such as /system.slice, found \"system.slice\"\nf:6:15: want an address such as 127.0.0.1:9464, found \"here\""},
 		{"scope leaves", one("scope: {cgroup: /a/../..}\n"), "f:5:17: want the path of a cgroup below the root of its hierarchy, such as /system.slice, found \"/a/../..\""},

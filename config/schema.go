@@ -207,10 +207,11 @@ const wantBackend = "a backend ADDRESS:PORT, such as 192.0.2.11:3306"
 var healthSchema = schema[service.Health]{what: "health", fields: []field[service.Health]{
 	{
 		key: "probe", kind: "word", fallback: "tcp",
-		doc: "`tcp`: a handshake. `http`: a request. `none`: every backend is taken for healthy, the default of a " +
-			"service whose listeners are all UDP.",
+		doc: "`tcp`, `tls`: a handshake. `http`: a request. `grpc`: Check of grpc.health.v1. `postgres`, `mysql` (and MariaDB), " +
+			"`redis`: log in and ask for the role. `exec`: a program. `none`: every backend is taken for healthy, the default " +
+			"of a service whose listeners are all UDP.",
 		set: func(d *decoder, n *yaml.Node, to *service.Health) {
-			if i, ok := d.word(n, service.ProbeNone.String(), service.ProbeTCP.String(), service.ProbeHTTP.String()); ok {
+			if i, ok := d.word(n, service.Probes...); ok {
 				to.Probe = service.Probe(i)
 			}
 		},
@@ -252,20 +253,18 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 		},
 	},
 	{
-		key: "path", kind: "text", fallback: "/",
-		doc: "`http`: what is asked for.",
+		key: "path", kind: "text",
+		doc: "`http`: what is asked for, `/` by default. `grpc`: the service to ask about, the whole server by default.",
 		set: func(d *decoder, n *yaml.Node, to *service.Health) {
-			v, ok := d.text(n, "a path such as /healthz")
-			if ok && !strings.HasPrefix(v, "/") {
-				d.errorf(n, "want a path that begins with a slash, found %q", v)
-				return
+			if v, ok := d.text(n, "a path such as /healthz"); ok {
+				to.Path = v
 			}
-			to.Path = v
 		},
 	},
 	{
 		key: "host", kind: "text",
-		doc: "`http`: the Host header; the backend's address by default.",
+		doc: "`http`: the Host header; the backend's address by default. With TLS: the name that the server's certificate must " +
+			"have; any certificate will do by default.",
 		set: func(d *decoder, n *yaml.Node, to *service.Health) {
 			if v, ok := d.text(n, "a host name"); ok {
 				to.Host = v
@@ -273,8 +272,8 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 		},
 	},
 	{
-		key: "expect", kind: "status codes", fallback: defaultExpect,
-		doc: "`http`: which status codes are a success, such as `200` or `200-299,404`.",
+		key: "expect", kind: "status codes",
+		doc: "`http`: which status codes are a success, such as `200` or `200-299,404`; `200-399` by default.",
 		set: func(d *decoder, n *yaml.Node, to *service.Health) {
 			v, ok := d.text(n, "status codes such as 200-399")
 			if !ok {
@@ -287,7 +286,81 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 			to.Expect = v
 		},
 	},
+	{
+		key: "tls", kind: "true or false", fallback: "false",
+		doc: "`http`, `grpc`, `postgres`, `mysql`, `redis`: speak TLS.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if n.Kind != yaml.ScalarNode || n.Tag != "!!bool" {
+				d.errorf(n, "want true or false, found %s", found(n))
+				return
+			}
+			to.TLS = n.Value == "true"
+		},
+	},
+	{
+		key: "user", kind: "text",
+		doc: "`postgres`, `mysql`: who logs in; required. `redis`: the ACL user.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if v, ok := d.text(n, "a user such as pentad"); ok {
+				to.User = v
+			}
+		},
+	},
+	{
+		key: "passwordFile", kind: "path",
+		doc: "`postgres`, `mysql`, `redis`: a file whose first line is the password. Nobody but its owner may have any right to it. " +
+			"It is read for every probe.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			v, ok := d.text(n, "the path of a file")
+			if ok && !strings.HasPrefix(v, "/") {
+				d.errorf(n, "want a path that begins with a slash, found %q", v)
+				return
+			}
+			to.PasswordFile = v
+		},
+	},
+	{
+		key: "role", kind: "word", fallback: "any",
+		doc: "`postgres`, `mysql`, `redis`: only a backend in this role is up: `primary`, `replica` or `any`. Two services with the same " +
+			"backends and different roles are \"the primary\" and \"any replica\".",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			if i, ok := d.word(n, service.Roles...); ok {
+				to.Role = service.Role(i)
+			}
+		},
+	},
+	{
+		key: "command", kind: "list of words",
+		doc: "`exec`: the program, by its full path, and its arguments. Exit code 0 is a success. PENTAD_ADDRESS and PENTAD_PORT name the " +
+			"backend. At the time-out the program is killed with all its children.",
+		set: func(d *decoder, n *yaml.Node, to *service.Health) {
+			var argv []string
+			d.list(n, "a list of words, such as [/usr/local/bin/check, --fast]", func(e *yaml.Node) {
+				if e.Kind != yaml.ScalarNode || strings.Contains(e.Value, "\x00") {
+					d.errorf(e, "want a word, found %s", found(e))
+					return
+				}
+				argv = append(argv, e.Value)
+			})
+			if len(argv) > 0 && !strings.HasPrefix(argv[0], "/") {
+				d.errorf(n, "want the full path of a program, found %q", argv[0])
+			}
+			to.Command = service.NewCommand(argv)
+		},
+	},
 }}
+
+// probeKeys are the keys that belong to some probes only.
+var probeKeys = map[string][]service.Probe{
+	"path":         {service.ProbeHTTP, service.ProbeGRPC},
+	"host":         {service.ProbeHTTP, service.ProbeTLS, service.ProbeGRPC, service.ProbePostgres, service.ProbeMySQL, service.ProbeRedis},
+	"expect":       {service.ProbeHTTP},
+	"tls":          {service.ProbeHTTP, service.ProbeGRPC, service.ProbePostgres, service.ProbeMySQL, service.ProbeRedis},
+	"user":         {service.ProbePostgres, service.ProbeMySQL, service.ProbeRedis},
+	"passwordFile": {service.ProbePostgres, service.ProbeMySQL, service.ProbeRedis},
+	"role":         {service.ProbePostgres, service.ProbeMySQL, service.ProbeRedis},
+	"command":      {service.ProbeExec},
+}
 
 // service reads one service and checks what concerns several of its keys.
 func (d *decoder) service(n *yaml.Node) *service.Service {
@@ -380,7 +453,7 @@ func defaultHealth(s *service.Service) service.Health {
 // health reads the probe of a service and refuses keys of another probe.
 func (d *decoder) health(n *yaml.Node, s *service.Service) {
 	h := service.Health{Probe: service.ProbeTCP, Interval: defaultInterval, Timeout: defaultTimeout,
-		Rise: defaultRise, Fall: defaultFall, Path: defaultPath, Expect: defaultExpect}
+		Rise: defaultRise, Fall: defaultFall}
 	seen := healthSchema.decode(d, n, &h)
 	if seen == nil {
 		return
@@ -392,15 +465,47 @@ func (d *decoder) health(n *yaml.Node, s *service.Service) {
 		d.errorf(seen["timeout"], "timeout %s is longer than interval %s; a probe must end before the next begins",
 			short(h.Timeout), short(h.Interval))
 	}
-	if h.Probe != service.ProbeHTTP {
-		for _, key := range []string{"path", "host", "expect"} {
-			if seen[key] != nil {
-				d.errorf(seen[key], "%q belongs to the http probe, this probe is %s", key, h.Probe)
-			}
-		}
-		h.Path, h.Host, h.Expect = "", "", ""
-	}
+	d.checkProbe(n, seen, &h)
 	s.Health = h
+}
+
+// checkProbe finds keys that another probe has, keys that this one needs, and
+// contradictions; then it fills in the defaults of the probe.
+func (d *decoder) checkProbe(n *yaml.Node, seen map[string]*yaml.Node, h *service.Health) {
+	for key, probes := range probeKeys {
+		if seen[key] == nil || slices.Contains(probes, h.Probe) {
+			continue
+		}
+		words := make([]string, len(probes))
+		for i, p := range probes {
+			words[i] = p.String()
+		}
+		d.errorf(seen[key], "%q belongs to the probes %s; this probe is %s", key, strings.Join(words, ", "), h.Probe)
+	}
+	if h.Host != "" && !h.TLS && h.Probe != service.ProbeHTTP && h.Probe != service.ProbeTLS &&
+		slices.Contains(probeKeys["host"], h.Probe) {
+		d.errorf(seen["host"], "\"host\" is the name in the certificate; without \"tls: true\" there is none")
+	}
+	switch h.Probe {
+	case service.ProbeHTTP:
+		if seen["path"] == nil {
+			h.Path = defaultPath
+		}
+		if h.Expect == "" {
+			h.Expect = defaultExpect
+		}
+		if h.Path != "" && !strings.HasPrefix(h.Path, "/") {
+			d.errorf(seen["path"], "want a path that begins with a slash, found %q", h.Path)
+		}
+	case service.ProbePostgres, service.ProbeMySQL:
+		if seen["user"] == nil {
+			d.errorf(n, "the %s probe needs the key \"user\"", h.Probe)
+		}
+	case service.ProbeExec:
+		if seen["command"] == nil || len(seen["command"].Content) == 0 {
+			d.errorf(n, "the exec probe needs the key \"command\", such as [/usr/local/bin/check]")
+		}
+	}
 }
 
 // Key is one key of pentad.yaml, for documentation.

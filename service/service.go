@@ -155,24 +155,69 @@ const (
 	ProbeNone Probe = iota
 	// ProbeTCP completes a TCP handshake.
 	ProbeTCP
+	// ProbeTLS completes a TLS handshake.
+	ProbeTLS
 	// ProbeHTTP asks for a path and looks at the status.
 	ProbeHTTP
+	// ProbeGRPC calls Check of grpc.health.v1.
+	ProbeGRPC
+	// ProbePostgres logs in and asks for the role.
+	ProbePostgres
+	// ProbeMySQL logs in and asks for the role; MariaDB is the same.
+	ProbeMySQL
+	// ProbeRedis asks for the role.
+	ProbeRedis
+	// ProbeExec runs a program and looks at its exit code.
+	ProbeExec
 )
+
+// Probes are the words of the configuration, by Probe.
+var Probes = []string{"none", "tcp", "tls", "http", "grpc", "postgres", "mysql", "redis", "exec"}
 
 // String returns the word of the configuration.
 func (p Probe) String() string {
-	switch p {
-	case ProbeNone:
-		return "none"
-	case ProbeTCP:
-		return "tcp"
-	case ProbeHTTP:
-		return "http"
+	if int(p) < len(Probes) {
+		return Probes[p]
 	}
 	return fmt.Sprintf("probe %d", uint8(p))
 }
 
-// Health says how the backends of a service are probed. It is comparable.
+// Role is which member of a replicated database counts as healthy.
+type Role uint8
+
+// The roles.
+const (
+	// RoleAny is any member that answers.
+	RoleAny Role = iota
+	// RolePrimary is the member that takes writes.
+	RolePrimary
+	// RoleReplica is a member that follows the primary.
+	RoleReplica
+)
+
+// Roles are the words of the configuration, by Role.
+var Roles = []string{"any", "primary", "replica"}
+
+// String returns the word of the configuration.
+func (r Role) String() string {
+	if int(r) < len(Roles) {
+		return Roles[r]
+	}
+	return fmt.Sprintf("role %d", uint8(r))
+}
+
+// Command is a program and its arguments in a form that can be compared.
+type Command string
+
+// NewCommand makes a Command; no argument may hold a zero byte, and execve(2)
+// could not take one.
+func NewCommand(argv []string) Command { return Command(strings.Join(argv, "\x00")) }
+
+// Args returns the program and its arguments.
+func (c Command) Args() []string { return strings.Split(string(c), "\x00") }
+
+// Health says how the backends of a service are probed. It is comparable. Keys
+// that do not belong to the probe are zero.
 type Health struct {
 	Probe    Probe
 	Interval time.Duration // between two probes of one backend
@@ -180,9 +225,16 @@ type Health struct {
 	Rise     int           // successes in a row that bring a backend up
 	Fall     int           // failures in a row that take it down
 
-	Path   string // http: request target
-	Host   string // http: Host header; empty: the backend's address
+	Path   string // http: request target; grpc: service, empty for the whole server
+	Host   string // http: Host header, empty for the backend's address; TLS: the name that the certificate must have
 	Expect string // http: status codes, "200-399" or "200,204"
+	TLS    bool   // speak TLS; without Host any certificate will do
+
+	User         string // of databases
+	PasswordFile string // path; read for every probe, so that it may change
+	Role         Role   // of databases
+
+	Command Command // exec
 }
 
 // Equal reports whether two services are the same in every respect.

@@ -15,22 +15,27 @@ const maxBody = 64 << 10
 
 // newHTTP returns a probe that sends one GET request and looks at the status.
 // Redirects are answers, not instructions.
-func newHTTP(h service.Health, mark int) (Func, error) {
+func newHTTP(h service.Health, dial dialFunc) (Func, error) {
 	codes, err := service.ParseStatusCodes(h.Expect)
 	if err != nil {
 		return nil, fmt.Errorf("status codes %q: %w", h.Expect, err)
 	}
 	client := &http.Client{
 		Transport: &http.Transport{
-			DialContext:            dialer(mark).DialContext,
+			DialContext:            dial,
+			TLSClientConfig:        tlsConfig(h),
 			DisableKeepAlives:      true,
 			DisableCompression:     true,
 			MaxResponseHeaderBytes: maxBody,
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
+	scheme := "http://"
+	if h.TLS {
+		scheme = "https://"
+	}
 	return func(ctx context.Context, addr netip.AddrPort) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr.String()+h.Path, nil)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+addr.String()+h.Path, nil)
 		if err != nil {
 			return err
 		}

@@ -6,10 +6,9 @@ import (
 )
 
 // newTCP returns a probe that completes a handshake.
-func newTCP(mark int) Func {
-	d := dialer(mark)
+func newTCP(dial dialFunc) Func {
 	return func(ctx context.Context, addr netip.AddrPort) error {
-		c, err := d.DialContext(ctx, "tcp", addr.String())
+		c, err := dial(ctx, "tcp", addr.String())
 		if err != nil {
 			return err
 		}
