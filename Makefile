@@ -7,6 +7,8 @@ COMMIT  ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 LDFLAGS  = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 SUDO     = $(if $(filter 0,$(shell id -u)),,sudo)
 GO       = $(shell command -v go)
+# The commands' documentation needs the programs' types: those come first.
+GENERATE = $(GO) generate ./plane/... ./bench/... && $(GO) generate ./cmd/...
 # Go files that people write.
 GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
 CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')
@@ -21,7 +23,7 @@ build:
 # The compiled programs and the documentation that is written from the code.
 generate:
 	scripts/need generate
-	$(GO) generate ./...
+	$(GENERATE)
 
 format:
 	scripts/need generate
@@ -35,7 +37,7 @@ check:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) mod tidy -diff
-	@before=$$(git status --porcelain); $(GO) generate ./... && after=$$(git status --porcelain) && \
+	@before=$$(git status --porcelain); $(GENERATE) && after=$$(git status --porcelain) && \
 	[ "$$before" = "$$after" ] || { echo "generated files were not up to date:"; git diff --stat; exit 1; }
 
 # Real kernel, real clients and servers: needs root.

@@ -53,6 +53,7 @@ services:
   listen: ["[2001:db8::10]:80", 10.96.0.1:80, 10.96.0.1:80/udp, 10.96.0.1:81/tcp]
   balance: source-hash
   affinity: {timeout: 3h}
+  keepalive: {idle: 20s, interval: 5s, probes: 3}
   backends: ["[2001:db8::1]:8080", 192.0.2.1:8080]
   health: {probe: http, interval: 5s, timeout: 500ms, rise: 1, fall: 5, path: /healthz, host: shop.example, expect: "200,204"}
 - {name: dns, listen: [10.96.0.53:53/udp], backends: []}
@@ -69,6 +70,9 @@ api: {listen: "[::1]:9000"}
 	}
 	if want := "10.96.0.1:80 10.96.0.1:80/udp 10.96.0.1:81 [2001:db8::10]:80"; strings.Join(listeners, " ") != want {
 		t.Errorf("listeners %v, want %s", listeners, want)
+	}
+	if want := (service.Keepalive{Idle: 20 * time.Second, Interval: 5 * time.Second, Probes: 3}); web.Keepalive != want {
+		t.Errorf("keepalive %+v, want %+v", web.Keepalive, want)
 	}
 	if web.Affinity != 3*time.Hour || web.Balance != service.SourceHash {
 		t.Errorf("web is %+v", web)
@@ -142,6 +146,8 @@ func TestErrors(t *testing.T) {
 		{"timeout beyond the default interval", one("  health: {timeout: 3s}\n"), "f:5:21: timeout 3s is longer than interval 2s; a probe must end before the next begins"},
 		{"keys of another probe", one("  health: {path: /x, expect: '200'}\n"), "f:5:18: \"path\" belongs to the probes http, grpc; this probe is tcp\nf:5:30: \"expect\" belongs to the probes http; this probe is tcp"},
 		{"http", one("  health: {probe: http, path: x, expect: 99}\n"), "f:5:31: want a path that begins with a slash, found \"x\"\nf:5:42: want status codes such as 200-399 or 200,204, found \"99\""},
+		{"keepalive", one("  keepalive: {interval: 10h, probes: 128}\n"),
+			"f:5:14: keepalive needs the key \"idle\": duration\nf:5:25: want a duration from 1s to 9h6m7s, such as 2s, found \"10h\"\nf:5:38: want a whole number from 1 to 127, found \"128\""},
 		{"role with a tcp probe", one("  health: {role: primary}\n"), "f:5:18: \"role\" belongs to the probes postgres, mysql, redis; this probe is tcp"},
 		{"postgres", one("  health: {probe: postgres, role: primry, host: db.example, passwordFile: secret}\n"),
 			"f:5:11: the postgres probe needs the key \"user\"\nf:5:35: want any, primary or replica, found \"primry\"; did you mean \"primary\"?\n" +

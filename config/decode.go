@@ -170,6 +170,16 @@ func (d *decoder) duration(n *yaml.Node, low, high time.Duration) (time.Duration
 	return v, true
 }
 
+// seconds reads a duration of whole seconds, at least one.
+func (d *decoder) seconds(n *yaml.Node, most time.Duration) time.Duration {
+	v, ok := d.duration(n, time.Second, most)
+	if ok && v%time.Second != 0 {
+		d.errorf(n, "want whole seconds, found %q", n.Value)
+		return 0
+	}
+	return v
+}
+
 // short writes a duration without its zero parts: 3h, not 3h0m0s.
 func short(d time.Duration) string {
 	s := d.String()

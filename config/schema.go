@@ -128,6 +128,11 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		set: func(d *decoder, n *yaml.Node, to *service.Service) { affinitySchema.decode(d, n, to) },
 	},
 	{
+		key: "keepalive", kind: "mapping",
+		doc: "TCP keepalive, set when a socket connects, unless the application has set SO_KEEPALIVE itself.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) { keepaliveSchema.decode(d, n, &to.Keepalive) },
+	},
+	{
 		key: "backends", kind: "list of backends", required: true,
 		doc: "The real addresses, each `ADDRESS:PORT` or a mapping. With none, or none usable, connections are refused at once.",
 		set: func(d *decoder, n *yaml.Node, to *service.Service) {
@@ -145,17 +150,34 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 	},
 }}
 
+var keepaliveSchema = schema[service.Keepalive]{what: "keepalive", fields: []field[service.Keepalive]{
+	{
+		key: "idle", kind: "duration", required: true,
+		doc: "How long a connection is silent before it is probed, 1s to 9h6m7s, in whole seconds.",
+		set: func(d *decoder, n *yaml.Node, to *service.Keepalive) { to.Idle = d.seconds(n, service.MaxKeepalive) },
+	},
+	{
+		key: "interval", kind: "duration",
+		doc: "Time between probes, 1s to 9h6m7s, in whole seconds; the host's setting (net.ipv4.tcp_keepalive_intvl) by default.",
+		set: func(d *decoder, n *yaml.Node, to *service.Keepalive) {
+			to.Interval = d.seconds(n, service.MaxKeepalive)
+		},
+	},
+	{
+		key: "probes", kind: "1 to 127",
+		doc: "How many unanswered probes end the connection; the host's setting (net.ipv4.tcp_keepalive_probes) by default.",
+		set: func(d *decoder, n *yaml.Node, to *service.Keepalive) {
+			to.Probes, _ = d.integer(n, 1, service.MaxKeepaliveProbes)
+		},
+	},
+}}
+
 var affinitySchema = schema[service.Service]{what: "affinity", fields: []field[service.Service]{
 	{
 		key: "timeout", kind: "duration", required: true,
 		doc: "How long after its last connection a client is remembered, 1s to 24h, in whole seconds.",
 		set: func(d *decoder, n *yaml.Node, to *service.Service) {
-			v, ok := d.duration(n, time.Second, 24*time.Hour)
-			if ok && v%time.Second != 0 {
-				d.errorf(n, "want whole seconds, found %q", n.Value)
-				return
-			}
-			to.Affinity = v
+			to.Affinity = d.seconds(n, 24*time.Hour)
 		},
 	},
 }}
@@ -521,12 +543,13 @@ type Key struct {
 func Keys() []Key {
 	keys := fileSchema.describe("")
 	nested := map[string]func(string) []Key{
-		"services":            serviceSchema.describe,
-		"services[].affinity": affinitySchema.describe,
-		"services[].backends": backendSchema.describe,
-		"services[].health":   healthSchema.describe,
-		"scope":               scopeSchema.describe,
-		"api":                 apiSchema.describe,
+		"services":             serviceSchema.describe,
+		"services[].affinity":  affinitySchema.describe,
+		"services[].keepalive": keepaliveSchema.describe,
+		"services[].backends":  backendSchema.describe,
+		"services[].health":    healthSchema.describe,
+		"scope":                scopeSchema.describe,
+		"api":                  apiSchema.describe,
 	}
 	for i := 0; i < len(keys); i++ {
 		if describe := nested[keys[i].Path]; describe != nil {

@@ -142,8 +142,24 @@ type Service struct {
 	Listeners []Listener // sorted
 	Balance   Balance
 	Affinity  time.Duration // whole seconds; 0: none
+	Keepalive Keepalive     // of TCP connections; zero: the application's business
 	Backends  []Backend     // in the order of the configuration
 	Health    Health
+}
+
+// Ranges of Keepalive, as tcp(7) has them.
+const (
+	MaxKeepalive       = 32767 * time.Second
+	MaxKeepaliveProbes = 127
+)
+
+// Keepalive is set on a socket when it connects, unless the application has set
+// SO_KEEPALIVE itself. Zero fields are left to the host's settings. The zero
+// value sets nothing.
+type Keepalive struct {
+	Idle     time.Duration // before the first probe; whole seconds up to MaxKeepalive
+	Interval time.Duration // between probes; the same
+	Probes   int           // unanswered ones that end the connection; up to MaxKeepaliveProbes
 }
 
 // Probe is how the health of a backend is found out.
@@ -240,7 +256,7 @@ type Health struct {
 // Equal reports whether two services are the same in every respect.
 func (s *Service) Equal(o *Service) bool {
 	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&
-		s.Health == o.Health && slices.Equal(s.Listeners, o.Listeners) &&
+		s.Health == o.Health && s.Keepalive == o.Keepalive && slices.Equal(s.Listeners, o.Listeners) &&
 		slices.Equal(s.Backends, o.Backends)
 }
 

@@ -73,11 +73,29 @@ func table(w io.Writer, rows [][]string) error {
 // serviceOut and backendOut are what is printed of a service and of a backend;
 // the names are those of the configuration.
 type serviceOut struct {
-	Name     string       `json:"name" yaml:"name"`
-	Listen   []string     `json:"listen" yaml:"listen"`
-	Balance  string       `json:"balance" yaml:"balance"`
-	Affinity *affinityOut `json:"affinity,omitempty" yaml:"affinity,omitempty"`
-	Backends []backendOut `json:"backends" yaml:"backends"`
+	Name      string        `json:"name" yaml:"name"`
+	Listen    []string      `json:"listen" yaml:"listen"`
+	Balance   string        `json:"balance" yaml:"balance"`
+	Affinity  *affinityOut  `json:"affinity,omitempty" yaml:"affinity,omitempty"`
+	Keepalive *keepaliveOut `json:"keepalive,omitempty" yaml:"keepalive,omitempty"`
+	Backends  []backendOut  `json:"backends" yaml:"backends"`
+}
+
+type keepaliveOut struct {
+	Idle     string `json:"idle" yaml:"idle"`
+	Interval string `json:"interval,omitempty" yaml:"interval,omitempty"`
+	Probes   int    `json:"probes,omitempty" yaml:"probes,omitempty"`
+}
+
+func newKeepaliveOut(k service.Keepalive) *keepaliveOut {
+	if k.Idle == 0 {
+		return nil
+	}
+	out := &keepaliveOut{Idle: k.Idle.String(), Probes: k.Probes}
+	if k.Interval > 0 {
+		out.Interval = k.Interval.String()
+	}
+	return out
 }
 
 type affinityOut struct {
@@ -99,6 +117,7 @@ func newServiceOut(v *socket.View, s *service.Service) serviceOut {
 	if s.Affinity > 0 {
 		out.Affinity = &affinityOut{s.Affinity.String()}
 	}
+	out.Keepalive = newKeepaliveOut(s.Keepalive)
 	for _, l := range s.Listeners {
 		out.Listen = append(out.Listen, l.String())
 	}

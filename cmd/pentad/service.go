@@ -112,6 +112,16 @@ func showService(w io.Writer, v *socket.View, s *service.Service) error {
 	if out.Affinity != nil {
 		rows = append(rows, []string{"affinity", out.Affinity.Timeout})
 	}
+	if k := s.Keepalive; k.Idle > 0 {
+		text := "after " + k.Idle.String()
+		if k.Interval > 0 {
+			text += ", every " + k.Interval.String()
+		}
+		if k.Probes > 0 {
+			text += fmt.Sprintf(", %d probes", k.Probes)
+		}
+		rows = append(rows, []string{"keepalive", text})
+	}
 	if err := table(w, rows); err != nil {
 		return err
 	}

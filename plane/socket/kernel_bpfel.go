@@ -86,13 +86,22 @@ const (
 	kernelFilterSizeFILTER_BITS kernelFilterSize = 20
 )
 
-type kernelListener struct {
+type kernelKeepalive struct {
 	_        structs.HostLayout
-	Service  uint32
-	Slots    uint32
-	Count    uint32
-	Affinity uint32
-	Balance  uint32
+	Idle     uint16
+	Interval uint16
+	Probes   uint16
+}
+
+type kernelListener struct {
+	_         structs.HostLayout
+	Service   uint32
+	Slots     uint32
+	Count     uint32
+	Affinity  uint32
+	Keepalive kernelKeepalive
+	Balance   uint8
+	Pad       uint8
 }
 
 type kernelListener4Key struct {
@@ -108,10 +117,12 @@ type kernelListener6Key struct {
 }
 
 type kernelServiceInfo struct {
-	_        structs.HostLayout
-	Name     [64]int8
-	Balance  uint32
-	Affinity uint32
+	_         structs.HostLayout
+	Name      [64]int8
+	Balance   uint32
+	Affinity  uint32
+	Keepalive kernelKeepalive
+	Pad       [2]uint8
 }
 
 type kernelSlot struct {

@@ -301,7 +301,7 @@ func (l *ledger) showListeners(e *entry, s *service.Service, w *writes) {
 		t := e.tables[familyOf(v4)]
 		value := kernelListener{
 			Service: e.id, Slots: t.extent.start, Count: t.extent.length,
-			Affinity: uint32(s.Affinity / time.Second), Balance: uint32(s.Balance),
+			Affinity: uint32(s.Affinity / time.Second), Balance: uint8(s.Balance), Keepalive: keepalive(s.Keepalive),
 		}
 		holder := l.owner[x]
 		if holder == e && e.complete && e.shown[x] == value {
@@ -445,9 +445,17 @@ func familyOf(v4 bool) int {
 }
 
 func serviceInfo(s *service.Service) kernelServiceInfo {
-	info := kernelServiceInfo{Balance: uint32(s.Balance), Affinity: uint32(s.Affinity / time.Second)}
+	info := kernelServiceInfo{
+		Balance: uint32(s.Balance), Affinity: uint32(s.Affinity / time.Second), Keepalive: keepalive(s.Keepalive),
+	}
 	setText(info.Name[:], s.Name)
 	return info
+}
+
+func keepalive(k service.Keepalive) kernelKeepalive {
+	return kernelKeepalive{
+		Idle: uint16(k.Idle / time.Second), Interval: uint16(k.Interval / time.Second), Probes: uint16(k.Probes),
+	}
 }
 
 func hotBackend(b service.Backend, state service.State, id, generation uint32) kernelBackend {

@@ -221,6 +221,11 @@ func (i *installed) desired() *service.Service {
 	s := &service.Service{
 		Name: i.name, Balance: service.Balance(i.info.Balance),
 		Affinity: time.Duration(i.info.Affinity) * time.Second,
+		Keepalive: service.Keepalive{
+			Idle:     time.Duration(i.info.Keepalive.Idle) * time.Second,
+			Interval: time.Duration(i.info.Keepalive.Interval) * time.Second,
+			Probes:   int(i.info.Keepalive.Probes),
+		},
 	}
 	for x := range i.listeners {
 		s.Listeners = append(s.Listeners, x)

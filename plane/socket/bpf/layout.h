@@ -72,6 +72,13 @@ struct listener6_key {
 	__u32 port_protocol;
 };
 
+/* What connect() sets on a TCP socket. 0 in a field leaves it; idle 0: nothing is set. */
+struct keepalive {
+	__u16 idle;     /* seconds */
+	__u16 interval; /* seconds */
+	__u16 probes;
+};
+
 /*
  * One listener. Replaced as a whole by one hash update: that write is the
  * switch from one mapping to the next.
@@ -81,7 +88,9 @@ struct listener {
 	__u32 slots;    /* first slot */
 	__u32 count;    /* number of slots; 0: no usable backend */
 	__u32 affinity; /* seconds; 0: none */
-	__u32 balance;  /* enum balance */
+	struct keepalive keepalive;
+	__u8 balance; /* enum balance */
+	__u8 pad;
 };
 
 /*
@@ -126,6 +135,8 @@ struct service_info {
 	char name[NAME_LENGTH];
 	__u32 balance;
 	__u32 affinity; /* seconds */
+	struct keepalive keepalive;
+	__u8 pad[2];
 };
 
 /*

@@ -21,6 +21,11 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define ECONNREFUSED 111
+#define SOL_SOCKET 1
+#define SO_KEEPALIVE 9
+#define TCP_KEEPIDLE 4
+#define TCP_KEEPINTVL 5
+#define TCP_KEEPCNT 6
 #define NSEC_PER_SEC 1000000000ULL
 #define MAPPED bpf_htonl(0xffff) /* third word of ::ffff:0:0/96, RFC 4291 2.5.5.2 */
 
@@ -552,6 +557,23 @@ static __always_inline void unname_peer(struct bpf_sock_addr *ctx, const __be32 
 	bpf_spin_unlock(&p->lock);
 }
 
+/* Keepalive of the service, unless the application has chosen for itself. */
+static __always_inline void keep_alive(struct bpf_sock_addr *ctx, const struct keepalive *k)
+{
+	int on = 0, idle = k->idle, interval = k->interval, probes = k->probes;
+
+	bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+	if (on)
+		return;
+	on = 1;
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+	bpf_setsockopt(ctx, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+	if (interval)
+		bpf_setsockopt(ctx, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
+	if (probes)
+		bpf_setsockopt(ctx, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+}
+
 /* connect() to a listener: the chosen backend, or NULL to refuse. */
 static __always_inline struct backend *
 connect_to(struct bpf_sock_addr *ctx, const struct listener *l, const __be32 *vip, __u32 family)
@@ -566,6 +588,8 @@ connect_to(struct bpf_sock_addr *ctx, const struct listener *l, const __be32 *vi
 		return NULL;
 	}
 	remember(cookie, vip, ctx->user_port, b, ref);
+	if (l->keepalive.idle && (__u8)ctx->protocol == IPPROTO_TCP)
+		keep_alive(ctx, &l->keepalive);
 	count(COUNTER_TRANSLATED);
 	return b;
 }
