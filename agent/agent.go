@@ -47,6 +47,7 @@ const (
 	verifyEvery = 10 * time.Minute // are the maps right? This reads them all.
 	retryFirst  = 100 * time.Millisecond
 	retryMost   = 10 * time.Second
+	retryFull   = 30 * time.Second // something did not fit; memory may have been freed
 )
 
 // plane is what the agent needs of a plane.
@@ -252,7 +253,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			wait = retryFirst
 			retry.Stop()
 		case isPartial(err):
-			// Only another configuration or more memory helps; verify looks again.
+			retry.Reset(retryFull)
 		default:
 			a.log.Error("the kernel does not have the newest state yet", "error", err, "again", wait)
 			retry.Reset(wait)

@@ -575,6 +575,40 @@ func TestGrowth(t *testing.T) {
 	w.ready()
 }
 
+// When everything changes at once the old tables stand beside the new ones until
+// the listeners are switched: there must be room for both.
+func TestGrowthForBoth(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1")
+	text := func(services, backend int) string {
+		var b strings.Builder
+		b.WriteString("services:\n")
+		for i := range services {
+			fmt.Fprintf(&b, "- {name: s%d, listen: ['192.0.2.%d:80'], balance: source-hash, health: {probe: none}, backends: ['10.0.%d.%d:80', '10.0.200.%d:80']}\n",
+				i, i, i, backend, i)
+		}
+		return b.String()
+	}
+	w.run(text(2, 1))
+	for backend, services := range []int{3, 4, 6, 9, 2, 20} {
+		w.configure(text(services, backend+2))
+		w.eventually("the change is in the kernel", func() error {
+			v, err := socket.Read(w.Pins)
+			if err != nil {
+				return err
+			}
+			want := fmt.Sprintf("10.0.%d.%d:80", services-1, backend+2)
+			s := (&service.Snapshot{Services: v.Services}).Find(fmt.Sprintf("s%d", services-1))
+			if len(v.Services) != services || s == nil || s.Backends[0].Address.String() != want {
+				return fmt.Errorf("%d services, want %d; the last is %+v, want %s", len(v.Services), services, s, want)
+			}
+			return nil
+		})
+		w.ready()
+	}
+}
+
 // What scripts and scrapers see.
 func TestOutputs(t *testing.T) {
 	t.Parallel()

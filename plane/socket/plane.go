@@ -393,7 +393,8 @@ func (p *Plane) reclaimSome() {
 // that fails everything stays as it was, and the error says why.
 func (p *Plane) grow(snap *service.Snapshot) error {
 	now, need := p.set.capacity(), roomFor(snap)
-	larger := func(now, need uint32) uint32 { return max(need, now+now/2) }
+	// What is there stays until the last listener is switched.
+	larger := func(now, need uint32) uint32 { return now + need }
 	next := p.limit(capacity{
 		Services:   larger(now.Services, need.Services),
 		Backends:   larger(now.Backends, need.Backends),
