@@ -125,10 +125,7 @@ func churnOnce(n, kind int) (failed bool, err error) {
 func answerTo(fd int, question string) (string, error) {
 	b := make([]byte, 100)
 	for {
-		n, err := unix.Read(fd, b)
-		if err == unix.EINTR {
-			continue
-		}
+		n, err := read(fd, b)
 		if err != nil {
 			return "", err
 		}

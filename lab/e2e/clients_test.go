@@ -95,9 +95,27 @@ func peerIs(fd int, want netip.AddrPort) error {
 	return nil
 }
 
+// recvfrom and read go on after a signal: with a time-out on the socket the kernel
+// does not (signal(7)), and Go's scheduler sends itself signals.
+func recvfrom(fd int, b []byte) (int, unix.Sockaddr, error) {
+	for {
+		if n, sa, err := unix.Recvfrom(fd, b, 0); err != unix.EINTR {
+			return n, sa, err
+		}
+	}
+}
+
+func read(fd int, b []byte) (int, error) {
+	for {
+		if n, err := unix.Read(fd, b); err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
 func receiveFrom(fd int, want netip.AddrPort) (string, error) {
 	b := make([]byte, 1500)
-	n, sa, err := unix.Recvfrom(fd, b, 0)
+	n, sa, err := recvfrom(fd, b)
 	if err != nil {
 		return "", fmt.Errorf("recvfrom, waiting for %s: %w", want, err)
 	}
@@ -109,7 +127,7 @@ func receiveFrom(fd int, want netip.AddrPort) (string, error) {
 
 func firstLine(fd int) string {
 	b := make([]byte, 100)
-	n, _ := unix.Read(fd, b)
+	n, _ := read(fd, b)
 	return strings.TrimSpace(string(b[:max(0, n)]))
 }
 
@@ -260,7 +278,7 @@ func udpManyNames([]string) error {
 		}
 		b := make([]byte, 100)
 		for range len(want) {
-			n, sa, err := unix.Recvfrom(fd, b, 0)
+			n, sa, err := recvfrom(fd, b)
 			if err != nil {
 				return fmt.Errorf("recvfrom, still waiting for %v: %w", want, err)
 			}
