@@ -62,6 +62,12 @@ func TestRedisRoles(t *testing.T) {
 	if out := cli("192.0.2.2", "SET", "key", "value"); !strings.Contains(out, "READONLY") {
 		t.Errorf("SET on the replica: %s", out)
 	}
+	w.eventually("the replica has the key", func() error {
+		if out, err := w.inside("redis-cli", "-h", "192.0.2.2", "-a", "hunter2", "--no-auth-warning", "GET", "key"); err != nil || !strings.Contains(out, "value") {
+			return fmt.Errorf("it has not: %v: %s", err, out)
+		}
+		return nil
+	})
 	first.Kill()
 	w.awaitStates("primary", down, down)
 	if out, err := w.Run(within(t, patience), lab.Outside, "redis-cli", "-h", "10.0.0.2", "-a", "hunter2", "REPLICAOF", "NO", "ONE"); err != nil {
