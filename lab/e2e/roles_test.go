@@ -52,6 +52,13 @@ func TestRedisRoles(t *testing.T) {
 	password := w.password()
 	first := start("10.0.0.1")
 	start("10.0.0.2", "--replicaof", "10.0.0.1 6379")
+	w.eventually("the replica follows", func() error {
+		out, err := w.Run(within(t, patience), lab.Outside, "redis-cli", "-h", "10.0.0.2", "-a", "hunter2", "--no-auth-warning", "ROLE")
+		if err != nil || !strings.Contains(out, "connected") {
+			return fmt.Errorf("it does not: %v: %s", err, out)
+		}
+		return nil
+	})
 	w.run(fmt.Sprintf(rolesConfig, 6379, "redis", "passwordFile: "+password+","))
 	w.awaitStates("primary", up, down)
 	w.awaitStates("replica", down, up)
