@@ -102,6 +102,7 @@ type kernelListener struct {
 	Keepalive kernelKeepalive
 	Balance   uint8
 	Pad       uint8
+	Sum       uint32
 }
 
 type kernelListener4Key struct {

@@ -303,6 +303,7 @@ func (l *ledger) showListeners(e *entry, s *service.Service, w *writes) {
 			Service: e.id, Slots: t.extent.start, Count: t.extent.length,
 			Affinity: uint32(s.Affinity / time.Second), Balance: uint8(s.Balance), Keepalive: keepalive(s.Keepalive),
 		}
+		value.Sum = listenerSum(&value, x)
 		holder := l.owner[x]
 		if holder == e && e.complete && e.shown[x] == value {
 			continue
@@ -368,12 +369,27 @@ const filterBits = uint32(kernelFilterSizeFILTER_BITS)
 
 // filterBit is filter_bit of bpf/layout.h.
 func filterBit(x service.Listener) uint32 {
-	address4 := words(x.Address.Addr())[3]
-	if x.Address.Addr().Is6() {
-		w := words(x.Address.Addr())
-		address4 = w[0] ^ w[1] ^ w[2] ^ w[3]
+	return (address4(x)*0x9e3779b1 ^ portProtocol(x)*0x85ebca77) >> (32 - filterBits)
+}
+
+// address4 is an IPv4 address, or the words of an IPv6 address folded.
+func address4(x service.Listener) uint32 {
+	w := words(x.Address.Addr())
+	if x.Address.Addr().Is4() {
+		return w[3]
 	}
-	return (address4*0x9e3779b1 ^ portProtocol(x)*0x85ebca77) >> (32 - filterBits)
+	return w[0] ^ w[1] ^ w[2] ^ w[3]
+}
+
+// listenerSum is listener_sum of bpf/layout.h.
+func listenerSum(v *kernelListener, x service.Listener) uint32 {
+	const factor = 0x9e3779b97f4a7c15
+	sum := (uint64(address4(x))<<32 | uint64(portProtocol(x))) * factor
+	sum = (sum ^ (uint64(v.Service)<<32 | uint64(v.Slots))) * factor
+	sum = (sum ^ sum>>29 ^ (uint64(v.Count)<<32 | uint64(v.Affinity))) * factor
+	k := v.Keepalive
+	sum = (sum ^ sum>>29 ^ (uint64(k.Idle)<<48 | uint64(k.Interval)<<32 | uint64(k.Probes)<<16 | uint64(v.Balance))) * factor
+	return uint32(sum >> 32)
 }
 
 // retireBackends takes back the places of backends that are gone.

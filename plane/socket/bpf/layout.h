@@ -81,7 +81,10 @@ struct keepalive {
 
 /*
  * One listener. Replaced as a whole by one hash update: that write is the
- * switch from one mapping to the next.
+ * switch from one mapping to the next. The kernel may give the memory of a
+ * replaced element to another listener while a program still looks at it
+ * (kernel/bpf/hashtab.c); hence the sum over the key and all other fields,
+ * which a reader checks on its own copy.
  */
 struct listener {
 	__u32 service;  /* index into services */
@@ -91,7 +94,23 @@ struct listener {
 	struct keepalive keepalive;
 	__u8 balance; /* enum balance */
 	__u8 pad;
+	__u32 sum; /* listener_sum() */
 };
+
+/* User space computes the same. The multiplier is a large odd number. */
+static inline __u32 listener_sum(const struct listener *l, __u32 address4, __u32 port_protocol)
+{
+	const __u64 factor = 0x9e3779b97f4a7c15ULL;
+	__u64 sum = ((__u64)address4 << 32 | port_protocol) * factor;
+
+	sum = (sum ^ ((__u64)l->service << 32 | l->slots)) * factor;
+	sum = (sum ^ sum >> 29 ^ ((__u64)l->count << 32 | l->affinity)) * factor;
+	sum = (sum ^ sum >> 29 ^
+	       ((__u64)l->keepalive.idle << 48 | (__u64)l->keepalive.interval << 32 |
+		(__u64)l->keepalive.probes << 16 | l->balance)) *
+	      factor;
+	return sum >> 32;
+}
 
 /*
  * A slot of an alias table (A. J. Walker, "An efficient method for generating

@@ -206,7 +206,33 @@ static __always_inline bool passes_filter(__u32 address4, __u32 port_protocol)
 	return word && *word >> (bit % 64) & 1;
 }
 
-static __always_inline struct listener *find4(struct bpf_sock_addr *ctx, __be32 addr)
+/*
+ * Copy a listener as one whole. An element whose memory went to another listener
+ * meanwhile does not have the right sum: look again. Each failure takes an update
+ * in the same microsecond, so a few tries are plenty; then refuse.
+ */
+#define TRIES 4
+
+static __always_inline bool copy_listener(void *map, const void *key, __u32 address4,
+					  __u32 port_protocol, struct listener *to)
+{
+	int i;
+
+	for (i = 0; i < TRIES; i++) {
+		struct listener *l = bpf_map_lookup_elem(map, key);
+
+		if (!l)
+			return false;
+		__builtin_memcpy(to, l, sizeof(*to));
+		barrier();
+		if (listener_sum(to, address4, port_protocol) == to->sum)
+			return true;
+	}
+	to->count = 0;
+	return true;
+}
+
+static __always_inline bool find4(struct bpf_sock_addr *ctx, __be32 addr, struct listener *to)
 {
 	struct listener4_key key = {
 		.addr = addr,
@@ -214,20 +240,22 @@ static __always_inline struct listener *find4(struct bpf_sock_addr *ctx, __be32 
 	};
 
 	if (!passes_filter(key.addr, key.port_protocol))
-		return NULL;
-	return bpf_map_lookup_elem(&listeners4, &key);
+		return false;
+	return copy_listener(&listeners4, &key, key.addr, key.port_protocol, to);
 }
 
-static __always_inline struct listener *find6(struct bpf_sock_addr *ctx, const __be32 *addr)
+static __always_inline bool find6(struct bpf_sock_addr *ctx, const __be32 *addr,
+				  struct listener *to)
 {
 	struct listener6_key key = {
 		.addr = {addr[0], addr[1], addr[2], addr[3]},
 		.port_protocol = port_protocol(ctx),
 	};
+	__u32 address4 = addr[0] ^ addr[1] ^ addr[2] ^ addr[3];
 
-	if (!passes_filter(addr[0] ^ addr[1] ^ addr[2] ^ addr[3], key.port_protocol))
-		return NULL;
-	return bpf_map_lookup_elem(&listeners6, &key);
+	if (!passes_filter(address4, key.port_protocol))
+		return false;
+	return copy_listener(&listeners6, &key, address4, key.port_protocol, to);
 }
 
 static __always_inline bool is_mapped(const __be32 *addr)
@@ -314,6 +342,18 @@ static __always_inline __u64 choose(struct bpf_sock_addr *ctx, const struct list
 	return b ? reference(index, b) : 0;
 }
 
+/*
+ * Whether a client that went to this backend may go there again. The element of
+ * an LRU map that names it may have gone to another client and service.
+ */
+static __always_inline bool keeps(const struct listener *l, __u32 family, __u64 ref)
+{
+	struct backend *b = follow(ref);
+
+	return b && b->state == BACKEND_SERVING && b->service == l->service &&
+	       is_mapped(b->addr) == (family == AF_INET);
+}
+
 /* As choose(), but a client that was here within the time-out goes where it went. */
 static __always_inline __u64 choose_again(struct bpf_sock_addr *ctx, const struct listener *l,
 					  __u32 family)
@@ -327,7 +367,6 @@ static __always_inline __u64 choose_again(struct bpf_sock_addr *ctx, const struc
 	struct affinity_entry *e = bpf_map_lookup_elem(&affinity, &key);
 	struct affinity_entry fresh = {};
 	__u64 old, chosen, won;
-	struct backend *b;
 
 	if (!e) {
 		fresh.backend = choose(ctx, l);
@@ -341,8 +380,7 @@ static __always_inline __u64 choose_again(struct bpf_sock_addr *ctx, const struc
 	}
 	old = e->backend;
 	if (now - e->used < l->affinity * NSEC_PER_SEC) {
-		b = follow(old);
-		if (b && b->state == BACKEND_SERVING) {
+		if (keeps(l, family, old)) {
 			e->used = now;
 			return old;
 		}
@@ -350,7 +388,7 @@ static __always_inline __u64 choose_again(struct bpf_sock_addr *ctx, const struc
 	chosen = choose(ctx, l);
 	e->used = now;
 	won = __sync_val_compare_and_swap(&e->backend, old, chosen);
-	return won == old ? chosen : won;
+	return won != old && keeps(l, family, won) ? won : chosen;
 }
 
 /* The backend for a new connection: its reference, or 0 when there is none. */
@@ -654,16 +692,16 @@ SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
 	__be32 vip[4] = {0, 0, MAPPED, ctx->user_ip4};
-	struct listener *l = find4(ctx, vip[3]);
+	struct listener l;
 	struct backend *b;
 
-	if (!l) {
+	if (!find4(ctx, vip[3], &l)) {
 		forget_earlier(ctx, true);
 		return 1;
 	}
 	if (is_probe(ctx))
 		return 1;
-	b = connect_to(ctx, l, vip, AF_INET);
+	b = connect_to(ctx, &l, vip, AF_INET);
 	if (!b)
 		return refuse();
 	store_addr4(ctx, b->addr, b->port);
@@ -674,24 +712,25 @@ SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
 	__u32 family = AF_INET6;
-	struct listener *l;
+	struct listener l;
 	struct backend *b;
 	__be32 vip[4];
+	bool found;
 
 	load_addr6(ctx, vip);
 	if (is_mapped(vip)) {
 		family = AF_INET;
-		l = find4(ctx, vip[3]);
+		found = find4(ctx, vip[3], &l);
 	} else {
-		l = find6(ctx, vip);
+		found = find6(ctx, vip, &l);
 	}
-	if (!l) {
+	if (!found) {
 		forget_earlier(ctx, false);
 		return 1;
 	}
 	if (is_probe(ctx))
 		return 1;
-	b = connect_to(ctx, l, vip, family);
+	b = connect_to(ctx, &l, vip, family);
 	if (!b)
 		return refuse();
 	store_addr6(ctx, b->addr, b->port);
@@ -703,16 +742,16 @@ SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
 	__be32 vip[4] = {0, 0, MAPPED, ctx->user_ip4};
-	struct listener *l = find4(ctx, vip[3]);
+	struct listener l;
 	struct backend *b;
 
-	if (!l) {
+	if (!find4(ctx, vip[3], &l)) {
 		unname_peer(ctx, vip);
 		return 1;
 	}
 	if (is_probe(ctx))
 		return 1;
-	b = send_to(ctx, l, vip, AF_INET);
+	b = send_to(ctx, &l, vip, AF_INET);
 	if (!b)
 		return refuse();
 	store_addr4(ctx, b->addr, b->port);
@@ -722,19 +761,18 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	struct listener *l;
+	struct listener l;
 	struct backend *b;
 	__be32 vip[4];
 
 	load_addr6(ctx, vip);
-	l = find6(ctx, vip);
-	if (!l) {
+	if (!find6(ctx, vip, &l)) {
 		unname_peer(ctx, vip);
 		return 1;
 	}
 	if (is_probe(ctx))
 		return 1;
-	b = send_to(ctx, l, vip, AF_INET6);
+	b = send_to(ctx, &l, vip, AF_INET6);
 	if (!b)
 		return refuse();
 	store_addr6(ctx, b->addr, b->port);
