@@ -31,6 +31,7 @@ func TestDefaults(t *testing.T) {
 	want := &Config{
 		Services: []*service.Service{{
 			Name:      "orders-db",
+			Balance:   service.LeastLatency,
 			Listeners: []service.Listener{{Address: netip.MustParseAddrPort("10.96.0.10:3306"), Protocol: service.TCP}},
 			Backends: []service.Backend{
 				{Address: netip.MustParseAddrPort("192.0.2.11:3306"), Weight: 100},
@@ -56,7 +57,12 @@ services:
   keepalive: {idle: 20s, interval: 5s, probes: 3}
   backends: ["[2001:db8::1]:8080", 192.0.2.1:8080]
   health: {probe: http, interval: 5s, timeout: 500ms, rise: 1, fall: 5, path: /healthz, host: shop.example, expect: "200,204"}
+  breaker: {maxConnections: 500, failures: 3, ejection: 1s, maxEjected: 30%}
+  connect: {timeout: 200ms}
+  onDown: keep
+  flows: false
 - {name: dns, listen: [10.96.0.53:53/udp], backends: []}
+- {name: db, listen: [10.96.0.10:3306], breaker: {failures: 5}, slowStart: 10s, backends: []}
 scope: {cgroup: /system.slice}
 api: {listen: "[::1]:9000"}
 `))
@@ -80,6 +86,16 @@ api: {listen: "[::1]:9000"}
 	if want := (service.Health{Probe: service.ProbeHTTP, Interval: 5 * time.Second, Timeout: 500 * time.Millisecond, Rise: 1, Fall: 5,
 		Path: "/healthz", Host: "shop.example", Expect: "200,204"}); web.Health != want {
 		t.Errorf("health %+v, want %+v", web.Health, want)
+	}
+	if want := (service.Breaker{MaxConnections: 500, Failures: 3, Ejection: time.Second, MaxEjected: 30}); web.Breaker != want {
+		t.Errorf("breaker %+v, want %+v", web.Breaker, want)
+	}
+	if web.ConnectTimeout != 200*time.Millisecond || web.OnDown != service.Keep || !web.Silent {
+		t.Errorf("web is %+v", web)
+	}
+	db := c.Services[2]
+	if want := (service.Breaker{Failures: 5, Ejection: 10 * time.Second, MaxEjected: 50}); db.Breaker != want || db.SlowStart != 10*time.Second {
+		t.Errorf("db is %+v", db)
 	}
 	if p := c.Services[1].Health.Probe; p != service.ProbeNone {
 		t.Errorf("a service with UDP listeners only has the probe %s", p)
@@ -131,7 +147,7 @@ func TestErrors(t *testing.T) {
 			"f:2:61: service a: backend [2001:db8::1]:80 is IPv6 but no listener is; give it a listener of that family\n" +
 				"f:3:67: service b: a listener is IPv6 but no backend is; give it a backend of that family"},
 		{"values", one("  balance: randm\n  affinity: {timeout: 1.5s}\n  health: {probe: tpc, interval: 1ms, timeout: x, rise: 0, fall: two}\n"),
-			"f:5:12: want random or source-hash, found \"randm\"; did you mean \"random\"?\n" +
+			"f:5:12: want random, source-hash, least-connections or least-latency, found \"randm\"; did you mean \"random\"?\n" +
 				"f:6:23: want whole seconds, found \"1.5s\"\n" +
 				"f:7:19: want none, tcp, tls, http, grpc, postgres, mysql, redis or exec, found \"tpc\"; did you mean \"tcp\"?\n" +
 				"f:7:34: want a duration from 100ms to 1h, such as 2s, found \"1ms\"\n" +
@@ -148,6 +164,22 @@ func TestErrors(t *testing.T) {
 		{"http", one("  health: {probe: http, path: x, expect: 99}\n"), "f:5:31: want a path that begins with a slash, found \"x\"\nf:5:42: want status codes such as 200-399 or 200,204, found \"99\""},
 		{"keepalive", one("  keepalive: {interval: 10h, probes: 128}\n"),
 			"f:5:14: keepalive needs the key \"idle\": duration\nf:5:25: want a duration from 1s to 9h6m7s, such as 2s, found \"10h\"\nf:5:38: want a whole number from 1 to 127, found \"128\""},
+		{"breaker", one("  breaker: {maxConnections: 0, failures: x, ejection: 1ms, maxEjected: 0%}\n"),
+			"f:5:29: want a whole number from 1 to 1073741824, found \"0\"\nf:5:42: want a whole number from 1 to 1000, found \"x\"\n" +
+				"f:5:55: want a duration from 10ms to 1h, such as 2s, found \"1ms\"\nf:5:72: want a percentage from 1% to 100%, found \"0%\""},
+		{"breaker without failures", one("  breaker: {ejection: 1s, maxEjected: 10%}\n"),
+			"f:5:23: \"ejection\" says nothing without \"failures\": nothing is ever ejected\n" +
+				"f:5:39: \"maxEjected\" says nothing without \"failures\": nothing is ever ejected"},
+		{"breaker of nothing", one("  breaker: {}\n"), "f:5:12: breaker needs the key \"maxConnections\" or \"failures\""},
+		{"connect", one("  connect: {timeout: 1.5ms}\n  onDown: rest\n  flows: maybe\n  slowStart: 10ms\n"),
+			"f:5:22: want a duration from 10ms to 1m, such as 2s, found \"1.5ms\"\nf:6:11: want reset or keep, found \"rest\"; did you mean \"reset\"?\n" +
+				"f:7:10: want true or false, found \"maybe\"\nf:8:14: want a duration from 100ms to 1h, such as 2s, found \"10ms\""},
+		{"slow start by hash", one("  balance: source-hash\n  slowStart: 10s\n"),
+			"f:6:14: slowStart cannot be had with balance source-hash: a client has one place, now or never"},
+		{"TCP keys for UDP", "services:\n- name: a\n  listen: [192.0.2.1:53/udp]\n  backends: [10.0.0.1:53]\n  connect: {timeout: 1s}\n  keepalive: {idle: 1s}\n  breaker: {failures: 1}\n",
+			"f:5:12: \"connect\" concerns TCP: a service whose listeners are all UDP sends no SYN\n" +
+				"f:6:14: \"keepalive\" concerns TCP: a service whose listeners are all UDP has no keepalive\n" +
+				"f:7:12: \"failures\" counts failed TCP connects: a service whose listeners are all UDP has none"},
 		{"role with a tcp probe", one("  health: {role: primary}\n"), "f:5:18: \"role\" belongs to the probes postgres, mysql, redis; this probe is tcp"},
 		{"postgres", one("  health: {probe: postgres, role: primry, host: db.example, passwordFile: secret}\n"),
 			"f:5:11: the postgres probe needs the key \"user\"\nf:5:35: want any, primary or replica, found \"primry\"; did you mean \"primary\"?\n" +

@@ -180,6 +180,37 @@ func (d *decoder) seconds(n *yaml.Node, most time.Duration) time.Duration {
 	return v
 }
 
+// milliseconds reads a duration of whole milliseconds.
+func (d *decoder) milliseconds(n *yaml.Node, low, high time.Duration) time.Duration {
+	v, ok := d.duration(n, low, high)
+	if ok && v%time.Millisecond != 0 {
+		d.errorf(n, "want whole milliseconds, found %q", n.Value)
+		return 0
+	}
+	return v
+}
+
+// percentage reads 1% to 100%.
+func (d *decoder) percentage(n *yaml.Node) int {
+	text, isPercentage := strings.CutSuffix(n.Value, "%")
+	v, err := strconv.Atoi(text)
+	if n.Kind != yaml.ScalarNode || !isPercentage || err != nil || v < 1 || v > 100 {
+		d.errorf(n, "want a percentage from 1%% to 100%%, found %s", found(n))
+		return 0
+	}
+	return v
+}
+
+// truth reads true or false; fallback is what a wrong value counts for.
+func (d *decoder) truth(n *yaml.Node, fallback bool) bool {
+	if n.Kind != yaml.ScalarNode || n.Tag != "!!bool" {
+		d.errorf(n, "want true or false, found %s", found(n))
+		return fallback
+	}
+	v, err := strconv.ParseBool(n.Value)
+	return err == nil && v
+}
+
 // short writes a duration without its zero parts: 3h, not 3h0m0s.
 func short(d time.Duration) string {
 	s := d.String()

@@ -113,11 +113,13 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		},
 	},
 	{
-		key: "balance", kind: "word", fallback: "random",
-		doc: "`random`: by weight, anew for every connection. `source-hash`: a client keeps its backend when " +
+		key: "balance", kind: "word", fallback: "least-latency",
+		doc: "`least-latency`: of two backends drawn by weight the one that has fewer connections times a lower latency, which is the " +
+			"round trip of handshakes and the time from a request to the first byte of its answer. `least-connections`: the same " +
+			"without latency. `random`: by weight, anew for every connection. `source-hash`: a client keeps its backend when " +
 			"others come and go; the client is the source address that the socket bound, else its network namespace.",
 		set: func(d *decoder, n *yaml.Node, to *service.Service) {
-			if i, ok := d.word(n, service.Random.String(), service.SourceHash.String()); ok {
+			if i, ok := d.word(n, service.Balances...); ok {
 				to.Balance = service.Balance(i)
 			}
 		},
@@ -131,6 +133,38 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		key: "keepalive", kind: "mapping",
 		doc: "TCP keepalive, set when a socket connects, unless the application has set SO_KEEPALIVE itself.",
 		set: func(d *decoder, n *yaml.Node, to *service.Service) { keepaliveSchema.decode(d, n, &to.Keepalive) },
+	},
+	{
+		key: "breaker", kind: "mapping",
+		doc: "When the kernel keeps connections away from a backend by itself.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) { d.breaker(n, to) },
+	},
+	{
+		key: "connect", kind: "mapping",
+		doc: "How TCP connections are made.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) { connectSchema.decode(d, n, to) },
+	},
+	{
+		key: "onDown", kind: "word", fallback: "reset",
+		doc: "What happens to the connections to a backend that fails its probe or is removed. `reset`: they are closed at once, so that " +
+			"clients connect anew; connected UDP sockets too. `keep`: they are left alone. Draining never resets.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			if i, ok := d.word(n, service.OnDowns...); ok {
+				to.OnDown = service.OnDown(i)
+			}
+		},
+	},
+	{
+		key: "slowStart", kind: "duration",
+		doc: "How long a backend that is new among others, or comes back, takes less than its share, which grows from a tenth; 100ms to 1h.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			to.SlowStart = d.milliseconds(n, 100*time.Millisecond, service.MaxSlowStart)
+		},
+	},
+	{
+		key: "flows", kind: "true or false", fallback: "true",
+		doc: "Whether `pentad flow` is told of the connections of this service.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) { to.Silent = !d.truth(n, true) },
 	},
 	{
 		key: "backends", kind: "list of backends", required: true,
@@ -168,6 +202,50 @@ var keepaliveSchema = schema[service.Keepalive]{what: "keepalive", fields: []fie
 		doc: "How many unanswered probes end the connection; the host's setting (net.ipv4.tcp_keepalive_probes) by default.",
 		set: func(d *decoder, n *yaml.Node, to *service.Keepalive) {
 			to.Probes, _ = d.integer(n, 1, service.MaxKeepaliveProbes)
+		},
+	},
+}}
+
+var breakerSchema = schema[service.Breaker]{what: "breaker", fields: []field[service.Breaker]{
+	{
+		key: "maxConnections", kind: "1 to 1073741824",
+		doc: "Connections that a backend has at most; the next one goes elsewhere. When all have as many, it is refused.",
+		set: func(d *decoder, n *yaml.Node, to *service.Breaker) {
+			to.MaxConnections, _ = d.integer(n, 1, service.MaxConnections)
+		},
+	},
+	{
+		key: "failures", kind: "1 to 1000",
+		doc: "Failed TCP connects in a row (refused, unreachable, or unanswered past connect.timeout) that eject a backend.",
+		set: func(d *decoder, n *yaml.Node, to *service.Breaker) {
+			to.Failures, _ = d.integer(n, 1, service.MaxFailures)
+		},
+	},
+	{
+		key: "ejection", kind: "duration",
+		doc: "How long an ejected backend gets no connections, 10ms to 1h; 10s by default. It doubles with each repetition, up to ten times. " +
+			"Then one connection tries the backend: it comes back, or is ejected again.",
+		set: func(d *decoder, n *yaml.Node, to *service.Breaker) {
+			to.Ejection = d.milliseconds(n, 10*time.Millisecond, service.MaxEjection)
+		},
+	},
+	{
+		key: "maxEjected", kind: "percentage",
+		doc: "How much of a failover group may be ejected, 1% to 100%; 50% by default. When more is, the whole group is used as if nothing " +
+			"were, unless a later group can serve: rather a doubtful backend than none.",
+		set: func(d *decoder, n *yaml.Node, to *service.Breaker) {
+			to.MaxEjected = d.percentage(n)
+		},
+	},
+}}
+
+var connectSchema = schema[service.Service]{what: "connect", fields: []field[service.Service]{
+	{
+		key: "timeout", kind: "duration", required: true,
+		doc: "How long a SYN waits for its answer before it is sent again and counts as a failed connect, 10ms to 1m; 1s without this key. " +
+			"The kernel rounds it up to its tick, 1ms to 10ms.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			to.ConnectTimeout = d.milliseconds(n, 10*time.Millisecond, service.MaxConnectTimeout)
 		},
 	},
 }}
@@ -312,11 +390,7 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 		key: "tls", kind: "true or false", fallback: "false",
 		doc: "`http`, `grpc`, `postgres`, `mysql`, `redis`: speak TLS.",
 		set: func(d *decoder, n *yaml.Node, to *service.Health) {
-			if n.Kind != yaml.ScalarNode || n.Tag != "!!bool" {
-				d.errorf(n, "want true or false, found %s", found(n))
-				return
-			}
-			to.TLS = n.Value == "true"
+			to.TLS = d.truth(n, false)
 		},
 	},
 	{
@@ -386,7 +460,7 @@ var probeKeys = map[string][]service.Probe{
 
 // service reads one service and checks what concerns several of its keys.
 func (d *decoder) service(n *yaml.Node) *service.Service {
-	s := &service.Service{}
+	s := &service.Service{Balance: service.LeastLatency}
 	at := &origin{name: n}
 	d.at[s] = at
 	seen := serviceSchema.decode(d, n, s)
@@ -400,7 +474,57 @@ func (d *decoder) service(n *yaml.Node) *service.Service {
 		s.Health = defaultHealth(s)
 	}
 	d.checkFamilies(seen["backends"], s)
+	d.checkTogether(seen, s)
 	return s
+}
+
+// The defaults of a breaker that ejects.
+const (
+	defaultEjection   = 10 * time.Second
+	defaultMaxEjected = 50
+)
+
+// breaker reads a breaker and refuses keys that say nothing without another.
+func (d *decoder) breaker(n *yaml.Node, s *service.Service) {
+	seen := breakerSchema.decode(d, n, &s.Breaker)
+	if seen == nil {
+		return
+	}
+	if seen["failures"] == nil {
+		for _, key := range []string{"ejection", "maxEjected"} {
+			if seen[key] != nil {
+				d.errorf(seen[key], "%q says nothing without \"failures\": nothing is ever ejected", key)
+			}
+		}
+		if seen["maxConnections"] == nil && len(seen) == 0 {
+			d.errorf(n, "breaker needs the key \"maxConnections\" or \"failures\"")
+		}
+		return
+	}
+	if seen["ejection"] == nil {
+		s.Breaker.Ejection = defaultEjection
+	}
+	if seen["maxEjected"] == nil {
+		s.Breaker.MaxEjected = defaultMaxEjected
+	}
+}
+
+// checkTogether finds keys of a service that contradict each other.
+func (d *decoder) checkTogether(seen map[string]*yaml.Node, s *service.Service) {
+	if s.SlowStart > 0 && s.Balance == service.SourceHash {
+		d.errorf(seen["slowStart"], "slowStart cannot be had with balance source-hash: a client has one place, now or never")
+	}
+	if !onlyUDP(s) {
+		return
+	}
+	for key, what := range map[string]string{"connect": "sends no SYN", "keepalive": "has no keepalive"} {
+		if seen[key] != nil {
+			d.errorf(seen[key], "%q concerns TCP: a service whose listeners are all UDP %s", key, what)
+		}
+	}
+	if s.Breaker.Failures > 0 {
+		d.errorf(seen["breaker"], "\"failures\" counts failed TCP connects: a service whose listeners are all UDP has none")
+	}
 }
 
 // backend reads the short or the long form and appends it to the service.
@@ -465,11 +589,15 @@ func family(v4 bool) int {
 func defaultHealth(s *service.Service) service.Health {
 	h := service.Health{Probe: service.ProbeTCP, Interval: defaultInterval, Timeout: defaultTimeout,
 		Rise: defaultRise, Fall: defaultFall}
-	isUDP := func(l service.Listener) bool { return l.Protocol == service.UDP }
-	if len(s.Listeners) > 0 && !slices.ContainsFunc(s.Listeners, func(l service.Listener) bool { return !isUDP(l) }) {
+	if onlyUDP(s) {
 		h.Probe = service.ProbeNone
 	}
 	return h
+}
+
+func onlyUDP(s *service.Service) bool {
+	isTCP := func(l service.Listener) bool { return l.Protocol == service.TCP }
+	return len(s.Listeners) > 0 && !slices.ContainsFunc(s.Listeners, isTCP)
 }
 
 // health reads the probe of a service and refuses keys of another probe.
@@ -546,6 +674,8 @@ func Keys() []Key {
 		"services":             serviceSchema.describe,
 		"services[].affinity":  affinitySchema.describe,
 		"services[].keepalive": keepaliveSchema.describe,
+		"services[].breaker":   breakerSchema.describe,
+		"services[].connect":   connectSchema.describe,
 		"services[].backends":  backendSchema.describe,
 		"services[].health":    healthSchema.describe,
 		"scope":                scopeSchema.describe,

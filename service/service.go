@@ -67,17 +67,64 @@ const (
 	Random Balance = iota
 	// SourceHash keeps a client with its backend while others come and go.
 	SourceHash
+	// LeastConnections draws two by weight and takes the one with fewer
+	// connections for its weight.
+	LeastConnections
+	// LeastLatency is LeastConnections with connections multiplied by the
+	// latency of the backend.
+	LeastLatency
 )
+
+// Balances are the words of the configuration, by Balance.
+var Balances = []string{"random", "source-hash", "least-connections", "least-latency"}
 
 // String returns the word of the configuration.
 func (b Balance) String() string {
-	switch b {
-	case Random:
-		return "random"
-	case SourceHash:
-		return "source-hash"
+	if int(b) < len(Balances) {
+		return Balances[b]
 	}
 	return fmt.Sprintf("balance %d", uint8(b))
+}
+
+// OnDown is what happens to the connections to a backend that fails its probe
+// or is removed.
+type OnDown uint8
+
+// What can happen.
+const (
+	// Reset closes them at once, so that clients connect anew.
+	Reset OnDown = iota
+	// Keep leaves them alone.
+	Keep
+)
+
+// OnDowns are the words of the configuration, by OnDown.
+var OnDowns = []string{"reset", "keep"}
+
+// String returns the word of the configuration.
+func (o OnDown) String() string {
+	if int(o) < len(OnDowns) {
+		return OnDowns[o]
+	}
+	return fmt.Sprintf("onDown %d", uint8(o))
+}
+
+// Ranges of a Breaker and of the times around connections.
+const (
+	MaxConnections    = 1 << 30
+	MaxFailures       = 1000
+	MaxEjection       = time.Hour
+	MaxConnectTimeout = time.Minute
+	MaxSlowStart      = time.Hour
+)
+
+// Breaker keeps connections away from a backend that is full or fails. The
+// kernel acts on it by itself. It is comparable; the zero value does nothing.
+type Breaker struct {
+	MaxConnections int           // per backend; 0: no limit
+	Failures       int           // failed connects in a row that eject a backend; 0: never
+	Ejection       time.Duration // of the first; the next ones last up to ten times as long; whole ms
+	MaxEjected     int           // percent of a group; past it nothing of the group counts as ejected
 }
 
 // Ranges of a backend's settings.
@@ -99,6 +146,12 @@ type Backend struct {
 	// and by the probe.
 	Drained bool
 	Down    bool
+
+	// DrainUntil, in Unix seconds, is when what is left of a drained
+	// backend's connections is closed; 0: never. DrainOver says that it is
+	// past.
+	DrainUntil int64
+	DrainOver  bool
 }
 
 // Usable reports whether the backend could take new connections if its group
@@ -145,6 +198,14 @@ type Service struct {
 	Keepalive Keepalive     // of TCP connections; zero: the application's business
 	Backends  []Backend     // in the order of the configuration
 	Health    Health
+	Breaker   Breaker
+	// ConnectTimeout is the first retransmission timer of a SYN, in whole
+	// ms; a SYN that is not answered within it is a failed connect. 0: the
+	// host's, one second.
+	ConnectTimeout time.Duration
+	SlowStart      time.Duration // how long a backend that is new or back takes less than its share; 0: none
+	OnDown         OnDown
+	Silent         bool // no flow events
 }
 
 // Ranges of Keepalive, as tcp(7) has them.
@@ -256,8 +317,14 @@ type Health struct {
 // Equal reports whether two services are the same in every respect.
 func (s *Service) Equal(o *Service) bool {
 	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&
-		s.Health == o.Health && s.Keepalive == o.Keepalive && slices.Equal(s.Listeners, o.Listeners) &&
-		slices.Equal(s.Backends, o.Backends)
+		s.Health == o.Health && s.Keepalive == o.Keepalive && s.Breaker == o.Breaker &&
+		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Silent == o.Silent &&
+		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends)
+}
+
+// Closes reports whether the connections that a backend has are to be closed.
+func (s *Service) Closes(b Backend) bool {
+	return b.Down && s.OnDown == Reset || b.Drained && b.DrainOver
 }
 
 // ServingGroup returns the lowest group that has a usable backend of the

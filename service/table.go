@@ -2,6 +2,7 @@ package service
 
 import (
 	"hash/fnv"
+	"maps"
 	"math"
 	"math/bits"
 	"net/netip"
@@ -17,28 +18,59 @@ type Slot struct {
 	Threshold     uint32
 }
 
-// Table returns the selection table of the service's backends of one family:
-// empty when none of them is usable.
-func (s *Service) Table(v4 bool) []Slot {
-	group, ok := s.ServingGroup(v4)
-	if !ok {
-		return nil
-	}
+// Tables returns the selection tables of the service's backends of one family,
+// one for every failover group that has a usable backend, in the order of the
+// groups: none when no backend is usable. With SourceHash the first is a
+// consistent-hash table, and the second the alias table of the same group.
+func (s *Service) Tables(v4 bool) [][]Slot {
+	groups := make(map[uint32][]int)
 	configured := 0
-	var members []int
 	for i, b := range s.Backends {
 		if b.Address.Addr().Is4() != v4 {
 			continue
 		}
 		configured++
-		if b.Usable() && b.Group == group {
-			members = append(members, i)
+		if b.Usable() {
+			groups[b.Group] = append(groups[b.Group], i)
 		}
 	}
-	if s.Balance == SourceHash {
-		return maglevTable(s.Backends, members, maglevSize(configured))
+	var tables [][]Slot
+	for _, g := range slices.Sorted(maps.Keys(groups)) {
+		if s.Balance == SourceHash && len(tables) == 0 {
+			tables = append(tables, maglevTable(s.Backends, groups[g], maglevSize(configured)))
+		}
+		tables = append(tables, aliasTable(s.Backends, groups[g]))
 	}
-	return aliasTable(s.Backends, members)
+	return tables
+}
+
+// CostUnit is the cost of a connection at a backend with the mean weight of its
+// group.
+const CostUnit = 256
+
+// Costs returns for every backend what one connection to it counts: CostUnit
+// times the mean weight of its group and family divided by its own weight.
+func (s *Service) Costs() []uint32 {
+	type peers struct {
+		group uint32
+		v4    bool
+	}
+	total, members := make(map[peers]uint64), make(map[peers]uint64)
+	for _, b := range s.Backends {
+		if b.Weight > 0 {
+			p := peers{b.Group, b.Address.Addr().Is4()}
+			total[p] += uint64(b.Weight)
+			members[p]++
+		}
+	}
+	costs := make([]uint32, len(s.Backends))
+	for i, b := range s.Backends {
+		if b.Weight > 0 {
+			p := peers{b.Group, b.Address.Addr().Is4()}
+			costs[i] = uint32(max(1, CostUnit*total[p]/(members[p]*uint64(b.Weight))))
+		}
+	}
+	return costs
 }
 
 // aliasTable builds Vose's version of Walker's alias table (M. D. Vose, "A

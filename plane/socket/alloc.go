@@ -31,6 +31,31 @@ func (x *indexes) take() uint32 {
 
 func (x *indexes) give(i uint32) { x.free = append(x.free, i) }
 
+// takeIf takes every free number for which wanted is true and returns them. It
+// looks at all numbers.
+func (x *indexes) takeIf(wanted func(uint32) bool) []uint32 {
+	var taken []uint32
+	x.free = slices.DeleteFunc(x.free, func(i uint32) bool {
+		if wanted(i) {
+			taken = append(taken, i)
+			return true
+		}
+		return false
+	})
+	last := x.capacity - 1
+	for last >= x.next && !wanted(last) {
+		last--
+	}
+	for ; x.next <= last; x.next++ {
+		if wanted(x.next) {
+			taken = append(taken, x.next)
+		} else {
+			x.free = append(x.free, x.next)
+		}
+	}
+	return taken
+}
+
 // restoreIndexes rebuilds the allocator when the numbers for which used is true
 // are taken.
 func restoreIndexes(capacity uint32, used func(uint32) bool) indexes {

@@ -19,6 +19,7 @@ var hooks = []struct {
 	attach ebpf.AttachType
 }{
 	{kernelProgSockRelease, ebpf.AttachCgroupInetSockRelease},
+	{kernelProgSockOps, ebpf.AttachCGroupSockOps},
 	{kernelProgGetpeername4, ebpf.AttachCgroupInet4GetPeername},
 	{kernelProgGetpeername6, ebpf.AttachCgroupInet6GetPeername},
 	{kernelProgRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg},

@@ -14,10 +14,10 @@ import (
 
 // layoutVersion numbers the meaning of the maps that follow the configuration.
 // Raise it when one of them changes; maps of another number are rebuilt beside
-// the old ones. The maps that hold the state of sockets (sockets, sockets_more,
-// udp_peers) must never change their layout: what they know cannot be found out
-// again. New knowledge about a socket gets a map beside them.
-const layoutVersion = 1
+// the old ones. The maps that hold the state of sockets and backends (stateMaps)
+// must never change their layout: what they know cannot be found out again. New
+// knowledge gets a map beside them.
+const layoutVersion = 2
 
 // mapSet is one complete set of maps, pinned under one directory, "set-N". A set
 // counts only once its map about is pinned, which happens last.
@@ -25,17 +25,20 @@ type mapSet struct {
 	dir    string
 	number int
 	maps   map[string]*ebpf.Map
+	loads  []*ebpf.Map // the arrays in the map loads
 }
 
-// stateMaps hold what sockets and clients did; they move on from set to set.
+// stateMaps hold what sockets, backends and followers did; they move on from set
+// to set. An older layout may lack some.
 var stateMaps = []string{
 	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
+	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed,
 }
 
 // mapNames are the maps of a set in the order of pinning; about is last.
 var mapNames = []string{
 	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
-	kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,
+	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,
 	kernelMapFilter, kernelMapListeners4, kernelMapListeners6, kernelMapAbout,
 }
 
@@ -44,6 +47,9 @@ func (s *mapSet) close() {
 		return
 	}
 	for _, m := range s.maps {
+		m.Close()
+	}
+	for _, m := range s.loads {
 		m.Close()
 	}
 }
@@ -115,23 +121,39 @@ func openAbout(dir string, opts *ebpf.LoadPinOptions) (number int, info kernelAb
 	return 0, info, os.ErrNotExist
 }
 
-// openSet opens the pinned maps of a set.
+// openSet opens the pinned maps of a set of this layout.
 func openSet(dir string, number int, opts *ebpf.LoadPinOptions) (*mapSet, error) {
+	return openMaps(dir, number, opts, func(string) bool { return true })
+}
+
+// openOlderSet opens the pinned maps of a set that may lack some.
+func openOlderSet(dir string, number int) (*mapSet, error) {
+	return openMaps(dir, number, nil, func(string) bool { return false })
+}
+
+func openMaps(dir string, number int, opts *ebpf.LoadPinOptions, needed func(string) bool) (*mapSet, error) {
 	s := &mapSet{dir: setDir(dir, number), number: number, maps: make(map[string]*ebpf.Map)}
 	for _, name := range mapNames {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(s.dir, name), opts)
+		if errors.Is(err, os.ErrNotExist) && !needed(name) {
+			continue
+		}
 		if err != nil {
 			s.close()
 			return nil, fmt.Errorf("map %s: %w", name, err)
 		}
 		s.maps[name] = m
 	}
+	if err := s.openLoads(opts); err != nil {
+		s.close()
+		return nil, err
+	}
 	return s, nil
 }
 
-// createSet makes the maps of a set and pins all but about. Maps in keep are
-// taken over.
-func createSet(dir string, number int, spec *ebpf.CollectionSpec, keep map[string]*ebpf.Map) (*mapSet, error) {
+// createSet makes the maps of a set and pins all but about. The maps of from that
+// are named in keep are taken over.
+func createSet(dir string, number int, spec *ebpf.CollectionSpec, from *mapSet, keep []string) (*mapSet, error) {
 	s := &mapSet{dir: setDir(dir, number), number: number, maps: make(map[string]*ebpf.Map)}
 	if err := removeSet(s.dir); err != nil {
 		return nil, err
@@ -139,8 +161,16 @@ func createSet(dir string, number int, spec *ebpf.CollectionSpec, keep map[strin
 	if err := os.Mkdir(s.dir, 0o700); err != nil {
 		return nil, err
 	}
+	if err := s.fill(spec, from, keep); err != nil {
+		s.close()
+		return nil, errors.Join(err, removeSet(s.dir))
+	}
+	return s, nil
+}
+
+func (s *mapSet) fill(spec *ebpf.CollectionSpec, from *mapSet, keep []string) error {
 	for _, name := range mapNames {
-		m, err := makeMap(spec.Maps[name], keep[name])
+		m, err := makeMap(spec.Maps[name], from, slices.Contains(keep, name))
 		if err == nil {
 			s.maps[name] = m
 			if name != kernelMapAbout {
@@ -148,16 +178,20 @@ func createSet(dir string, number int, spec *ebpf.CollectionSpec, keep map[strin
 			}
 		}
 		if err != nil {
-			s.close()
-			return nil, errors.Join(fmt.Errorf("map %s: %w", name, err), removeSet(s.dir))
+			return fmt.Errorf("map %s: %w", name, err)
 		}
 	}
-	return s, nil
+	if from != nil {
+		if err := s.keepLoads(from); err != nil {
+			return err
+		}
+	}
+	return s.addLoads(spec, spec.Maps[kernelMapBackends].MaxEntries)
 }
 
-func makeMap(spec *ebpf.MapSpec, kept *ebpf.Map) (*ebpf.Map, error) {
-	if kept != nil {
-		return kept.Clone()
+func makeMap(spec *ebpf.MapSpec, from *mapSet, keep bool) (*ebpf.Map, error) {
+	if keep && from.maps[spec.Name] != nil {
+		return from.maps[spec.Name].Clone()
 	}
 	return ebpf.NewMap(spec)
 }
@@ -183,24 +217,37 @@ func (s *mapSet) commit(version string) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
-	for _, name := range mapNames {
-		path := filepath.Join(s.dir, name)
+	for path, m := range s.pins() {
 		if _, err := os.Stat(path); err == nil {
 			continue
 		}
-		if err := pinAnew(s.maps[name], path); err != nil {
-			return fmt.Errorf("map %s: %w", name, err)
+		if err := pinAnew(m, path); err != nil {
+			return fmt.Errorf("pin %s: %w", path, err)
 		}
 	}
 	return nil
 }
 
+// pins returns where each map of the set is pinned.
+func (s *mapSet) pins() map[string]*ebpf.Map {
+	pins := make(map[string]*ebpf.Map, len(s.maps)+len(s.loads))
+	for name, m := range s.maps {
+		pins[filepath.Join(s.dir, name)] = m
+	}
+	for i, m := range s.loads {
+		pins[loadsPin(s.dir, i)] = m
+	}
+	return pins
+}
+
 // pinned reports whether every map of the set is pinned.
 func (s *mapSet) pinned() bool {
-	return !slices.ContainsFunc(mapNames, func(name string) bool {
-		_, err := os.Stat(filepath.Join(s.dir, name))
-		return err != nil
-	})
+	for path := range s.pins() {
+		if _, err := os.Stat(path); err != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // removeSet unpins a set, about first, so that it counts no more.
@@ -230,11 +277,11 @@ func removeOtherSets(dir string, number int) error {
 // layout, and maps of the same shape, whatever their size.
 func (s *mapSet) compatible(spec *ebpf.CollectionSpec) bool {
 	for _, name := range mapNames {
-		if !sameShape(spec.Maps[name], s.maps[name]) {
+		if s.maps[name] == nil || !sameShape(spec.Maps[name], s.maps[name]) {
 			return false
 		}
 	}
-	return true
+	return s.maps[kernelMapCounters].MaxEntries() == spec.Maps[kernelMapCounters].MaxEntries
 }
 
 func sameShape(want *ebpf.MapSpec, have *ebpf.Map) bool {
@@ -342,6 +389,15 @@ func (s *mapSet) memory() map[string]uint64 {
 		}
 		if n, ok := info.Memlock(); ok {
 			sizes[name] = n
+		}
+	}
+	for _, m := range s.loads {
+		info, err := m.Info()
+		if err != nil {
+			continue
+		}
+		if n, ok := info.Memlock(); ok {
+			sizes[kernelMapLoads] += n
 		}
 	}
 	return sizes

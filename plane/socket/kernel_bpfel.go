@@ -38,20 +38,24 @@ type kernelBackend struct {
 	Addr       [4]uint32
 	Port       uint16
 	State      uint8
-	Pad        uint8
+	Reset      uint8
 	Generation uint32
 	Service    uint32
 	Weight     uint32
+	Cost       uint32
+	Started    uint32
+	Pad        [6]uint32
 }
 
 type kernelBackendDetail struct {
-	_       structs.HostLayout
-	Group   uint32
-	Drained uint8
-	Down    uint8
-	Pad     [2]uint8
-	Since   uint64
-	Zone    [64]int8
+	_          structs.HostLayout
+	Group      uint32
+	Drained    uint8
+	Down       uint8
+	Pad        [2]uint8
+	Since      uint64
+	DrainUntil uint64
+	Zone       [64]int8
 }
 
 type kernelBackendState uint32
@@ -67,8 +71,10 @@ const (
 type kernelBalance uint32
 
 const (
-	kernelBalanceBALANCE_RANDOM      kernelBalance = 0
-	kernelBalanceBALANCE_SOURCE_HASH kernelBalance = 1
+	kernelBalanceBALANCE_RANDOM            kernelBalance = 0
+	kernelBalanceBALANCE_SOURCE_HASH       kernelBalance = 1
+	kernelBalanceBALANCE_LEAST_CONNECTIONS kernelBalance = 2
+	kernelBalanceBALANCE_LEAST_LATENCY     kernelBalance = 3
 )
 
 type kernelCounter uint32
@@ -77,7 +83,41 @@ const (
 	kernelCounterCOUNTER_TRANSLATED kernelCounter = 0
 	kernelCounterCOUNTER_REFUSED    kernelCounter = 1
 	kernelCounterCOUNTER_UNTRACKED  kernelCounter = 2
-	kernelCounterCOUNTERS           kernelCounter = 3
+	kernelCounterCOUNTER_PANICS     kernelCounter = 3
+	kernelCounterCOUNTER_RESET      kernelCounter = 4
+	kernelCounterCOUNTERS           kernelCounter = 5
+)
+
+type kernelEvent struct {
+	_        structs.HostLayout
+	Time     uint64
+	Cookie   uint64
+	Vip      [4]uint32
+	Addr     [4]uint32
+	VipPort  uint16
+	Port     uint16
+	Service  uint32
+	Pid      uint32
+	Kind     uint8
+	Protocol uint8
+	Error    uint16
+	Rtt      uint32
+	Duration uint32
+	Sent     uint64
+	Received uint64
+	Command  [16]int8
+}
+
+type kernelEventKind uint32
+
+const (
+	kernelEventKindEVENT_CONNECT     kernelEventKind = 0
+	kernelEventKindEVENT_REFUSED     kernelEventKind = 1
+	kernelEventKindEVENT_ESTABLISHED kernelEventKind = 2
+	kernelEventKindEVENT_FAILED      kernelEventKind = 3
+	kernelEventKindEVENT_CLOSED      kernelEventKind = 4
+	kernelEventKindEVENT_EJECTED     kernelEventKind = 5
+	kernelEventKindEVENT_READMITTED  kernelEventKind = 6
 )
 
 type kernelFilterSize uint32
@@ -85,6 +125,12 @@ type kernelFilterSize uint32
 const (
 	kernelFilterSizeFILTER_BITS kernelFilterSize = 20
 )
+
+type kernelFollower struct {
+	_     structs.HostLayout
+	Until uint64
+	Lost  uint64
+}
 
 type kernelKeepalive struct {
 	_        structs.HostLayout
@@ -98,6 +144,7 @@ type kernelListener struct {
 	Service   uint32
 	Slots     uint32
 	Count     uint32
+	Length    uint32
 	Affinity  uint32
 	Keepalive kernelKeepalive
 	Balance   uint8
@@ -117,13 +164,38 @@ type kernelListener6Key struct {
 	PortProtocol uint32
 }
 
+type kernelLoad struct {
+	_           structs.HostLayout
+	Inflight    uint32
+	Rtt         uint32
+	Response    uint32
+	Measured    uint32
+	Failures    uint32
+	Ejections   uint32
+	Ejected     uint64
+	Readmitted  uint32
+	Pad         uint32
+	Connections uint64
+	Failed      uint64
+	EjectedEver uint64
+}
+
 type kernelServiceInfo struct {
-	_         structs.HostLayout
-	Name      [64]int8
-	Balance   uint32
-	Affinity  uint32
-	Keepalive kernelKeepalive
-	Pad       [2]uint8
+	_              structs.HostLayout
+	MaxConnections uint32
+	Failures       uint32
+	Ejection       uint32
+	MaxEjected     uint32
+	ConnectTimeout uint32
+	SlowStart      uint32
+	Silent         uint8
+	Keep           uint8
+	Balance        uint8
+	Pad            uint8
+	Affinity       uint32
+	Keepalive      kernelKeepalive
+	Pad2           [2]uint8
+	Name           [64]int8
 }
 
 type kernelSlot struct {
@@ -142,9 +214,10 @@ type kernelSocket struct {
 	VipPort  uint16
 	Port     uint16
 	Crowded  uint8
-	Pad      [3]uint8
+	Protocol uint8
+	Pad      [2]uint8
 	Backend  uint64
-	Reserved uint64
+	Life     uint64
 }
 
 type kernelUdpPeers struct {
@@ -175,8 +248,12 @@ const (
 	kernelMapBackends           = "backends"
 	kernelMapCounters           = "counters"
 	kernelMapFilter             = "filter"
+	kernelMapFlows              = "flows"
+	kernelMapFollowed           = "followed"
+	kernelMapFollowers          = "followers"
 	kernelMapListeners4         = "listeners4"
 	kernelMapListeners6         = "listeners6"
+	kernelMapLoads              = "loads"
 	kernelMapServices           = "services"
 	kernelMapSlots              = "slots"
 	kernelMapSockets            = "sockets"
@@ -188,14 +265,21 @@ const (
 	kernelProgGetpeername6      = "getpeername6"
 	kernelProgRecvmsg4          = "recvmsg4"
 	kernelProgRecvmsg6          = "recvmsg6"
+	kernelProgResetTcp          = "reset_tcp"
+	kernelProgResetUdp          = "reset_udp"
 	kernelProgSendmsg4          = "sendmsg4"
 	kernelProgSendmsg6          = "sendmsg6"
+	kernelProgSockOps           = "sock_ops"
 	kernelProgSockRelease       = "sock_release"
+	kernelVarHz                 = "hz"
 	kernelVarProbeMark          = "probe_mark"
 	kernelVarUnusedBackendState = "unused_backend_state"
 	kernelVarUnusedBalance      = "unused_balance"
 	kernelVarUnusedCounter      = "unused_counter"
+	kernelVarUnusedEvent        = "unused_event"
+	kernelVarUnusedEventKind    = "unused_event_kind"
 	kernelVarUnusedFilterSize   = "unused_filter_size"
+	kernelVarUnusedLoad         = "unused_load"
 )
 
 // loadKernel returns the embedded CollectionSpec for kernel.
@@ -246,8 +330,11 @@ type kernelProgramSpecs struct {
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.ProgramSpec `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.ProgramSpec `ebpf:"recvmsg6"`
+	ResetTcp     *ebpf.ProgramSpec `ebpf:"reset_tcp"`
+	ResetUdp     *ebpf.ProgramSpec `ebpf:"reset_udp"`
 	Sendmsg4     *ebpf.ProgramSpec `ebpf:"sendmsg4"`
 	Sendmsg6     *ebpf.ProgramSpec `ebpf:"sendmsg6"`
+	SockOps      *ebpf.ProgramSpec `ebpf:"sock_ops"`
 	SockRelease  *ebpf.ProgramSpec `ebpf:"sock_release"`
 }
 
@@ -261,8 +348,12 @@ type kernelMapSpecs struct {
 	Backends    *ebpf.MapSpec `ebpf:"backends"`
 	Counters    *ebpf.MapSpec `ebpf:"counters"`
 	Filter      *ebpf.MapSpec `ebpf:"filter"`
+	Flows       *ebpf.MapSpec `ebpf:"flows"`
+	Followed    *ebpf.MapSpec `ebpf:"followed"`
+	Followers   *ebpf.MapSpec `ebpf:"followers"`
 	Listeners4  *ebpf.MapSpec `ebpf:"listeners4"`
 	Listeners6  *ebpf.MapSpec `ebpf:"listeners6"`
+	Loads       *ebpf.MapSpec `ebpf:"loads"`
 	Services    *ebpf.MapSpec `ebpf:"services"`
 	Slots       *ebpf.MapSpec `ebpf:"slots"`
 	Sockets     *ebpf.MapSpec `ebpf:"sockets"`
@@ -274,11 +365,15 @@ type kernelMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelVariableSpecs struct {
+	Hz                 *ebpf.VariableSpec `ebpf:"hz"`
 	ProbeMark          *ebpf.VariableSpec `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.VariableSpec `ebpf:"unused_backend_state"`
 	UnusedBalance      *ebpf.VariableSpec `ebpf:"unused_balance"`
 	UnusedCounter      *ebpf.VariableSpec `ebpf:"unused_counter"`
+	UnusedEvent        *ebpf.VariableSpec `ebpf:"unused_event"`
+	UnusedEventKind    *ebpf.VariableSpec `ebpf:"unused_event_kind"`
 	UnusedFilterSize   *ebpf.VariableSpec `ebpf:"unused_filter_size"`
+	UnusedLoad         *ebpf.VariableSpec `ebpf:"unused_load"`
 }
 
 // kernelObjects contains all objects after they have been loaded into the kernel.
@@ -307,8 +402,12 @@ type kernelMaps struct {
 	Backends    *ebpf.Map `ebpf:"backends"`
 	Counters    *ebpf.Map `ebpf:"counters"`
 	Filter      *ebpf.Map `ebpf:"filter"`
+	Flows       *ebpf.Map `ebpf:"flows"`
+	Followed    *ebpf.Map `ebpf:"followed"`
+	Followers   *ebpf.Map `ebpf:"followers"`
 	Listeners4  *ebpf.Map `ebpf:"listeners4"`
 	Listeners6  *ebpf.Map `ebpf:"listeners6"`
+	Loads       *ebpf.Map `ebpf:"loads"`
 	Services    *ebpf.Map `ebpf:"services"`
 	Slots       *ebpf.Map `ebpf:"slots"`
 	Sockets     *ebpf.Map `ebpf:"sockets"`
@@ -324,8 +423,12 @@ func (m *kernelMaps) Close() error {
 		m.Backends,
 		m.Counters,
 		m.Filter,
+		m.Flows,
+		m.Followed,
+		m.Followers,
 		m.Listeners4,
 		m.Listeners6,
+		m.Loads,
 		m.Services,
 		m.Slots,
 		m.Sockets,
@@ -338,11 +441,15 @@ func (m *kernelMaps) Close() error {
 //
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelVariables struct {
+	Hz                 *ebpf.Variable `ebpf:"hz"`
 	ProbeMark          *ebpf.Variable `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.Variable `ebpf:"unused_backend_state"`
 	UnusedBalance      *ebpf.Variable `ebpf:"unused_balance"`
 	UnusedCounter      *ebpf.Variable `ebpf:"unused_counter"`
+	UnusedEvent        *ebpf.Variable `ebpf:"unused_event"`
+	UnusedEventKind    *ebpf.Variable `ebpf:"unused_event_kind"`
 	UnusedFilterSize   *ebpf.Variable `ebpf:"unused_filter_size"`
+	UnusedLoad         *ebpf.Variable `ebpf:"unused_load"`
 }
 
 // kernelPrograms contains all programs after they have been loaded into the kernel.
@@ -355,8 +462,11 @@ type kernelPrograms struct {
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.Program `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.Program `ebpf:"recvmsg6"`
+	ResetTcp     *ebpf.Program `ebpf:"reset_tcp"`
+	ResetUdp     *ebpf.Program `ebpf:"reset_udp"`
 	Sendmsg4     *ebpf.Program `ebpf:"sendmsg4"`
 	Sendmsg6     *ebpf.Program `ebpf:"sendmsg6"`
+	SockOps      *ebpf.Program `ebpf:"sock_ops"`
 	SockRelease  *ebpf.Program `ebpf:"sock_release"`
 }
 
@@ -368,8 +478,11 @@ func (p *kernelPrograms) Close() error {
 		p.Getpeername6,
 		p.Recvmsg4,
 		p.Recvmsg6,
+		p.ResetTcp,
+		p.ResetUdp,
 		p.Sendmsg4,
 		p.Sendmsg6,
+		p.SockOps,
 		p.SockRelease,
 	)
 }

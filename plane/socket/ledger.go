@@ -65,6 +65,7 @@ type info struct {
 	group         uint32
 	drained, down bool
 	since         uint64
+	drainUntil    uint64
 	zone          string
 }
 
@@ -73,13 +74,18 @@ func (p *place) address() netip.AddrPort {
 }
 
 func (i info) detail() kernelBackendDetail {
-	d := kernelBackendDetail{Group: i.group, Drained: flag(i.drained), Down: flag(i.down), Since: i.since}
+	d := kernelBackendDetail{
+		Group: i.group, Drained: flag(i.drained), Down: flag(i.down), Since: i.since, DrainUntil: i.drainUntil,
+	}
 	setText(d.Zone[:], i.zone)
 	return d
 }
 
 func newInfo(d *kernelBackendDetail) info {
-	return info{group: d.Group, drained: d.Drained != 0, down: d.Down != 0, since: d.Since, zone: text(d.Zone[:])}
+	return info{
+		group: d.Group, drained: d.Drained != 0, down: d.Down != 0, since: d.Since, drainUntil: d.DrainUntil,
+		zone: text(d.Zone[:]),
+	}
 }
 
 // byAddress finds the places of an entry, which may be nil.
@@ -184,7 +190,7 @@ func newLedger(c capacity, first uint32) *ledger {
 }
 
 // fits reports whether a service can be installed in what is free now.
-func (l *ledger) fits(s *service.Service, t *[2][]service.Slot) bool {
+func (l *ledger) fits(s *service.Service, t *tables) bool {
 	e := l.byName[s.Name]
 	newBackends, new4, new6 := 0, 0, 0
 	if e == nil && l.services.room() < 1 {
@@ -210,7 +216,38 @@ func (l *ledger) fits(s *service.Service, t *[2][]service.Slot) bool {
 		return false
 	}
 	// Both tables in one hole: a little stricter than needed, and simple.
-	return l.slots.fits(uint32(len(t[0]) + len(t[1])))
+	return l.slots.fits(t[0].length() + t[1].length())
+}
+
+// tables are the selection tables of a service by family, and within it by the
+// order in which they are tried.
+type tables [2]family
+
+type family [][]service.Slot
+
+func tablesOf(s *service.Service) *tables { return &tables{s.Tables(true), s.Tables(false)} }
+
+// length returns how many slots the tables and the heads after them take.
+func (f family) length() uint32 {
+	n := uint32(0)
+	for _, t := range f {
+		n += uint32(len(t)) + 1
+	}
+	return n
+}
+
+// first returns how many slots the first table has.
+func (f family) first() uint32 {
+	if len(f) == 0 {
+		return 0
+	}
+	return uint32(len(f[0]))
+}
+
+// moment is when writes are made: for people, and for the programs.
+type moment struct {
+	time    time.Time
+	jiffies uint32
 }
 
 func has[K comparable, V any](m map[K]V, k K) bool {
@@ -219,8 +256,8 @@ func has[K comparable, V any](m map[K]V, k K) bool {
 }
 
 // install stages what makes the kernel show the service; the caller has asked
-// whether it fits. now is for people: when a state began.
-func (l *ledger) install(s *service.Service, t *[2][]service.Slot, now time.Time, w *writes) {
+// whether it fits.
+func (l *ledger) install(s *service.Service, t *tables, now moment, w *writes) {
 	e := l.byName[s.Name]
 	if e == nil {
 		e = &entry{
@@ -235,16 +272,18 @@ func (l *ledger) install(s *service.Service, t *[2][]service.Slot, now time.Time
 	}
 	gone := l.placeBackends(e, s, now, w)
 	l.placeTables(e, t, w)
-	l.showListeners(e, s, w)
-	l.retireBackends(gone, w)
+	l.showListeners(e, s, t, w)
+	l.retireBackends(gone, s.OnDown == service.Reset, w)
 	e.complete = true
 }
 
 // placeBackends writes the backends that are new or changed, so that the entry
 // has those of the service in their order. It returns those that it had besides.
-func (l *ledger) placeBackends(e *entry, s *service.Service, now time.Time, w *writes) (gone map[netip.AddrPort]place) {
+func (l *ledger) placeBackends(e *entry, s *service.Service, now moment, w *writes) (gone map[netip.AddrPort]place) {
 	gone = e.byAddress()
+	fresh := len(gone) == 0
 	places := make([]place, len(s.Backends))
+	costs := s.Costs()
 	for i, state := range s.States() {
 		b := s.Backends[i]
 		p, known := gone[b.Address]
@@ -253,9 +292,14 @@ func (l *ledger) placeBackends(e *entry, s *service.Service, now time.Time, w *w
 			p.index = l.backends.take()
 		}
 		hot := hotBackend(b, state, e.id, l.generation[p.index])
-		in := info{b.Group, b.Drained, b.Down, p.info.since, b.Zone}
+		hot.Cost, hot.Reset = costs[i], flag(s.Closes(b))
+		if hot.Started = p.hot.Started; !fresh && b.Usable() && !takesConnections(p.hot.State) {
+			// It joins others, or comes back: little by little.
+			hot.Started = max(1, now.jiffies)
+		}
+		in := info{b.Group, b.Drained, b.Down, p.info.since, uint64(b.DrainUntil), b.Zone}
 		if !known || hot.State != p.hot.State {
-			in.since = uint64(now.Unix())
+			in.since = uint64(now.time.Unix())
 		}
 		if !known || !e.complete || hot != p.hot {
 			w.backends.add(p.index, hot)
@@ -269,15 +313,15 @@ func (l *ledger) placeBackends(e *entry, s *service.Service, now time.Time, w *w
 	return gone
 }
 
+// takesConnections reports whether a backend in this state may get one.
+func takesConnections(state uint8) bool {
+	return state == uint8(kernelBackendStateBACKEND_SERVING) || state == uint8(kernelBackendStateBACKEND_STANDBY)
+}
+
 // placeTables writes the selection tables that changed into new ranges.
-func (l *ledger) placeTables(e *entry, t *[2][]service.Slot, w *writes) {
+func (l *ledger) placeTables(e *entry, t *tables, w *writes) {
 	for f := range t {
-		slots := make([]kernelSlot, len(t[f]))
-		for i, s := range t[f] {
-			slots[i] = kernelSlot{
-				First: e.places[s.First].index, Second: e.places[s.Second].index, Threshold: s.Threshold,
-			}
-		}
+		slots := e.layOut(t[f])
 		sum := sumSlots(slots)
 		old := e.tables[f]
 		if e.complete && old.extent.length == uint32(len(slots)) && old.sum == sum {
@@ -294,13 +338,31 @@ func (l *ledger) placeTables(e *entry, t *[2][]service.Slot, w *writes) {
 	}
 }
 
+// layOut puts tables behind each other as struct slot in bpf/layout.h has it.
+func (e *entry) layOut(f family) []kernelSlot {
+	slots := make([]kernelSlot, 0, f.length())
+	for i, t := range f {
+		for _, s := range t {
+			slots = append(slots, kernelSlot{
+				First: e.places[s.First].index, Second: e.places[s.Second].index, Threshold: s.Threshold,
+			})
+		}
+		next := kernelSlot{}
+		if i+1 < len(f) {
+			next.First = uint32(len(f[i+1]))
+		}
+		slots = append(slots, next)
+	}
+	return slots
+}
+
 // showListeners switches the listeners of the service to its tables.
-func (l *ledger) showListeners(e *entry, s *service.Service, w *writes) {
+func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *writes) {
 	for _, x := range s.Listeners {
 		v4 := x.Address.Addr().Is4()
-		t := e.tables[familyOf(v4)]
+		at := e.tables[familyOf(v4)].extent
 		value := kernelListener{
-			Service: e.id, Slots: t.extent.start, Count: t.extent.length,
+			Service: e.id, Slots: at.start, Count: t[familyOf(v4)].first(), Length: at.length,
 			Affinity: uint32(s.Affinity / time.Second), Balance: uint8(s.Balance), Keepalive: keepalive(s.Keepalive),
 		}
 		value.Sum = listenerSum(&value, x)
@@ -387,13 +449,15 @@ func listenerSum(v *kernelListener, x service.Listener) uint32 {
 	sum := (uint64(address4(x))<<32 | uint64(portProtocol(x))) * factor
 	sum = (sum ^ (uint64(v.Service)<<32 | uint64(v.Slots))) * factor
 	sum = (sum ^ sum>>29 ^ (uint64(v.Count)<<32 | uint64(v.Affinity))) * factor
+	sum = (sum ^ sum>>29 ^ uint64(v.Length)) * factor
 	k := v.Keepalive
 	sum = (sum ^ sum>>29 ^ (uint64(k.Idle)<<48 | uint64(k.Interval)<<32 | uint64(k.Probes)<<16 | uint64(v.Balance))) * factor
 	return uint32(sum >> 32)
 }
 
-// retireBackends takes back the places of backends that are gone.
-func (l *ledger) retireBackends(gone map[netip.AddrPort]place, w *writes) {
+// retireBackends takes back the places of backends that are gone. reset says
+// whether the connections that they have are to be closed.
+func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, w *writes) {
 	for _, addr := range slices.SortedFunc(maps.Keys(gone), netip.AddrPort.Compare) {
 		p := gone[addr]
 		l.generation[p.index]++
@@ -401,6 +465,7 @@ func (l *ledger) retireBackends(gone map[netip.AddrPort]place, w *writes) {
 		// program that is looking at it now must not see half of it.
 		hot := p.hot
 		hot.State, hot.Service, hot.Weight = 0, 0, 0
+		hot.Reset = flag(reset || hot.Reset != 0)
 		hot.Generation = l.generation[p.index]
 		w.retiredBackends.add(p.index, hot)
 		w.retiredDetails.add(p.index, kernelBackendDetail{})
@@ -417,7 +482,7 @@ func (l *ledger) remove(name string, w *writes) {
 	for _, x := range slices.SortedFunc(maps.Keys(e.shown), service.Listener.Compare) {
 		l.hideListener(e, x, w)
 	}
-	l.retireBackends(e.byAddress(), w)
+	l.retireBackends(e.byAddress(), e.info.Keep == 0, w)
 	for f := range e.tables {
 		if e.tables[f].extent.length > 0 {
 			l.retired.slots = append(l.retired.slots, e.tables[f].extent)
@@ -426,6 +491,20 @@ func (l *ledger) remove(name string, w *writes) {
 	w.retiredServices.add(e.id, kernelServiceInfo{})
 	l.retired.services = append(l.retired.services, e.id)
 	delete(l.byName, name)
+}
+
+// usedBackends returns the places that services have, and those that are retired.
+func (l *ledger) usedBackends() map[uint32]bool {
+	used := make(map[uint32]bool)
+	for _, e := range l.byName {
+		for _, p := range e.places {
+			used[p.index] = true
+		}
+	}
+	for _, i := range l.retired.backends {
+		used[i] = true
+	}
+	return used
 }
 
 // manyRetired reports whether a grace period would free an eighth of anything.
@@ -440,17 +519,26 @@ func (l *ledger) manyRetired() bool {
 }
 
 // reclaim frees what was retired; the caller has waited for a grace period.
-func (l *ledger) reclaim() {
+// Backends that are busy, which still have connections, stay retired. It returns
+// the indexes of backends that are free now.
+func (l *ledger) reclaim(busy func(uint32) bool) []uint32 {
 	for _, i := range l.retired.services {
 		l.services.give(i)
 	}
+	var freed, kept []uint32
 	for _, i := range l.retired.backends {
+		if busy(i) {
+			kept = append(kept, i)
+			continue
+		}
 		l.backends.give(i)
+		freed = append(freed, i)
 	}
 	for _, e := range l.retired.slots {
 		l.slots.give(e)
 	}
-	l.retired.services, l.retired.backends, l.retired.slots = nil, nil, nil
+	l.retired.services, l.retired.backends, l.retired.slots = nil, kept, nil
+	return freed
 }
 
 func familyOf(v4 bool) int {
@@ -462,11 +550,17 @@ func familyOf(v4 bool) int {
 
 func serviceInfo(s *service.Service) kernelServiceInfo {
 	info := kernelServiceInfo{
-		Balance: uint32(s.Balance), Affinity: uint32(s.Affinity / time.Second), Keepalive: keepalive(s.Keepalive),
+		MaxConnections: uint32(s.Breaker.MaxConnections), Failures: uint32(s.Breaker.Failures),
+		Ejection: milliseconds(s.Breaker.Ejection), MaxEjected: uint32(s.Breaker.MaxEjected),
+		ConnectTimeout: milliseconds(s.ConnectTimeout), SlowStart: milliseconds(s.SlowStart),
+		Silent: flag(s.Silent), Keep: flag(s.OnDown == service.Keep),
+		Balance: uint8(s.Balance), Affinity: uint32(s.Affinity / time.Second), Keepalive: keepalive(s.Keepalive),
 	}
 	setText(info.Name[:], s.Name)
 	return info
 }
+
+func milliseconds(d time.Duration) uint32 { return uint32(d / time.Millisecond) }
 
 func keepalive(k service.Keepalive) kernelKeepalive {
 	return kernelKeepalive{

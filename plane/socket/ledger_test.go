@@ -2,6 +2,7 @@ package socket
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"reflect"
@@ -146,40 +147,56 @@ func (m *kernelModel) mapping(t *testing.T, alsoFiltered map[service.Listener]bo
 		if m.filter[bit/64]>>(bit%64)&1 == 0 && alsoFiltered[x] {
 			t.Fatalf("listener %s is there but its bit of the filter is not", x)
 		}
-		found := make(map[netip.AddrPort]bool)
-		for i := v.Slots; i < v.Slots+v.Count; i++ {
-			for _, index := range []uint32{m.slots[i].First, m.slots[i].Second} {
-				b := m.backends[index]
-				if b.Port == 0 || address(b.Addr).Is4() != x.Address.Addr().Is4() {
-					t.Fatalf("listener %s leads to backend %d: %+v", x, index, b)
-				}
-				found[netip.AddrPortFrom(address(b.Addr), bigEndian(b.Port))] = true
+		result[x] = []netip.AddrPort{}
+		at, count := v.Slots, v.Count
+		for count > 0 {
+			if at+count >= v.Slots+v.Length {
+				t.Fatalf("listener %s: a table ends beyond the range: %+v", x, v)
 			}
-		}
-		for a := range found {
-			result[x] = append(result[x], a)
-		}
-		slices.SortFunc(result[x], netip.AddrPort.Compare)
-		if result[x] == nil {
-			result[x] = []netip.AddrPort{}
+			result[x] = append(result[x], m.table(t, x, at, count)...)
+			at += count + 1
+			count = m.slots[at-1].First
 		}
 	}
 	return result
 }
 
-// wanted is what each listener of a snapshot must lead to.
+// table returns the backends of one selection table, sorted.
+func (m *kernelModel) table(t *testing.T, x service.Listener, at, count uint32) []netip.AddrPort {
+	t.Helper()
+	found := make(map[netip.AddrPort]bool)
+	for i := at; i < at+count; i++ {
+		for _, index := range []uint32{m.slots[i].First, m.slots[i].Second} {
+			b := m.backends[index]
+			if b.Port == 0 || address(b.Addr).Is4() != x.Address.Addr().Is4() {
+				t.Fatalf("listener %s leads to backend %d: %+v", x, index, b)
+			}
+			found[netip.AddrPortFrom(address(b.Addr), bigEndian(b.Port))] = true
+		}
+	}
+	return slices.SortedFunc(maps.Keys(found), netip.AddrPort.Compare)
+}
+
+// wanted is what each listener of a snapshot must lead to: the usable backends of
+// every group in turn, with source-hash those of the first group twice.
 func wanted(snap *service.Snapshot) map[service.Listener][]netip.AddrPort {
 	result := make(map[service.Listener][]netip.AddrPort)
 	for _, s := range snap.Services {
-		states := s.States()
 		for _, x := range s.Listeners {
 			result[x] = []netip.AddrPort{}
-			for i, b := range s.Backends {
-				if states[i] == service.Serving && b.Address.Addr().Is4() == x.Address.Addr().Is4() {
-					result[x] = append(result[x], b.Address)
+			for group := range uint32(2) {
+				var members []netip.AddrPort
+				for _, b := range s.Backends {
+					if b.Usable() && b.Group == group && b.Address.Addr().Is4() == x.Address.Addr().Is4() {
+						members = append(members, b.Address)
+					}
 				}
+				slices.SortFunc(members, netip.AddrPort.Compare)
+				if s.Balance == service.SourceHash && len(result[x]) == 0 {
+					result[x] = append(result[x], members...)
+				}
+				result[x] = append(result[x], members...)
 			}
-			slices.SortFunc(result[x], netip.AddrPort.Compare)
 		}
 	}
 	return result
@@ -245,11 +262,11 @@ func TestLedger(t *testing.T) {
 				l.remove(s.Name, &w)
 			}
 			for _, s := range changed {
-				tables := [2][]service.Slot{s.Table(true), s.Table(false)}
-				if !l.fits(s, &tables) {
+				tables := tablesOf(s)
+				if !l.fits(s, tables) {
 					t.Fatal("it does not fit")
 				}
-				l.install(s, &tables, time.Unix(0, 0), &w)
+				l.install(s, tables, moment{time.Unix(0, 0), 1}, &w)
 			}
 			w.settle(l)
 			before, after := wanted(last), wanted(next)
@@ -285,14 +302,13 @@ func TestLedger(t *testing.T) {
 			// The same again writes nothing.
 			var again writes
 			for _, s := range next.Services {
-				tables := [2][]service.Slot{s.Table(true), s.Table(false)}
-				l.install(s, &tables, time.Unix(0, 0), &again)
+				l.install(s, tablesOf(s), moment{time.Unix(0, 0), 2}, &again)
 			}
 			if n := again.count(); n != 0 {
 				t.Fatalf("installing what is installed makes %d writes: %+v", n, again)
 			}
 			last = next
-			l.reclaim()
+			l.reclaim(func(i uint32) bool { return i%5 == uint32(r.IntN(5)) })
 		}
 		for w, have := range m.filter {
 			if have != l.filter[w] {

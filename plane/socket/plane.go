@@ -51,6 +51,7 @@ type Plane struct {
 	dir  string
 
 	mu      sync.Mutex
+	clock   *clock
 	set     *mapSet
 	ledger  *ledger
 	links   attacher
@@ -102,7 +103,8 @@ func (p *Plane) Close() {
 	defer p.mu.Unlock()
 	p.links.close()
 	p.set.close()
-	p.set = nil
+	p.clock.close()
+	p.set, p.clock = nil, nil
 }
 
 // Apply makes the kernel look like the snapshot. It may be called again after
@@ -197,25 +199,31 @@ func (p *Plane) open(snap *service.Snapshot) error {
 	if err := os.MkdirAll(p.dir, 0o700); err != nil {
 		return err
 	}
+	if p.clock == nil {
+		c, err := newClock()
+		if err != nil {
+			return err
+		}
+		p.clock = c
+	}
 	p.set.close()
 	p.set = nil
 	number, info, err := openAbout(p.dir, nil)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return p.create(snap, number+1, nil)
+		return p.create(snap, number+1, nil, nil)
 	case err != nil:
 		return fmt.Errorf("pins under %s: %w", p.dir, err)
 	case info.Layout > layoutVersion:
 		return foreignLayout(p.dir, info)
 	}
-	set, err := openSet(p.dir, number, nil)
-	if err != nil {
-		return fmt.Errorf("pins under %s: %w", p.dir, err)
-	}
 	spec, err := loadKernel()
 	if err != nil {
-		set.close()
 		return err
+	}
+	set, err := openOlderSet(p.dir, number)
+	if err != nil {
+		return fmt.Errorf("pins under %s: %w", p.dir, err)
 	}
 	if info.Layout != layoutVersion || !set.compatible(spec) {
 		defer set.close()
@@ -236,41 +244,74 @@ func (p *Plane) adopt() error {
 	if err := p.set.write(w); err != nil {
 		return err
 	}
+	if err := p.sortLoads(l); err != nil {
+		return err
+	}
 	p.ledger, p.applied, p.partial = l, &service.Snapshot{}, true
 	return nil
 }
 
-// create makes empty maps; state maps in keep live on in them.
-func (p *Plane) create(snap *service.Snapshot, number int, keep map[string]*ebpf.Map) error {
+// sortLoads keeps the places of backends that are gone but have connections from
+// being used, and wipes those that are free.
+func (p *Plane) sortLoads(l *ledger) error {
+	loads, err := p.set.readLoads()
+	if err != nil {
+		return err
+	}
+	busy := l.backends.takeIf(func(i uint32) bool { return int(i) < len(loads) && loads[i].Inflight > 0 })
+	l.retired.backends = append(l.retired.backends, busy...)
+	used := l.usedBackends()
+	var stale []uint32
+	for i := range loads {
+		if loads[i] != (kernelLoad{}) && !used[uint32(i)] {
+			stale = append(stale, uint32(i))
+		}
+	}
+	return p.set.clearLoads(stale)
+}
+
+// create makes empty maps; those of from that are named in keep live on in them.
+func (p *Plane) create(snap *service.Snapshot, number int, from *mapSet, keep []string) error {
 	spec, err := loadKernel()
 	if err != nil {
 		return err
 	}
 	c := p.limit(roomFor(snap))
 	resize(spec, c)
-	set, err := createSet(p.dir, number, spec, keep)
+	set, err := createSet(p.dir, number, spec, from, keep)
 	if err != nil {
 		return fmt.Errorf("pins under %s: %w", p.dir, err)
 	}
 	// References of sockets and clients may come from an earlier set: a
 	// generation drawn by lot keeps them from meeting a new backend.
-	p.set, p.ledger, p.applied = set, newLedger(c, rand.Uint32N(1<<31)), &service.Snapshot{}
+	l := newLedger(c, rand.Uint32N(1<<31))
+	p.set = set
+	if err := p.sortLoads(l); err != nil {
+		return err
+	}
+	p.ledger, p.applied = l, &service.Snapshot{}
 	return nil
 }
 
 // rebuild makes maps of this version beside those of an older one. What sockets
 // did moves over; the configuration is written anew.
 func (p *Plane) rebuild(snap *service.Snapshot, old *mapSet, spec *ebpf.CollectionSpec) error {
-	keep := make(map[string]*ebpf.Map)
+	var keep []string
 	for _, name := range stateMaps {
-		if !sameShape(spec.Maps[name], old.maps[name]) {
+		have := old.maps[name]
+		switch {
+		case have == nil:
+		case name == kernelMapCounters && have.MaxEntries() != spec.Maps[name].MaxEntries:
+			// There is more to count now. It begins anew.
+		case !sameShape(spec.Maps[name], have):
 			return fmt.Errorf("pins under %s: the state of sockets in map %s has a form that this pentad cannot read; remove it with `pentad down`",
 				p.dir, name)
+		default:
+			keep = append(keep, name)
 		}
-		keep[name] = old.maps[name]
 	}
 	p.opts.Log.Info("rebuilding the maps of an older layout", "from", old.dir)
-	return p.create(snap, old.number+1, keep)
+	return p.create(snap, old.number+1, old, keep)
 }
 
 // roomFor returns map sizes with half as much again as the snapshot needs.
@@ -290,17 +331,19 @@ func roomFor(snap *service.Snapshot) capacity {
 	}
 	more := func(n uint32) uint32 { return n + n/2 + 1024 }
 	return capacity{
-		Services: more(c.Services), Backends: more(c.Backends), Slots: more(c.Slots),
+		Services: more(c.Services), Backends: min(more(c.Backends), maxBackends), Slots: more(c.Slots),
 		Listeners4: more(c.Listeners4), Listeners6: more(c.Listeners6),
 	}
 }
 
 // tableRoom returns how many slots the tables of a service have at most.
 func tableRoom(s *service.Service) uint32 {
-	if s.Balance == service.Random {
-		return uint32(len(s.Backends))
+	if s.Balance != service.SourceHash {
+		// A head after each table, and each has one backend at least.
+		return 2 * uint32(len(s.Backends))
 	}
-	return uint32(len(s.Table(true)) + len(s.Table(false)))
+	t := tablesOf(s)
+	return t[0].length() + t[1].length()
 }
 
 func (p *Plane) limit(c capacity) capacity {
@@ -320,9 +363,15 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 	}
 	var cause error
 	for {
-		p.reclaimSome()
+		if err := p.reclaimSome(); err != nil {
+			return nil, err
+		}
+		jiffies, err := p.clock.now()
+		if err != nil {
+			return nil, err
+		}
 		var w writes
-		done, unfit := p.stage(snap, &w)
+		done, unfit := p.stage(snap, moment{time.Now(), uint32(jiffies)}, &w)
 		if len(unfit) > 0 && len(makeRoom) > 0 {
 			// Nothing was written yet: read the kernel again and start over.
 			cause = makeRoom[0](snap)
@@ -346,7 +395,7 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 
 // stage turns the difference into writes. It returns the snapshot that the
 // kernel will show then, and the names of services that did not fit.
-func (p *Plane) stage(snap *service.Snapshot, w *writes) (*service.Snapshot, []string) {
+func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.Snapshot, []string) {
 	changed, removed := service.Diff(p.applied, snap)
 	for _, s := range removed {
 		p.ledger.remove(s.Name, w)
@@ -358,15 +407,14 @@ func (p *Plane) stage(snap *service.Snapshot, w *writes) (*service.Snapshot, []s
 			}
 		}
 	}
-	now := time.Now()
 	var unfit []string
 	for _, s := range changed {
-		tables := [2][]service.Slot{s.Table(true), s.Table(false)}
-		if !p.ledger.fits(s, &tables) {
+		tables := tablesOf(s)
+		if !p.ledger.fits(s, tables) {
 			unfit = append(unfit, s.Name)
 			continue
 		}
-		p.ledger.install(s, &tables, now, w)
+		p.ledger.install(s, tables, now, w)
 	}
 	if len(unfit) == 0 {
 		return snap, nil
@@ -381,12 +429,16 @@ func (p *Plane) stage(snap *service.Snapshot, w *writes) (*service.Snapshot, []s
 
 // reclaimSome frees retired places once they are a part of the whole that
 // matters, so that a change need not wait for a grace period each time.
-func (p *Plane) reclaimSome() {
+func (p *Plane) reclaimSome() error {
 	if !p.ledger.manyRetired() {
-		return
+		return nil
 	}
 	waitForReaders()
-	p.ledger.reclaim()
+	free := p.ledger.reclaim(func(index uint32) bool {
+		l, err := p.set.readLoad(index)
+		return err != nil || l.Inflight > 0
+	})
+	return p.set.clearLoads(free)
 }
 
 // grow moves to larger maps: filled beside the old ones, then switched to. When
@@ -397,7 +449,7 @@ func (p *Plane) grow(snap *service.Snapshot) error {
 	larger := func(now, need uint32) uint32 { return now + need }
 	next := p.limit(capacity{
 		Services:   larger(now.Services, need.Services),
-		Backends:   larger(now.Backends, need.Backends),
+		Backends:   min(larger(now.Backends, need.Backends), maxBackends),
 		Slots:      larger(now.Slots, need.Slots),
 		Listeners4: larger(now.Listeners4, need.Listeners4),
 		Listeners6: larger(now.Listeners6, need.Listeners6),
@@ -430,11 +482,7 @@ func (p *Plane) larger(c capacity) (*mapSet, error) {
 		return nil, err
 	}
 	resize(spec, c)
-	keep := map[string]*ebpf.Map{kernelMapAffinity: p.set.maps[kernelMapAffinity]}
-	for _, name := range stateMaps {
-		keep[name] = p.set.maps[name]
-	}
-	set, err := createSet(p.dir, p.set.number+1, spec, keep)
+	set, err := createSet(p.dir, p.set.number+1, spec, p.set, append([]string{kernelMapAffinity}, stateMaps...))
 	if err != nil {
 		return nil, err
 	}
@@ -475,6 +523,9 @@ func (p *Plane) load() (map[string]*ebpf.Program, error) {
 	}
 	resize(spec, p.set.capacity())
 	if err := spec.Variables[kernelVarProbeMark].Set(uint32(ProbeMark)); err != nil {
+		return nil, err
+	}
+	if err := spec.Variables[kernelVarHz].Set(p.clock.hz); err != nil {
 		return nil, err
 	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: p.set.maps})

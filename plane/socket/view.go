@@ -218,6 +218,7 @@ func (in *inspection) readListeners(s *mapSet) error {
 
 // desired is the service that the maps show.
 func (i *installed) desired() *service.Service {
+	ms := func(n uint32) time.Duration { return time.Duration(n) * time.Millisecond }
 	s := &service.Service{
 		Name: i.name, Balance: service.Balance(i.info.Balance),
 		Affinity: time.Duration(i.info.Affinity) * time.Second,
@@ -226,6 +227,14 @@ func (i *installed) desired() *service.Service {
 			Interval: time.Duration(i.info.Keepalive.Interval) * time.Second,
 			Probes:   int(i.info.Keepalive.Probes),
 		},
+		Breaker: service.Breaker{
+			MaxConnections: int(i.info.MaxConnections), Failures: int(i.info.Failures),
+			Ejection: ms(i.info.Ejection), MaxEjected: int(i.info.MaxEjected),
+		},
+		ConnectTimeout: ms(i.info.ConnectTimeout), SlowStart: ms(i.info.SlowStart), Silent: i.info.Silent != 0,
+	}
+	if i.info.Keep != 0 {
+		s.OnDown = service.Keep
 	}
 	for x := range i.listeners {
 		s.Listeners = append(s.Listeners, x)
@@ -234,7 +243,7 @@ func (i *installed) desired() *service.Service {
 	for addr, p := range i.places {
 		s.Backends = append(s.Backends, service.Backend{
 			Address: addr, Weight: p.hot.Weight, Group: p.info.group, Zone: p.info.zone,
-			Drained: p.info.drained, Down: p.info.down,
+			Drained: p.info.drained, Down: p.info.down, DrainUntil: int64(p.info.drainUntil),
 		})
 	}
 	slices.SortFunc(s.Backends, func(a, b service.Backend) int { return a.Address.Compare(b.Address) })
@@ -276,7 +285,7 @@ func adopt(s *mapSet) (*ledger, *writes, error) {
 			v4 := x.Address.Addr().Is4()
 			l.countListener(x, 1, &w)
 			t := &e.tables[familyOf(v4)]
-			r := extent{value.Slots, value.Count}
+			r := extent{value.Slots, value.Length}
 			ranges = append(ranges, r)
 			if t.extent.length > 0 && t.extent != r {
 				// A switch was cut off between two listeners.

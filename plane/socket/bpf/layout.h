@@ -37,13 +37,25 @@ enum backend_state {
 enum balance {
 	BALANCE_RANDOM = 0,
 	BALANCE_SOURCE_HASH = 1,
+	BALANCE_LEAST_CONNECTIONS = 2,
+	BALANCE_LEAST_LATENCY = 3,
 };
+
+/* How many backends one map of loads holds; there are up to LOAD_CHUNKS of them. */
+#define LOAD_CHUNK_BITS 12
+#define LOAD_CHUNK (1 << LOAD_CHUNK_BITS)
+#define LOAD_CHUNKS 1024
+
+/* How many processes may follow flows at a time. */
+#define FOLLOWERS 8
 
 enum counter {
 	COUNTER_TRANSLATED = 0, /* connect() or first datagram sent to a backend */
 	COUNTER_REFUSED = 1,    /* no usable backend: ECONNREFUSED */
 	COUNTER_UNTRACKED = 2,  /* translated, but its VIP could not be remembered */
-	COUNTERS = 3,
+	COUNTER_PANICS = 3,     /* an ejected backend taken because too many are ejected */
+	COUNTER_RESET = 4,      /* connections closed because their backend is down or gone */
+	COUNTERS = 5,
 };
 
 /*
@@ -88,8 +100,9 @@ struct keepalive {
  */
 struct listener {
 	__u32 service;  /* index into services */
-	__u32 slots;    /* first slot */
-	__u32 count;    /* number of slots; 0: no usable backend */
+	__u32 slots;    /* first slot of the first table */
+	__u32 count;    /* number of its slots; 0: no usable backend */
+	__u32 length;   /* slots of all tables and of their heads */
 	__u32 affinity; /* seconds; 0: none */
 	struct keepalive keepalive;
 	__u8 balance; /* enum balance */
@@ -105,6 +118,7 @@ static inline __u32 listener_sum(const struct listener *l, __u32 address4, __u32
 
 	sum = (sum ^ ((__u64)l->service << 32 | l->slots)) * factor;
 	sum = (sum ^ sum >> 29 ^ ((__u64)l->count << 32 | l->affinity)) * factor;
+	sum = (sum ^ sum >> 29 ^ l->length) * factor;
 	sum = (sum ^ sum >> 29 ^
 	       ((__u64)l->keepalive.idle << 48 | (__u64)l->keepalive.interval << 32 |
 		(__u64)l->keepalive.probes << 16 | l->balance)) *
@@ -116,7 +130,12 @@ static inline __u32 listener_sum(const struct listener *l, __u32 address4, __u32
  * A slot of an alias table (A. J. Walker, "An efficient method for generating
  * discrete random variables with general distributions", 1977): the part below
  * the threshold belongs to first, the rest to second. In a consistent-hash
- * table both are the same backend.
+ * table both are the same backend. In an alias table every backend is first in
+ * exactly one slot.
+ *
+ * After the slots of a table comes the head of the next one, the table of the
+ * next failover group: first is the number of its slots, 0 at the end. With
+ * BALANCE_SOURCE_HASH the second table is an alias table of the first group.
  */
 struct slot {
 	__u32 first; /* index into backends */
@@ -126,17 +145,40 @@ struct slot {
 };
 
 /*
- * One backend, hot part. An index is reused only with another generation, so
- * that a reference {generation, index} never finds a later occupant.
+ * One backend, as user space wants it. An index is reused only with another
+ * generation, so that a reference {generation, index} never finds a later
+ * occupant, and only once no connection is left to the earlier one.
  */
 struct backend {
 	__be32 addr[4];
 	__be16 port;
 	__u8 state; /* enum backend_state */
-	__u8 pad;
+	__u8 reset; /* 1: connections that are left are to be closed */
 	__u32 generation;
 	__u32 service; /* index into services */
 	__u32 weight;
+	__u32 cost;    /* 256 * mean weight of the group / weight */
+	__u32 started; /* jiffies: when it began to take connections; 0: long ago */
+	__u32 pad[6];
+};
+
+/*
+ * One backend, as the programs find it. Only they write while anything refers to
+ * it. Times are in jiffies, latencies in microseconds.
+ */
+struct load {
+	__u32 inflight;   /* connections from connect() to their end */
+	__u32 rtt;        /* smoothed, of handshakes; 0: unknown */
+	__u32 response;   /* smoothed, from the request to the first byte; 0: unknown */
+	__u32 measured;   /* when rtt or response was last measured */
+	__u32 failures;   /* failed connects in a row */
+	__u32 ejections;  /* in a row, which makes the next one longer */
+	__u64 ejected;    /* 0: not; else until when << 1 | whether a trial is under way */
+	__u32 readmitted; /* when the last ejection ended */
+	__u32 pad;
+	__u64 connections; /* all that were ever begun */
+	__u64 failed;      /* of these, how many failed */
+	__u64 ejected_ever; /* how often it was ejected */
 };
 
 /* One backend, cold part: only user space reads it. */
@@ -145,17 +187,27 @@ struct backend_detail {
 	__u8 drained; /* by the operator, not by weight 0 */
 	__u8 down;    /* by its probe, also while drained */
 	__u8 pad[2];
-	__u64 since; /* Unix seconds of the last change of state */
+	__u64 since;       /* Unix seconds of the last change of state */
+	__u64 drain_until; /* Unix seconds: when to close what is left; 0: never */
 	char zone[ZONE_LENGTH];
 };
 
-/* One service: only user space reads it. */
+/* One service: what the programs obey, then what only user space reads. */
 struct service_info {
-	char name[NAME_LENGTH];
-	__u32 balance;
+	__u32 max_connections; /* per backend; 0: no limit */
+	__u32 failures;        /* failed connects in a row that eject; 0: never */
+	__u32 ejection;        /* ms */
+	__u32 max_ejected;     /* percent */
+	__u32 connect_timeout; /* ms; 0: the host's */
+	__u32 slow_start;      /* ms; 0: none */
+	__u8 silent;           /* 1: no events */
+	__u8 keep;             /* 1: connections to a backend that is down are left alone */
+	__u8 balance;
+	__u8 pad;
 	__u32 affinity; /* seconds */
 	struct keepalive keepalive;
-	__u8 pad[2];
+	__u8 pad2[2];
+	char name[NAME_LENGTH];
 };
 
 /*
@@ -169,10 +221,27 @@ struct socket {
 	__be32 addr[4]; /* the backend; a socket with another peer has moved on */
 	__be16 vip_port;
 	__be16 port;
-	__u8 crowded; /* other sockets of this place are in sockets_more */
-	__u8 pad[3];
-	__u64 backend;  /* {generation << 32 | index} */
-	__u64 reserved; /* one entry is one cache line */
+	__u8 crowded;  /* other sockets of this place are in sockets_more */
+	__u8 protocol; /* IPPROTO_TCP also for MPTCP; 0: an entry from before there was this field */
+	__u8 pad[2];
+	__u64 backend; /* {generation << 32 | index} */
+	__u64 life;    /* started << 32 | tag << 8 | enum life; one entry is one cache line */
+};
+
+/*
+ * What became of a connection. Several CPUs may come to its end at once, and
+ * its place may have another owner by then: life is changed by compare-and-
+ * exchange alone, and the tag, 24 bits of a hash of the cookie, tells owners
+ * apart.
+ */
+enum life {
+	LIFE_COUNTED = 1,     /* in inflight of its backend */
+	LIFE_TRIAL = 2,       /* its outcome decides on the backend's return */
+	LIFE_JUDGED = 4,      /* TCP, whose outcome these programs are told */
+	LIFE_SENT = 8,        /* a SYN has left */
+	LIFE_ESTABLISHED = 16,
+	LIFE_FAILED = 32,     /* its failure is counted */
+	LIFE_ANSWERED = 64,   /* the first byte has come */
 };
 
 /* A name that an unconnected UDP socket used for a backend. */
@@ -196,6 +265,42 @@ struct affinity_entry {
 	__u64 used;    /* CLOCK_MONOTONIC_COARSE, ns */
 };
 
+enum event_kind {
+	EVENT_CONNECT = 0,     /* a backend was chosen */
+	EVENT_REFUSED = 1,     /* none could be */
+	EVENT_ESTABLISHED = 2, /* the handshake is complete */
+	EVENT_FAILED = 3,      /* the connect failed */
+	EVENT_CLOSED = 4,      /* the socket was closed, reset or connected elsewhere */
+	EVENT_EJECTED = 5,     /* the backend takes no connections for a while */
+	EVENT_READMITTED = 6,  /* and does again */
+};
+
+/* What followers get. */
+struct event {
+	__u64 time; /* CLOCK_MONOTONIC, ns */
+	__u64 cookie;
+	__be32 vip[4];
+	__be32 addr[4];
+	__be16 vip_port;
+	__be16 port;
+	__u32 service; /* index into services; 0: the backend was removed since */
+	__u32 pid;     /* 0: not known in this place */
+	__u8 kind;     /* enum event_kind */
+	__u8 protocol;
+	__u16 error; /* errno of a failure; 0: unknown or none */
+	__u32 rtt;   /* us */
+	__u32 duration; /* ms */
+	__u64 sent;
+	__u64 received;
+	char command[16];
+};
+
+/* One process that follows flows. */
+struct follower {
+	__u64 until; /* jiffies: when it counts as gone unless it says otherwise */
+	__u64 lost;  /* events for which it had no room */
+};
+
 /*
  * What lies in this set of pins. The first word never moves: it tells every
  * pentad, older or newer, whether it can read the rest.
@@ -210,7 +315,8 @@ _Static_assert(sizeof(struct listener4_key) == 8, "no hidden padding in a key");
 _Static_assert(sizeof(struct listener6_key) == 20, "no hidden padding in a key");
 _Static_assert(sizeof(struct affinity_key) == 16, "no hidden padding in a key");
 _Static_assert(sizeof(struct slot) == 16, "four to a cache line");
-_Static_assert(sizeof(struct backend) == 32, "two to a cache line");
+_Static_assert(sizeof(struct backend) == 64, "one to a cache line");
+_Static_assert(sizeof(struct load) == 64, "one to a cache line");
 _Static_assert(sizeof(struct socket) == 64, "one to a cache line");
 _Static_assert((SOCKETS & (SOCKETS - 1)) == 0, "place = cookie & (SOCKETS - 1)");
 

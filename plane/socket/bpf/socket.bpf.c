@@ -6,21 +6,28 @@
  * the application is told stays the VIP. No packet is touched.
  *
  *	filter --> listeners --> slots --> backends	what to do (user space writes)
- *	sockets, sockets_more, udp_peers	what was done (these programs write)
+ *	sockets, sockets_more, udp_peers, loads	what was done (these programs write)
+ *
+ *	maps.h		the maps
+ *	choose.h	which backend a connection gets
+ *	connection.h	what becomes of it, and what its backend learns from that
+ *	this file	the hooks
  */
 #include <stdbool.h>
 #include <stddef.h>
 
 #include <linux/bpf.h>
 #include <linux/in.h>
-#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
 
-#include "layout.h"
+#include "choose.h"
+#include "connection.h"
+#include "maps.h"
 
 #define AF_INET 2
 #define AF_INET6 10
-#define ECONNREFUSED 111
 #define SOL_SOCKET 1
 #define SO_KEEPALIVE 9
 #define TCP_KEEPIDLE 4
@@ -31,156 +38,6 @@
 
 /* Sockets with this mark are probes: they reach the backend that they name. */
 const volatile __u32 probe_mark;
-
-/*
- * filter: bit -> whether any listener may have it. Most connections on a host go
- * to no service; this spares them the hash. A bit is set before its listener is
- * there and cleared after it is gone. Written by user space, read by connect and
- * sendmsg.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, __u64);
-	__uint(max_entries, (1 << FILTER_BITS) / 64);
-} filter SEC(".maps");
-
-/*
- * listeners4, listeners6: VIP, port and protocol -> how to choose a backend.
- * Written by user space, one element at a time; read by connect and sendmsg.
- * Bound: the configured number, doubled and rounded up.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__type(key, struct listener4_key);
-	__type(value, struct listener);
-	__uint(max_entries, 1);
-} listeners4 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__type(key, struct listener6_key);
-	__type(value, struct listener);
-	__uint(max_entries, 1);
-} listeners6 SEC(".maps");
-
-/*
- * slots: the selection tables of all services, one range each. A range is
- * written before a listener names it, and reused only after an RCU grace
- * period, so no program ever sees half of one.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct slot);
-	__uint(max_entries, 1);
-} slots SEC(".maps");
-
-/* backends: index -> address. The same rule for reuse as slots. Index 0 is nobody. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct backend);
-	__uint(max_entries, 1);
-} backends SEC(".maps");
-
-/* backend_info: index -> what people want to know. User space only. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct backend_detail);
-	__uint(max_entries, 1);
-} backend_info SEC(".maps");
-
-/* services: index -> name and settings. User space only. Index 0 is nobody. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct service_info);
-	__uint(max_entries, 1);
-} services SEC(".maps");
-
-/* about: which layout these maps have, written by which pentad. User space only. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct about_info);
-	__uint(max_entries, 1);
-} about SEC(".maps");
-
-/*
- * affinity: client and service -> backend. Written and read by connect and
- * sendmsg. Bound: fixed; the least recently used client is forgotten first.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__type(key, struct affinity_key);
-	__type(value, struct affinity_entry);
-	__uint(max_entries, 65536);
-} affinity SEC(".maps");
-
-/*
- * sockets: cookie & (SOCKETS - 1) -> translated socket. Socket storage or a
- * hash costs a connect() many times what an array does, and cookies count up,
- * so neighbours in time are neighbours here. A socket whose place is taken by
- * one that lives long goes to sockets_more. Written by connect and release.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct socket);
-	__uint(max_entries, SOCKETS);
-} sockets SEC(".maps");
-
-/* sockets_more: cookie -> translated socket whose place in sockets was taken. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__type(key, __u64);
-	__type(value, struct socket);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1 << 19);
-} sockets_more SEC(".maps");
-
-/*
- * udp_peers: the names that an unconnected UDP socket used. It lives and dies
- * with the socket. Written by sendmsg, read by recvmsg, both of which run
- * without the socket's lock: hence the spin lock.
- */
-struct udp_peers {
-	struct bpf_spin_lock lock;
-	__u32 next; /* the peer to forget when all places are taken */
-	struct udp_peer peer[UDP_PEERS];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__type(key, int);
-	__type(value, struct udp_peers);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-} udp_peers SEC(".maps");
-
-/* counters: enum counter -> count, per CPU. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__type(key, __u32);
-	__type(value, __u64);
-	__uint(max_entries, COUNTERS);
-} counters SEC(".maps");
-
-static __always_inline void count(__u32 counter)
-{
-	__u64 *value = bpf_map_lookup_elem(&counters, &counter);
-
-	if (value)
-		(*value)++;
-}
-
-static __always_inline int refuse(void)
-{
-	count(COUNTER_REFUSED);
-	bpf_set_retval(-ECONNREFUSED);
-	return 0;
-}
 
 /* A key has one byte for the protocol, and what it cuts off turns MPTCP into TCP. */
 _Static_assert((__u8)IPPROTO_MPTCP == IPPROTO_TCP, "to a service MPTCP is TCP");
@@ -268,19 +125,6 @@ static __always_inline bool same(const __be32 *a, const __be32 *b)
 	return a[3] == b[3] && a[2] == b[2] && a[1] == b[1] && a[0] == b[0];
 }
 
-static __always_inline void copy(__be32 *to, const __be32 *from)
-{
-	to[0] = from[0];
-	to[1] = from[1];
-	to[2] = from[2];
-	to[3] = from[3];
-}
-
-static __always_inline __u64 reference(__u32 index, const struct backend *b)
-{
-	return (__u64)b->generation << 32 | index;
-}
-
 /* The backend of a reference, if it is still the one that was meant. */
 static __always_inline struct backend *follow(__u64 ref)
 {
@@ -290,17 +134,6 @@ static __always_inline struct backend *follow(__u64 ref)
 	if (!b || b->generation != (__u32)(ref >> 32))
 		return NULL;
 	return b;
-}
-
-/* The finalizer of MurmurHash3 (Appleby, public domain): every bit moves half of the others. */
-static __always_inline __u64 mix(__u64 x)
-{
-	x ^= x >> 33;
-	x *= 0xff51afd7ed558ccdULL;
-	x ^= x >> 33;
-	x *= 0xc4ceb9fe1a85ec53ULL;
-	x ^= x >> 33;
-	return x;
 }
 
 /* The client of a connection: the address that it bound, else its network namespace. */
@@ -323,143 +156,160 @@ static __always_inline __u64 client_hash(struct bpf_sock_addr *ctx)
 }
 
 /*
- * Take one slot: the integer part of random * count picks it, the fraction
- * decides between its two backends. One number serves both.
+ * Whether a client that went to this backend may go there again: 0, or its index.
+ * The element of an LRU map that names it may have gone to another client and
+ * service.
  */
-static __always_inline __u64 choose(struct bpf_sock_addr *ctx, const struct listener *l)
+static __always_inline __u32 keeps(const struct search *s, __u32 family, __u64 ref)
 {
-	__u32 number =
-		l->balance == BALANCE_SOURCE_HASH ? (__u32)client_hash(ctx) : bpf_get_prandom_u32();
-	__u64 scaled = (__u64)number * l->count;
-	__u32 index = l->slots + (__u32)(scaled >> 32);
-	struct slot *s = bpf_map_lookup_elem(&slots, &index);
-	struct backend *b;
+	struct service_info *policy = bpf_map_lookup_elem(&services, &s->service);
+	struct backend *b = follow(ref);
+	struct load *load = load_of((__u32)ref);
+	enum verdict v;
 
-	if (!s)
+	if (!policy || !b || !load || b->state != BACKEND_SERVING || b->service != s->service ||
+	    is_mapped(b->addr) != (family == AF_INET))
 		return 0;
-	index = (__u32)scaled < s->threshold ? s->first : s->second;
-	b = bpf_map_lookup_elem(&backends, &index);
+	v = judge(s, b, load, policy);
+	return v == USABLE || v == WARMING ? (__u32)ref : 0;
+}
+
+static __always_inline __u64 refer(__u32 index)
+{
+	struct backend *b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
+
 	return b ? reference(index, b) : 0;
 }
 
-/*
- * Whether a client that went to this backend may go there again. The element of
- * an LRU map that names it may have gone to another client and service.
- */
-static __always_inline bool keeps(const struct listener *l, __u32 family, __u64 ref)
-{
-	struct backend *b = follow(ref);
-
-	return b && b->state == BACKEND_SERVING && b->service == l->service &&
-	       is_mapped(b->addr) == (family == AF_INET);
-}
-
 /* As choose(), but a client that was here within the time-out goes where it went. */
-static __always_inline __u64 choose_again(struct bpf_sock_addr *ctx, const struct listener *l,
-					  __u32 family)
+__noinline __u32 choose_again(struct bpf_sock_addr *ctx, struct search *s, __u32 family,
+			      __u32 seconds)
 {
 	struct affinity_key key = {
 		.client = bpf_get_netns_cookie(ctx),
-		.service = l->service,
 		.family = family,
 	};
 	__u64 now = bpf_ktime_get_coarse_ns();
-	struct affinity_entry *e = bpf_map_lookup_elem(&affinity, &key);
 	struct affinity_entry fresh = {};
-	__u64 old, chosen, won;
-
-	if (!e) {
-		fresh.backend = choose(ctx, l);
-		fresh.used = now;
-		if (!bpf_map_update_elem(&affinity, &key, &fresh, BPF_NOEXIST))
-			return fresh.backend;
-		/* Another thread of this client was first: go with it. */
-		e = bpf_map_lookup_elem(&affinity, &key);
-		if (!e)
-			return fresh.backend;
-	}
-	old = e->backend;
-	if (now - e->used < l->affinity * NSEC_PER_SEC) {
-		if (keeps(l, family, old)) {
-			e->used = now;
-			return old;
-		}
-	}
-	chosen = choose(ctx, l);
-	e->used = now;
-	won = __sync_val_compare_and_swap(&e->backend, old, chosen);
-	return won != old && keeps(l, family, won) ? won : chosen;
-}
-
-/* The backend for a new connection: its reference, or 0 when there is none. */
-static __always_inline __u64 decide(struct bpf_sock_addr *ctx, const struct listener *l,
-				    __u32 family)
-{
-	if (l->affinity)
-		return choose_again(ctx, l, family);
-	return choose(ctx, l);
-}
-
-static __always_inline struct socket *place_of(__u64 cookie)
-{
-	__u32 place = cookie & (SOCKETS - 1);
-
-	return bpf_map_lookup_elem(&sockets, &place);
-}
-
-/* What was translated for this socket, or NULL. */
-static __always_inline struct socket *recall(__u64 cookie)
-{
-	struct socket *s = place_of(cookie);
+	struct affinity_entry *e;
+	__u64 old = 0, won;
+	__u32 chosen, kept;
 
 	if (!s)
-		return NULL;
-	if (s->cookie == cookie)
-		return s;
-	if (!s->crowded)
+		return 0;
+	key.service = s->service;
+	e = bpf_map_lookup_elem(&affinity, &key);
+	if (e) {
+		old = e->backend;
+		kept = now - e->used < seconds * NSEC_PER_SEC ? keeps(s, family, old) : 0;
+		e->used = now;
+		if (kept)
+			return kept;
+	}
+	chosen = choose(s);
+	fresh.backend = refer(chosen);
+	fresh.used = now;
+	if (!e) {
+		if (!bpf_map_update_elem(&affinity, &key, &fresh, BPF_NOEXIST))
+			return chosen;
+		e = bpf_map_lookup_elem(&affinity, &key);
+		if (!e)
+			return chosen;
+	}
+	won = __sync_val_compare_and_swap(&e->backend, old, fresh.backend);
+	if (won == old || s->trial)
+		return chosen;
+	/* Another thread of this client was first: go with it. */
+	return keeps(s, family, won) ?: chosen;
+}
+
+/* How often to look elsewhere when others took the last place of a backend. */
+#define OVERTAKEN 3
+
+/*
+ * The backend for a new connection, counted in its load, or 0 when there is none.
+ */
+static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct listener *l,
+				    __u32 family, bool *trial)
+{
+	struct service_info *policy = bpf_map_lookup_elem(&services, &l->service);
+	int i;
+
+	if (!policy || !l->count)
+		return 0;
+	for (i = 0; i < OVERTAKEN; i++) {
+		struct search s = {
+			.service = l->service,
+			.slots = l->slots,
+			.count = l->count,
+			.balance = l->balance,
+			.judged = ctx->protocol == IPPROTO_TCP,
+		};
+		struct load *load;
+		__u32 index;
+
+		if (s.balance == BALANCE_SOURCE_HASH)
+			s.hash = client_hash(ctx);
+		index = l->affinity ? choose_again(ctx, &s, family, l->affinity) : choose(&s);
+		load = load_of(index);
+		if (!index || !load)
+			return 0;
+		*trial = s.trial;
+		if (__sync_fetch_and_add(&load->inflight, 1) < policy->max_connections ||
+		    !policy->max_connections) {
+			__sync_fetch_and_add(&load->connections, 1);
+			return index;
+		}
+		__sync_fetch_and_sub(&load->inflight, 1);
+	}
+	return 0;
+}
+
+static __always_inline void fill(struct socket *s, struct bpf_sock_addr *ctx, const __be32 *vip,
+				 const struct backend *b, __u64 ref, __u64 life)
+{
+	copy(s->vip, vip);
+	copy(s->addr, b->addr);
+	s->vip_port = ctx->user_port;
+	s->port = b->port;
+	s->protocol = ctx->protocol;
+	s->backend = ref;
+	*(volatile __u64 *)&s->life = life;
+}
+
+/* An empty entry in sockets_more, for a socket whose place is taken. */
+static __noinline struct socket *make_more(__u64 cookie)
+{
+	struct socket more = {.cookie = cookie};
+
+	if (bpf_map_update_elem(&sockets_more, &cookie, &more, BPF_ANY))
 		return NULL;
 	return bpf_map_lookup_elem(&sockets_more, &cookie);
 }
 
-static __always_inline void forget(__u64 cookie)
+/*
+ * Keep the name that the application used, for getpeername and recvmsg, and what
+ * is to be done when the connection ends. Returns false when there is no room.
+ */
+static __always_inline struct socket *remember(struct bpf_sock_addr *ctx, __u64 cookie,
+					       const __be32 *vip, const struct backend *b,
+					       __u64 ref, __u8 flags)
 {
+	__u64 life = bpf_jiffies64() << 32 | tag_of(cookie) | flags;
 	struct socket *s = place_of(cookie);
 
 	if (!s)
-		return;
-	if (s->crowded)
-		bpf_map_delete_elem(&sockets_more, &cookie);
-	if (s->cookie == cookie)
-		*(volatile __u64 *)&s->cookie = 0;
-}
-
-static __always_inline void fill(struct socket *s, const __be32 *vip, __be16 vip_port,
-				 const struct backend *b, __u64 ref)
-{
-	copy(s->vip, vip);
-	copy(s->addr, b->addr);
-	s->vip_port = vip_port;
-	s->port = b->port;
-	s->backend = ref;
-}
-
-/* Keep the name that the application used, for getpeername and recvmsg. */
-static __always_inline void remember(__u64 cookie, const __be32 *vip, __be16 vip_port,
-				     const struct backend *b, __u64 ref)
-{
-	struct socket *s = place_of(cookie);
-	struct socket more = {.cookie = cookie};
-
-	if (!s)
-		return;
-	if (s->cookie == cookie || !__sync_val_compare_and_swap(&s->cookie, 0, cookie)) {
-		fill(s, vip, vip_port, b, ref);
-		return;
+		return NULL;
+	if (s->cookie != cookie && __sync_val_compare_and_swap(&s->cookie, 0, cookie)) {
+		*(volatile __u8 *)&s->crowded = 1;
+		s = make_more(cookie);
+		if (!s) {
+			count(COUNTER_UNTRACKED);
+			return NULL;
+		}
 	}
-	fill(&more, vip, vip_port, b, ref);
-	*(volatile __u8 *)&s->crowded = 1;
-	if (bpf_map_update_elem(&sockets_more, &cookie, &more, BPF_ANY))
-		count(COUNTER_UNTRACKED);
+	fill(s, ctx, vip, b, ref, life);
+	return s;
 }
 
 /*
@@ -473,7 +323,7 @@ static __always_inline void forget_earlier(struct bpf_sock_addr *ctx, bool v4)
 
 	if (sk &&
 	    (v4 ? sk->dst_ip4 : sk->dst_ip6[0] | sk->dst_ip6[1] | sk->dst_ip6[2] | sk->dst_ip6[3]))
-		forget(bpf_get_socket_cookie(ctx));
+		forget(bpf_get_socket_cookie(ctx), NULL);
 }
 
 /* What this socket was told of its peer, if the peer is still the one it was. */
@@ -612,38 +462,96 @@ static __always_inline void keep_alive(struct bpf_sock_addr *ctx, const struct k
 		bpf_setsockopt(ctx, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
 }
 
+/* Tell followers that there was no backend for a process. */
+static __noinline void tell_refused(struct bpf_sock_addr *ctx, __u32 service, const __be32 *vip)
+{
+	struct service_info *policy = bpf_map_lookup_elem(&services, &service);
+	struct event e = {
+		.kind = EVENT_REFUSED,
+		.protocol = ctx->protocol,
+		.service = service,
+		.vip_port = ctx->user_port,
+		.error = ECONNREFUSED,
+		.pid = bpf_get_current_pid_tgid() >> 32,
+	};
+
+	if (!policy || policy->silent)
+		return;
+	copy(e.vip, vip);
+	bpf_get_current_comm(e.command, sizeof(e.command));
+	publish(&e);
+}
+
+static __always_inline int refuse(struct bpf_sock_addr *ctx, const struct listener *l,
+				  const __be32 *vip)
+{
+	count(COUNTER_REFUSED);
+	if (is_followed())
+		tell_refused(ctx, l->service, vip);
+	bpf_set_retval(-ECONNREFUSED);
+	return 0;
+}
+
 /* connect() to a listener: the chosen backend, or NULL to refuse. */
 static __always_inline struct backend *
 connect_to(struct bpf_sock_addr *ctx, const struct listener *l, const __be32 *vip, __u32 family)
 {
-	__u64 ref = l->count ? decide(ctx, l, family) : 0;
 	__u64 cookie = bpf_get_socket_cookie(ctx);
-	__u32 index = (__u32)ref;
-	struct backend *b = ref ? bpf_map_lookup_elem(&backends, &index) : NULL;
+	struct socket *s = recall(cookie);
+	struct backend *b;
+	struct load *load;
+	bool trial = false;
+	__u8 life = LIFE_COUNTED;
+	__u32 index;
 
+	/* It connects elsewhere: what it had is over, and does not count in this choice. */
+	if (s)
+		ended(s, cookie, NULL);
+	index = decide(ctx, l, family, &trial);
+	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
 	if (!b) {
-		forget(cookie);
+		if (s)
+			forget(cookie, NULL);
 		return NULL;
 	}
-	remember(cookie, vip, ctx->user_port, b, ref);
+	if (trial)
+		life |= LIFE_TRIAL;
+	if (ctx->protocol == IPPROTO_TCP)
+		life |= LIFE_JUDGED;
+	s = remember(ctx, cookie, vip, b, reference(index, b), life);
+	if (!s) {
+		/* Nothing would count it back. */
+		load = load_of(index);
+		if (load)
+			__sync_fetch_and_sub(&load->inflight, 1);
+	} else if (is_followed()) {
+		tell(s, EVENT_CONNECT, 0, NULL);
+	}
 	if (l->keepalive.idle && (__u8)ctx->protocol == IPPROTO_TCP)
 		keep_alive(ctx, &l->keepalive);
 	count(COUNTER_TRANSLATED);
 	return b;
 }
 
-/* sendto() a listener on an unconnected UDP socket: a socket stays with its backend. */
+/*
+ * sendto() a listener on an unconnected UDP socket: a socket stays with its
+ * backend. Nothing begins and nothing ends here, so that nothing is in flight.
+ */
 static __always_inline struct backend *send_to(struct bpf_sock_addr *ctx, const struct listener *l,
 					       const __be32 *vip, __u32 family)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct udp_peers *p;
 	struct backend *b;
+	struct load *load;
+	bool trial = false;
 	__u32 index;
 	__u64 ref;
 
 	if (!sk)
 		return NULL;
+	if (!sk->dst_port)
+		forget(bpf_get_socket_cookie(ctx), NULL);
 	p = bpf_sk_storage_get(&udp_peers, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!p) {
 		count(COUNTER_UNTRACKED);
@@ -655,12 +563,13 @@ static __always_inline struct backend *send_to(struct bpf_sock_addr *ctx, const 
 		if (b && (b->state == BACKEND_SERVING || b->state == BACKEND_DRAINED))
 			return b;
 	}
-	ref = l->count ? decide(ctx, l, family) : 0;
-	index = (__u32)ref;
-	b = ref ? bpf_map_lookup_elem(&backends, &index) : NULL;
-	if (!b)
+	index = decide(ctx, l, family, &trial);
+	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
+	load = load_of(index);
+	if (!b || !load)
 		return NULL;
-	name_peer(p, vip, ctx->user_port, b, ref);
+	__sync_fetch_and_sub(&load->inflight, 1);
+	name_peer(p, vip, ctx->user_port, b, reference(index, b));
 	count(COUNTER_TRANSLATED);
 	return b;
 }
@@ -703,7 +612,7 @@ int connect4(struct bpf_sock_addr *ctx)
 		return 1;
 	b = connect_to(ctx, &l, vip, AF_INET);
 	if (!b)
-		return refuse();
+		return refuse(ctx, &l, vip);
 	store_addr4(ctx, b->addr, b->port);
 	return 1;
 }
@@ -732,7 +641,7 @@ int connect6(struct bpf_sock_addr *ctx)
 		return 1;
 	b = connect_to(ctx, &l, vip, family);
 	if (!b)
-		return refuse();
+		return refuse(ctx, &l, vip);
 	store_addr6(ctx, b->addr, b->port);
 	return 1;
 }
@@ -753,7 +662,7 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 		return 1;
 	b = send_to(ctx, &l, vip, AF_INET);
 	if (!b)
-		return refuse();
+		return refuse(ctx, &l, vip);
 	store_addr4(ctx, b->addr, b->port);
 	return 1;
 }
@@ -774,7 +683,7 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 		return 1;
 	b = send_to(ctx, &l, vip, AF_INET6);
 	if (!b)
-		return refuse();
+		return refuse(ctx, &l, vip);
 	store_addr6(ctx, b->addr, b->port);
 	return 1;
 }
@@ -857,13 +766,218 @@ int getpeername6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sock_release")
 int sock_release(struct bpf_sock *sk)
 {
-	forget(bpf_get_socket_cookie(sk));
+	struct traffic t = {};
+
+	if (is_followed() && sk->protocol == IPPROTO_TCP && bpf_cast_to_kern_ctx && bpf_rdonly_cast)
+		read_traffic(&t, bpf_rdonly_cast(bpf_cast_to_kern_ctx(sk),
+						 bpf_core_type_id_kernel(struct tcp_sock)));
+	forget(bpf_get_socket_cookie(sk), &t);
 	return 1;
+}
+
+/* The entry of the connection that a sock_ops callback is about, or NULL. */
+static __always_inline struct socket *tracked(struct bpf_sock_ops *ctx, __u64 *cookie)
+{
+	*cookie = bpf_get_socket_cookie(ctx);
+	return recall(*cookie);
+}
+
+static __always_inline struct tcp_sock *tcp_sock_of(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	return sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+}
+
+/* Callbacks that connections of services ask for. */
+#define ASKED (BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG)
+
+/* A SYN is about to leave. The socket of no service asks for nothing more. */
+static __always_inline void on_connect(struct bpf_sock_ops *ctx)
+{
+	__u64 cookie;
+	struct socket *s = tracked(ctx, &cookie);
+
+	if (!s || !(change_life(s, cookie, LIFE_SENT, 0) & LIFE_COUNTED))
+		return;
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | ASKED);
+}
+
+/* The first retransmission timer of a SYN, in jiffies, or -1 for the host's. */
+static __always_inline int first_timeout(struct bpf_sock_ops *ctx)
+{
+	__u64 cookie;
+	struct socket *s = tracked(ctx, &cookie);
+	struct service_info *policy = s ? service_of((__u32)s->backend) : NULL;
+
+	if (!policy || !policy->connect_timeout)
+		return -1;
+	return ticks(policy->connect_timeout) ?: 1;
+}
+
+static __always_inline void on_established(struct bpf_sock_ops *ctx)
+{
+	__u32 flags = ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTO_CB_FLAG;
+	struct service_info *policy;
+	__u64 cookie;
+	struct socket *s = tracked(ctx, &cookie);
+
+	if (!s)
+		return;
+	established(s, cookie, ctx->srtt_us >> 3);
+	policy = service_of((__u32)s->backend);
+	if (policy && policy->balance == BALANCE_LEAST_LATENCY)
+		flags |= BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG;
+	bpf_sock_ops_cb_flags_set(ctx, flags);
+}
+
+/*
+ * A segment came. The first that carries data is the answer to what was sent
+ * last, or the greeting of a server that speaks first.
+ */
+static __always_inline void on_segment(struct bpf_sock_ops *ctx)
+{
+	struct tcp_sock *t;
+	struct socket *s;
+	__u64 cookie, ns;
+
+	if (ctx->skb_len <= (__u32)(ctx->skb_data_end - ctx->skb_data))
+		return;
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
+					       ~BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
+	s = tracked(ctx, &cookie);
+	t = tcp_sock_of(ctx);
+	if (!s || !t)
+		return;
+	ns = t->tcp_clock_cache - t->tcp_wstamp_ns;
+	if ((__s64)ns >= 0)
+		answered(s, cookie, ns / 1000);
+}
+
+static __always_inline void on_timeout(struct bpf_sock_ops *ctx)
+{
+	__u64 cookie;
+	struct socket *s;
+
+	if (ctx->state != BPF_TCP_SYN_SENT)
+		return;
+	s = tracked(ctx, &cookie);
+	if (s)
+		failed(s, cookie, ETIMEDOUT);
+}
+
+static __always_inline void on_state(struct bpf_sock_ops *ctx)
+{
+	struct traffic traffic = {};
+	struct tcp_sock *t;
+	struct socket *s;
+	__u64 cookie;
+
+	if (ctx->args[1] != BPF_TCP_CLOSE)
+		return;
+	s = tracked(ctx, &cookie);
+	if (!s)
+		return;
+	t = tcp_sock_of(ctx);
+	if (ctx->args[0] == BPF_TCP_SYN_SENT && t) {
+		__u16 error = ((struct sock *)t)->sk_err;
+
+		/* Without an error it was the process that gave up. */
+		if (error)
+			failed(s, cookie, error);
+	}
+	if (t)
+		read_traffic(&traffic, t);
+	ended(s, cookie, &traffic);
+}
+
+/*
+ * What becomes of TCP connections. The kernel calls this for every connection
+ * below the cgroup; those of no service are let go with the first look.
+ */
+SEC("sockops")
+int sock_ops(struct bpf_sock_ops *ctx)
+{
+	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
+		on_connect(ctx);
+		return 1;
+	}
+	if (!(ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG))
+		return 1;
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TIMEOUT_INIT:
+		ctx->reply = first_timeout(ctx);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		on_established(ctx);
+		break;
+	case BPF_SOCK_OPS_PARSE_HDR_OPT_CB:
+		on_segment(ctx);
+		break;
+	case BPF_SOCK_OPS_RTO_CB:
+		on_timeout(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		on_state(ctx);
+		break;
+	}
+	return 1;
+}
+
+/*
+ * Close a socket if its connection goes to a backend from which connections are
+ * to be taken away. Returns whether it did.
+ */
+static __always_inline bool reset(struct sock_common *sk, struct socket *s)
+{
+	__u32 index = (__u32)s->backend;
+	struct backend *b = bpf_map_lookup_elem(&backends, &index);
+
+	if (!b || !b->reset || !(s->life & LIFE_COUNTED))
+		return false;
+	/* The generation grows by one when a backend is removed. */
+	if (b->generation - (__u32)(s->backend >> 32) > 1)
+		return false;
+	if (bpf_sock_destroy(sk))
+		return false;
+	count(COUNTER_RESET);
+	return true;
+}
+
+SEC("iter/tcp")
+int reset_tcp(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *sk = ctx->sk_common;
+	__u64 cookie = sk ? sk->skc_cookie.counter : 0;
+	struct socket *s = cookie ? recall(cookie) : NULL;
+
+	if (s)
+		reset(sk, s);
+	return 0;
+}
+
+/*
+ * No hook tells that a UDP socket was disconnected, by connect() to AF_UNSPEC or
+ * by reset(): whoever walks over the sockets counts it back.
+ */
+SEC("iter/udp")
+int reset_udp(struct bpf_iter__udp *ctx)
+{
+	struct sock_common *sk = (struct sock_common *)ctx->udp_sk;
+	__u64 cookie = sk ? sk->skc_cookie.counter : 0;
+	struct socket *s = cookie ? recall(cookie) : NULL;
+
+	if (s && (reset(sk, s) || !sk->skc_dport))
+		ended(s, cookie, NULL);
+	return 0;
 }
 
 /* From here user space has the constants. */
 const enum backend_state unused_backend_state __attribute__((unused));
 const enum balance unused_balance __attribute__((unused));
+const struct load unused_load __attribute__((unused));
+const struct event unused_event __attribute__((unused));
+const enum event_kind unused_event_kind __attribute__((unused));
 const enum counter unused_counter __attribute__((unused));
 const enum filter_size unused_filter_size __attribute__((unused));
 
