@@ -62,7 +62,14 @@ func buildAndRun(m *testing.M) int {
 // playRole runs one of the roles.
 func playRole(role string, args []string) error {
 	if role == "who" {
-		return serveWho(args[0], args[1:])
+		return serveWho(args[0], 0, args[1:])
+	}
+	if role == "late who" {
+		delay, err := time.ParseDuration(args[0])
+		if err != nil {
+			return err
+		}
+		return serveWho(args[1], delay, args[2:])
 	}
 	client, ok := clients[role]
 	if !ok {
@@ -71,8 +78,9 @@ func playRole(role string, args []string) error {
 	return client(args)
 }
 
-// serveWho answers, on every address and over TCP and UDP, who it is.
-func serveWho(name string, addresses []string) error {
+// serveWho answers, on every address and over TCP and UDP, who it is; over TCP
+// after a delay.
+func serveWho(name string, delay time.Duration, addresses []string) error {
 	for _, a := range addresses {
 		// Sockets of MPTCP listeners accept TCP and MPTCP alike.
 		l, err := net.Listen("tcp", a)
@@ -87,6 +95,7 @@ func serveWho(name string, addresses []string) error {
 				}
 				go func() {
 					defer c.Close()
+					time.Sleep(delay)
 					fmt.Fprintln(c, name)
 					// Until the client ends: it may look at the connection.
 					_, _ = io.Copy(io.Discard, c)

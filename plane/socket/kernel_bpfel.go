@@ -165,19 +165,19 @@ type kernelListener6Key struct {
 }
 
 type kernelLoad struct {
-	_           structs.HostLayout
-	Inflight    uint32
-	Rtt         uint32
-	Response    uint32
-	Measured    uint32
-	Failures    uint32
-	Ejections   uint32
-	Ejected     uint64
-	Readmitted  uint32
-	Pad         uint32
-	Connections uint64
-	Failed      uint64
-	EjectedEver uint64
+	_            structs.HostLayout
+	Inflight     uint32
+	Rtt          uint32
+	Response     uint32
+	Measured     uint32
+	Failures     uint32
+	Ejections    uint32
+	Ejected      uint64
+	Readmitted   uint32
+	LastResponse uint32
+	Connections  uint64
+	Failed       uint64
+	EjectedEver  uint64
 }
 
 type kernelServiceInfo struct {

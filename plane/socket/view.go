@@ -27,7 +27,24 @@ type View struct {
 	Version  string // of the pentad that wrote the maps
 	Services []*service.Service
 	Since    map[string]map[netip.AddrPort]time.Time // last change of state, by service
+	Loads    map[string]map[netip.AddrPort]Load      // by service
+	Leaving  int                                     // connections to backends that were removed
 	Usage
+}
+
+// Load is what the programs know of one backend.
+type Load struct {
+	InFlight    uint32        // connections from connect() to their end
+	RTT         time.Duration // smoothed, of handshakes; 0: unknown
+	Response    time.Duration // smoothed, from a request to its first byte; 0: unknown
+	Failures    uint32        // failed connects in a row
+	Connections uint64        // all that were ever begun
+	Failed      uint64        // of these, how many failed
+	Ejections   uint64        // how often it was ejected
+
+	Ejected bool          // it gets no connections, or is on trial
+	Trial   bool          // one connection is trying it
+	For     time.Duration // how much longer it is ejected; 0: the next connection tries it
 }
 
 // Hook is one place in the kernel where pentad is attached, or should be.
@@ -42,6 +59,8 @@ type Counters struct {
 	Translated uint64 `json:"translated"` // connections and first datagrams that got a backend
 	Refused    uint64 `json:"refused"`    // refused because no backend was usable
 	Untracked  uint64 `json:"untracked"`  // translated, but getpeername shows the backend
+	Panics     uint64 `json:"panics"`     // went to an ejected backend because too many are ejected
+	Reset      uint64 `json:"reset"`      // closed because their backend was down or gone
 }
 
 // Read returns what is installed under the pin directory. The error is
@@ -71,6 +90,10 @@ func Read(dir string) (*View, error) {
 	v := &View{
 		Version: text(info.Version[:]), Usage: Usage{Memory: set.memory(), Hooks: readHooks(dir)},
 		Since: make(map[string]map[netip.AddrPort]time.Time, len(in.services)),
+		Loads: make(map[string]map[netip.AddrPort]Load, len(in.services)),
+	}
+	if err := v.readLoads(set, in); err != nil {
+		return nil, fmt.Errorf("pins under %s: %w", dir, err)
 	}
 	if v.Counters, err = readCounters(set); err != nil {
 		return nil, err
@@ -81,6 +104,53 @@ func Read(dir string) (*View, error) {
 	}
 	slices.SortFunc(v.Services, func(a, b *service.Service) int { return strings.Compare(a.Name, b.Name) })
 	return v, nil
+}
+
+// readLoads puts the loads to the backends.
+func (v *View) readLoads(set *mapSet, in *inspection) error {
+	loads, err := set.readLoads()
+	if err != nil {
+		return err
+	}
+	c, err := newClock()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	now, err := c.now()
+	if err != nil {
+		return err
+	}
+	for i := range loads {
+		v.Leaving += int(loads[i].Inflight)
+	}
+	for _, i := range in.services {
+		of := make(map[netip.AddrPort]Load, len(i.places))
+		for addr, p := range i.places {
+			if int(p.index) < len(loads) {
+				of[addr] = newLoad(&loads[p.index], i.info.Failures > 0, c, now)
+				v.Leaving -= int(loads[p.index].Inflight)
+			}
+		}
+		v.Loads[i.name] = of
+	}
+	return nil
+}
+
+// newLoad reads the kernel's form. breaker says whether ejection counts.
+func newLoad(l *kernelLoad, breaker bool, c *clock, now uint64) Load {
+	load := Load{
+		InFlight: l.Inflight, RTT: time.Duration(l.Rtt) * time.Microsecond, Response: time.Duration(l.Response) * time.Microsecond,
+		Failures: l.Failures, Connections: l.Connections, Failed: l.Failed, Ejections: l.EjectedEver,
+	}
+	if l.Ejected == 0 || !breaker {
+		return load
+	}
+	load.Ejected, load.Trial = true, l.Ejected&1 != 0
+	if until := l.Ejected >> 1; until > now && !load.Trial {
+		load.For = c.duration(until - now)
+	}
+	return load
 }
 
 func foreignLayout(dir string, info kernelAboutInfo) error {
@@ -118,7 +188,9 @@ func readCounters(s *mapSet) (Counters, error) {
 	translated, err1 := sum(kernelCounterCOUNTER_TRANSLATED)
 	refused, err2 := sum(kernelCounterCOUNTER_REFUSED)
 	untracked, err3 := sum(kernelCounterCOUNTER_UNTRACKED)
-	return Counters{translated, refused, untracked}, errors.Join(err1, err2, err3)
+	panics, err4 := sum(kernelCounterCOUNTER_PANICS)
+	reset, err5 := sum(kernelCounterCOUNTER_RESET)
+	return Counters{translated, refused, untracked, panics, reset}, errors.Join(err1, err2, err3, err4, err5)
 }
 
 // inspection is the contents of the maps, put together.

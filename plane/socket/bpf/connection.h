@@ -178,11 +178,28 @@ static __always_inline __u32 aged(__u32 latency, const struct load *load, __u32 
 	return halvings > 31 ? 0 : latency >> halvings;
 }
 
-static __always_inline void measured(struct load *load, __u32 *latency, __u32 sample)
+static __always_inline void measured_rtt(struct load *load, __u32 sample)
 {
 	__u32 now = bpf_jiffies64();
 
-	*latency = smooth(aged(*latency, load, now), sample ?: 1);
+	load->response = aged(load->response, load, now);
+	load->rtt = smooth(aged(load->rtt, load, now), sample ?: 1);
+	load->measured = now;
+}
+
+/*
+ * One late answer among others is the scheduler's doing, two in a row are the
+ * backend's: what counts is the better of the last two.
+ */
+static __always_inline void measured_response(struct load *load, __u32 sample)
+{
+	__u32 now = bpf_jiffies64(), last = load->last_response;
+
+	load->last_response = sample ?: 1;
+	if (last && last < sample)
+		sample = last;
+	load->rtt = aged(load->rtt, load, now);
+	load->response = smooth(aged(load->response, load, now), sample ?: 1);
 	load->measured = now;
 }
 
@@ -319,7 +336,7 @@ static __always_inline void established(struct socket *s, __u64 cookie, __u32 rt
 
 	if (!life || !load)
 		return;
-	measured(load, &load->rtt, rtt);
+	measured_rtt(load, rtt);
 	if (load->failures)
 		load->failures = 0;
 	if (is_followed()) {
@@ -341,7 +358,7 @@ static __always_inline void answered(struct socket *s, __u64 cookie, __u32 respo
 	struct load *load = load_of((__u32)s->backend);
 
 	if (load && change_life(s, cookie, LIFE_ANSWERED, 0))
-		measured(load, &load->response, response);
+		measured_response(load, response);
 }
 
 /*

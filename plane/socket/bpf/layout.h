@@ -167,7 +167,7 @@ struct backend {
  * it. Times are in jiffies, latencies in microseconds.
  */
 struct load {
-	__u32 inflight;   /* connections from connect() to their end */
+	__u32 inflight; /* connections from connect() to their end */
 	__u32 rtt;        /* smoothed, of handshakes; 0: unknown */
 	__u32 response;   /* smoothed, from the request to the first byte; 0: unknown */
 	__u32 measured;   /* when rtt or response was last measured */
@@ -175,7 +175,7 @@ struct load {
 	__u32 ejections;  /* in a row, which makes the next one longer */
 	__u64 ejected;    /* 0: not; else until when << 1 | whether a trial is under way */
 	__u32 readmitted; /* when the last ejection ended */
-	__u32 pad;
+	__u32 last_response; /* as it was measured */
 	__u64 connections; /* all that were ever begun */
 	__u64 failed;      /* of these, how many failed */
 	__u64 ejected_ever; /* how often it was ejected */

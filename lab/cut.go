@@ -1,0 +1,63 @@
+package lab
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// cutTable is the nftables table of a host whose rules make packets vanish.
+const cutTable = "pentad-lab-cut"
+
+// CutOff makes every packet from and to an address of the host vanish, as if the
+// cable were out: nothing is refused, nothing is answered.
+func (h *Host) CutOff(addr netip.Addr) error {
+	c, err := nftables.New(nftables.WithNetNSFd(int(h.ns)))
+	if err != nil {
+		return err
+	}
+	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable})
+	chain := c.AddChain(&nftables.Chain{
+		Name: "input", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
+	})
+	for _, source := range []bool{true, false} {
+		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: dropFor(addr, source)})
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("cutting off %s: %w", addr, err)
+	}
+	return nil
+}
+
+// Mend ends every CutOff.
+func (h *Host) Mend() error {
+	c, err := nftables.New(nftables.WithNetNSFd(int(h.ns)))
+	if err != nil {
+		return err
+	}
+	c.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable})
+	return c.Flush()
+}
+
+// dropFor drops packets whose source or destination is the address.
+func dropFor(addr netip.Addr, source bool) []expr.Any {
+	// Offsets in the headers of RFC 791, 3.1 and RFC 8200, 3.
+	family, offset := byte(unix.NFPROTO_IPV4), uint32(16)
+	if !addr.Is4() {
+		family, offset = unix.NFPROTO_IPV6, 24
+	}
+	if source {
+		offset -= uint32(addr.BitLen() / 8)
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(addr.BitLen() / 8)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: addr.AsSlice()},
+		&expr.Verdict{Kind: expr.VerdictDrop},
+	}
+}

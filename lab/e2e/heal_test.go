@@ -1,0 +1,401 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/plane/socket"
+)
+
+// healing is one service with three backends that only the kernel looks after.
+const healing = `services:
+- name: web
+  listen: [192.0.2.10:80]
+  health: {probe: none}
+  breaker: {failures: 3, ejection: 1s}
+  connect: {timeout: 200ms}
+  backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]`
+
+// healingWorld has three servers behind healing; two is the second.
+func healingWorld(t *testing.T, text string) (w *world, two *lab.Process) {
+	t.Helper()
+	w = newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
+	w.serve("one", "10.0.0.1:7000")
+	two = w.serve("two", "10.0.0.2:7000")
+	w.serve("three", "10.0.0.3:7000")
+	w.run(text)
+	return w, two
+}
+
+// load returns what the kernel knows of a backend of the service web.
+func (w *world) load(address string) socket.Load {
+	w.t.Helper()
+	return w.view().Loads["web"][netip.MustParseAddrPort(address)]
+}
+
+func (w *world) awaitLoad(what, address string, holds func(socket.Load) bool) {
+	w.t.Helper()
+	w.eventually(address+" is "+what, func() error {
+		if l := w.load(address); !holds(l) {
+			return fmt.Errorf("it is %+v", l)
+		}
+		return nil
+	})
+}
+
+func ejected(l socket.Load) bool { return l.Ejected }
+
+func serving(l socket.Load) bool { return !l.Ejected }
+
+// awaitTraffic waits until every backend has had connections.
+func (w *world) awaitTraffic() {
+	w.t.Helper()
+	for _, a := range []string{"10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000"} {
+		w.awaitLoad("used", a, func(l socket.Load) bool { return l.Connections > 100 })
+	}
+}
+
+// A backend that begins to refuse is left after failures and what was under way,
+// by the kernel alone; then one connection tries it every now and then; when it
+// answers, it is used again.
+func TestRefusingBackend(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	for _, agent := range []string{"alive", "dead"} {
+		t.Run("agent-"+agent, func(t *testing.T) {
+			t.Parallel()
+			w, two := healingWorld(t, healing)
+			if agent == "dead" {
+				w.agent.Kill()
+			}
+			const n = 64
+			end := w.startStorm("192.0.2.10:80", n, 0)
+			w.awaitTraffic()
+			two.Kill()
+			w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
+			// Ejected again by a failed trial, for twice as long.
+			w.awaitLoad("ejected again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 2 })
+			l := w.load("10.0.0.2:7000")
+			w.serve("two again", "10.0.0.2:7000")
+			w.awaitLoad("back", "10.0.0.2:7000", func(l socket.Load) bool { return !l.Ejected && l.InFlight > 0 })
+			r := end()
+			t.Log(r)
+			trials := int(l.Ejections)
+			if len(r.Failed) > 3+n+trials {
+				t.Errorf("%d connects failed, want at most 3 + %d under way + %d trials", len(r.Failed), n, trials)
+			}
+			if r.Answers["two again"] == 0 {
+				t.Errorf("the backend that came back got nothing")
+			}
+			w.atRest()
+		})
+	}
+}
+
+// A backend whose packets vanish is left one connect.timeout after the cut.
+func TestCutOffBackend(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	for _, agent := range []string{"alive", "dead"} {
+		t.Run("agent-"+agent, func(t *testing.T) {
+			t.Parallel()
+			w, _ := healingWorld(t, healing)
+			if agent == "dead" {
+				w.agent.Kill()
+			}
+			end := w.startStorm("192.0.2.10:80", 64, 0)
+			w.awaitTraffic()
+			if err := w.CutOff(netip.MustParseAddr("10.0.0.2")); err != nil {
+				t.Fatal(err)
+			}
+			cut := time.Now()
+			w.awaitLoad("ejected again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 2 })
+			trials := int(w.load("10.0.0.2:7000").Ejections)
+			if err := w.Mend(); err != nil {
+				t.Fatal(err)
+			}
+			w.awaitLoad("back", "10.0.0.2:7000", serving)
+			r := end()
+			t.Log(r)
+			tooLate := 0
+			for _, a := range r.Late {
+				if a.Began.After(cut.Add(250 * time.Millisecond)) {
+					tooLate++
+				}
+			}
+			// A trial that is under way while the cable is mended is late and succeeds.
+			if tooLate > trials+1 {
+				t.Errorf("%d connects went to the backend later than 250 ms after the cut, %d of them trials", tooLate, trials)
+			}
+			w.atRest()
+		})
+	}
+}
+
+// atRest fails the test unless, with all clients gone, nothing is in flight.
+func (w *world) atRest() {
+	w.t.Helper()
+	w.eventually("nothing is in flight", func() error {
+		v := w.view()
+		for name, loads := range v.Loads {
+			for addr, l := range loads {
+				if l.InFlight != 0 {
+					return fmt.Errorf("%s %s has %d connections", name, addr, l.InFlight)
+				}
+			}
+		}
+		if v.Leaving != 0 {
+			return fmt.Errorf("backends that are gone have %d connections", v.Leaving)
+		}
+		return nil
+	})
+}
+
+// share returns the part of a storm's connections that a server answered.
+func (r stormReport) share(who string) float64 {
+	total := 0
+	for _, n := range r.Answers {
+		total += n
+	}
+	return float64(r.Answers[who]) / float64(max(1, total))
+}
+
+// A backend that answers late gets little, whether many ask or one; the others
+// share the rest. A backend that is fast again gets its share again.
+func TestLeastLatency(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	for _, clients := range []int{1, 20} {
+		t.Run(fmt.Sprintf("clients-%d", clients), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
+			w.serve("one", "10.0.0.1:7000")
+			slow := w.start(role("late who", "50ms", "two", "10.0.0.2:7000"), "ready")
+			w.serve("three", "10.0.0.3:7000")
+			w.run(`services:
+- name: web
+  listen: [192.0.2.10:80]
+  health: {probe: none}
+  backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]`)
+			end := w.startStorm("192.0.2.10:80", clients, time.Millisecond)
+			w.awaitLoad("measured", "10.0.0.2:7000", func(l socket.Load) bool { return l.Response > 20*time.Millisecond })
+			w.awaitLoad("used", "10.0.0.1:7000", func(l socket.Load) bool { return l.Connections > 500 })
+			w.awaitLoad("used", "10.0.0.3:7000", func(l socket.Load) bool { return l.Connections > 500 })
+			if r := end(); len(r.Failed) > 0 || r.share("two") > 0.05 || r.share("one") < 0.2 || r.share("three") < 0.2 {
+				t.Errorf("with a late backend two: %v", r)
+			} else {
+				t.Log(r)
+			}
+			slow.Kill()
+			w.serve("two", "10.0.0.2:7000")
+			before := w.load("10.0.0.2:7000").Connections
+			end = w.startStorm("192.0.2.10:80", clients, time.Millisecond)
+			w.awaitLoad("used again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > before+200 })
+			end()
+			w.atRest()
+		})
+	}
+}
+
+// With nothing to tell backends apart, connections follow the weights, also when
+// there is one at a time.
+func TestWeightsAtRest(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	for _, balance := range []string{"least-latency", "least-connections", "random"} {
+		t.Run(balance, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
+			w.serve("one", "10.0.0.1:7000")
+			w.serve("two", "10.0.0.2:7000")
+			w.serve("three", "10.0.0.3:7000")
+			w.run(`services:
+- name: web
+  listen: [192.0.2.10:80]
+  balance: ` + balance + `
+  health: {probe: none}
+  backends: [{address: '10.0.0.1:7000', weight: 50}, {address: '10.0.0.2:7000', weight: 100}, {address: '10.0.0.3:7000', weight: 100}]`)
+			answers := w.answers("192.0.2.10:80", 2000)
+			for who, want := range map[string]float64{"one": 0.2, "two": 0.4, "three": 0.4} {
+				if have := float64(answers[who]) / 2000; have < want-0.07 || have > want+0.07 {
+					t.Errorf("%s got %.3f of the connections, want %.1f: %v", who, have, want, answers)
+				}
+			}
+			t.Log(answers)
+		})
+	}
+}
+
+// When group 0 cannot be used, the very connect() that would fail next goes to
+// group 1, with the agent dead; and back when group 0 answers again.
+func TestFailoverInKernel(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	for _, balance := range []string{"least-latency", "random", "source-hash"} {
+		t.Run(balance, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
+			one := w.serve("one", "10.0.0.1:7000")
+			two := w.serve("two", "10.0.0.2:7000")
+			w.serve("three", "10.0.0.3:7000")
+			w.run(`services:
+- name: web
+  listen: [192.0.2.10:80]
+  balance: ` + balance + `
+  health: {probe: none}
+  breaker: {failures: 1, ejection: 1s}
+  backends: [10.0.0.1:7000, 10.0.0.2:7000, {address: '10.0.0.3:7000', group: 1}]`)
+			w.agent.Kill()
+			one.Kill()
+			two.Kill()
+			answers := w.answers("192.0.2.10:80", 40)
+			// Each of the two is found out by one connect, and by one trial a second.
+			if answers["three"] < 30 || answers["three"] == 40 {
+				t.Errorf("answers %v", answers)
+			}
+			w.serve("one", "10.0.0.1:7000")
+			w.serve("two", "10.0.0.2:7000")
+			w.eventually("group 0 serves again", func() error {
+				if a := w.answers("192.0.2.10:80", 20); a["three"] > 0 || a["error"] > 0 {
+					return fmt.Errorf("answers %v", a)
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// When more is ejected than may be, and no other group can serve, all are used.
+func TestPanic(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
+	w.serve("three", "10.0.0.3:7000")
+	text := `services:
+- name: web
+  listen: [192.0.2.10:80]
+  health: {probe: none}
+  breaker: {failures: 1, ejection: 1h, maxEjected: %s}
+  backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]`
+	w.run(fmt.Sprintf(text, "50%"))
+	w.agent.Kill()
+	answers := w.answers("192.0.2.10:80", 200)
+	if answers["three"] < 30 || answers["three"] > 150 {
+		t.Errorf("two of three ejected, at most half allowed: %v", answers)
+	}
+	if v := w.view(); v.Counters.Panics == 0 {
+		t.Errorf("no panic was counted: %+v", v.Counters)
+	}
+	// Two thirds may be ejected: then only the good one is used.
+	w.configure(fmt.Sprintf(text, "67%"))
+	w.agent = w.launch()
+	w.ready()
+	w.answers("192.0.2.10:80", 10)
+	if answers := w.answers("192.0.2.10:80", 100); answers["three"] != 100 {
+		t.Errorf("two of three ejected, that many allowed: %v", answers)
+	}
+}
+
+// The connection after the last place goes elsewhere; when there is none, it is
+// refused; what ends makes room.
+func TestMaxConnections(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "10.0.0.2")
+	w.serve("one", "10.0.0.1:7000")
+	w.serve("two", "10.0.0.2:7000")
+	w.run(`services:
+- name: web
+  listen: [192.0.2.10:80]
+  health: {probe: none}
+  breaker: {maxConnections: 5}
+  backends: [10.0.0.1:7000, {address: '10.0.0.2:7000', group: 1}]`)
+	out := w.client("fill", "192.0.2.10:80", "14")
+	if want := "5 one, 5 two, 4 refused; after one was closed: one"; out != want {
+		t.Errorf("%q, want %q", out, want)
+	}
+	// Many at once: never one too many.
+	end := w.startStorm("192.0.2.10:80", 64, 0)
+	for range 100 {
+		if l := w.load("10.0.0.1:7000"); l.InFlight > 5+64 {
+			t.Errorf("in flight %d", l.InFlight)
+		}
+	}
+	r := end()
+	if r.Answers["one"] == 0 || r.Answers["two"] == 0 {
+		t.Errorf("%v", r)
+	}
+	w.atRest()
+}
+
+// A backend that joins gets its share little by little, and so does one that
+// comes back; a new service begins at once.
+func TestSlowStart(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "10.0.0.2")
+	w.serve("one", "10.0.0.1:7000")
+	w.serve("two", "10.0.0.2:7000")
+	text := `services:
+- name: web
+  listen: [192.0.2.10:80]
+  health: {probe: none}
+  balance: random
+  slowStart: 1h
+  backends: [10.0.0.1:7000%s]`
+	w.run(fmt.Sprintf(text, ""))
+	if a := w.answers("192.0.2.10:80", 50); a["one"] != 50 {
+		t.Errorf("the first backend: %v", a)
+	}
+	w.configure(fmt.Sprintf(text, ", 10.0.0.2:7000"))
+	w.eventually("two joins", func() error {
+		if a := w.answers("192.0.2.10:80", 50); a["two"] == 0 {
+			return fmt.Errorf("%v", a)
+		}
+		return nil
+	})
+	// A tenth of a half.
+	if a := w.answers("192.0.2.10:80", 1000); a["two"] < 10 || a["two"] > 150 {
+		t.Errorf("a backend that joined a moment ago: %v", a)
+	}
+}
+
+// A hundred clients and a backend that comes and goes: ejections are bounded, the
+// others share evenly, and each time it is back it is used.
+func TestFlapping(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w, two := healingWorld(t, `services:
+- name: web
+  listen: [192.0.2.10:80]
+  health: {probe: none}
+  breaker: {failures: 3, ejection: 200ms}
+  backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]`)
+	end := w.startStorm("192.0.2.10:80", 100, 5*time.Millisecond)
+	w.awaitTraffic()
+	const flaps = 4
+	began := time.Now()
+	for range flaps {
+		two.Kill()
+		w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
+		two = w.serve("two", "10.0.0.2:7000")
+		w.awaitLoad("back", "10.0.0.2:7000", serving)
+		used := w.load("10.0.0.2:7000").Connections
+		w.awaitLoad("used", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > used+200 })
+	}
+	took := time.Since(began)
+	l := w.load("10.0.0.2:7000")
+	r := end()
+	t.Logf("%v; %d ejections within %s", r, l.Ejections, took)
+	// One ejection a flap, and at most one for each 200 ms of being away.
+	if most := flaps + int(took/(200*time.Millisecond)); int(l.Ejections) > most || l.Ejections < flaps {
+		t.Errorf("%d ejections in %d flaps within %s, want at most %d", l.Ejections, flaps, took, most)
+	}
+	if one, three := r.share("one"), r.share("three"); one/three < 0.7 || three/one < 0.7 {
+		t.Errorf("shares of the steady backends: %.3f and %.3f", one, three)
+	}
+	w.atRest()
+}
