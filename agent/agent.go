@@ -44,6 +44,7 @@ type Options struct {
 // how long it waits before it repeats what failed.
 const (
 	hooksEvery  = time.Second      // are the programs attached? This is cheap.
+	udpEvery    = 10 * time.Second // which UDP sockets were disconnected?
 	verifyEvery = 10 * time.Minute // are the maps right? This reads them all.
 	retryFirst  = 100 * time.Millisecond
 	retryMost   = 10 * time.Second
@@ -54,6 +55,8 @@ const (
 type plane interface {
 	Apply(context.Context, *service.Snapshot) error
 	CheckHooks() bool
+	Sweep(context.Context) error
+	CountBack(ctx context.Context, all bool) error
 	Verify()
 }
 
@@ -71,6 +74,7 @@ type Agent struct {
 	drains  chan drain
 
 	// Owned by the loop.
+	drainOver *time.Timer // when what a drained backend has left is to be closed
 	config    *config.Config
 	state     map[health.Key]state
 	vips      map[netip.AddrPort]bool // of TCP: probes must not be translated there
@@ -87,6 +91,7 @@ type Agent struct {
 // state is what is known of a backend beyond its configuration.
 type state struct {
 	down, drained bool
+	drainUntil    int64 // Unix seconds: when to close what a drained backend has left; 0: never
 }
 
 type drain struct {
@@ -123,7 +128,7 @@ func Run(ctx context.Context, opts Options) error {
 	a := &Agent{
 		opts: opts, log: opts.Log, plane: p, socket: p, started: time.Now(),
 		updates: make(chan file.Update), changes: make(chan []health.Change), drains: make(chan drain),
-		state: make(map[health.Key]state), monitored: &service.Snapshot{}, snapshot: &service.Snapshot{},
+		drainOver: time.NewTimer(time.Hour), state: make(map[health.Key]state), monitored: &service.Snapshot{}, snapshot: &service.Snapshot{},
 	}
 	return a.run(ctx, source, first)
 }
@@ -197,7 +202,7 @@ func (a *Agent) recall() (map[health.Key]bool, error) {
 			k := health.Key{Service: s.Name, Address: b.Address}
 			known[k] = true
 			if b.Down || b.Drained {
-				a.state[k] = state{down: b.Down, drained: b.Drained}
+				a.state[k] = state{down: b.Down, drained: b.Drained, drainUntil: b.DrainUntil}
 			}
 		}
 	}
@@ -215,6 +220,10 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	defer verify.Stop()
 	hooks := time.NewTicker(hooksEvery)
 	defer hooks.Stop()
+	udp := time.NewTicker(udpEvery)
+	defer udp.Stop()
+	a.awaitDrains()
+	defer a.drainOver.Stop()
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
 	wait := retryFirst
@@ -236,14 +245,27 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		case <-hooks.C:
 			// What failed is tried again anyway.
 			failing := a.failed != nil && !isPartial(a.failed)
-			if failing || a.plane.CheckHooks() {
+			if failing {
+				continue
+			}
+			if a.plane.CheckHooks() {
+				a.swept(ctx, a.plane.Sweep(ctx))
 				continue
 			}
 			a.log.Warn("somebody has removed hooks or pins; they are put back")
 			err = a.apply(ctx)
+			a.swept(ctx, a.plane.CountBack(ctx, true))
+		case <-udp.C:
+			a.swept(ctx, a.plane.CountBack(ctx, false))
+			continue
+		case <-a.drainOver.C:
+			a.log.Info("the time to drain is over; the connections that are left are closed")
+			a.awaitDrains()
+			err = a.apply(ctx)
 		case <-verify.C:
 			a.plane.Verify()
 			err = a.apply(ctx)
+			a.swept(ctx, a.plane.CountBack(ctx, true))
 			giveBack()
 		case <-retry.C:
 			err = a.apply(ctx)
@@ -259,6 +281,28 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			retry.Reset(wait)
 			wait = min(2*wait, retryMost)
 		}
+	}
+}
+
+// swept notes why not all sockets of the host could be looked at.
+func (a *Agent) swept(ctx context.Context, err error) {
+	if err != nil && ctx.Err() == nil {
+		a.log.Warn("not every socket could be looked at: connections to backends that are gone may be left", "error", err)
+	}
+}
+
+// awaitDrains sets the timer for the next time to drain that will be over.
+func (a *Agent) awaitDrains() {
+	now := time.Now().Unix()
+	next := int64(0)
+	for _, s := range a.state {
+		if s.drainUntil > now && (next == 0 || s.drainUntil < next) {
+			next = s.drainUntil
+		}
+	}
+	a.drainOver.Stop()
+	if next > 0 {
+		a.drainOver.Reset(time.Until(time.Unix(next, 0)))
 	}
 }
 
@@ -373,8 +417,12 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 		}
 		k := health.Key{Service: d.Service, Address: d.Address}
 		st := a.state[k]
-		st.drained = d.Drained
+		st.drained, st.drainUntil = d.Drained, 0
+		if d.Drained && d.Timeout > 0 {
+			st.drainUntil = time.Now().Add(d.Timeout + time.Second - 1).Unix()
+		}
 		a.setState(k, st)
+		a.awaitDrains()
 		err := a.apply(ctx)
 		if isPartial(err) {
 			err = nil
@@ -439,7 +487,8 @@ func (a *Agent) withState(s *service.Service) *service.Service {
 	for i, b := range s.Backends {
 		st := a.state[health.Key{Service: s.Name, Address: b.Address}]
 		b.Down = st.down && s.Health.Probe != service.ProbeNone
-		b.Drained = st.drained
+		b.Drained, b.DrainUntil = st.drained, st.drainUntil
+		b.DrainOver = st.drainUntil > 0 && time.Now().Unix() >= st.drainUntil
 		c.Backends[i] = b
 	}
 	return &c

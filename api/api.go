@@ -57,6 +57,9 @@ type DrainRequest struct {
 	Service string         `json:"service"`
 	Address netip.AddrPort `json:"address"`
 	Drained bool           `json:"drained"`
+	// Timeout is after how long the connections that are left are closed,
+	// in ns; 0: never. The kernel remembers it in whole seconds.
+	Timeout time.Duration `json:"timeout,omitempty"`
 }
 
 // Failure is the body of every answer that is not 200.

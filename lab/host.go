@@ -193,7 +193,13 @@ func (l *Log) String() string {
 // Start starts a command on the host, in one of its cgroups. Standard output
 // and error go to the process's log unless cmd says otherwise.
 func (h *Host) Start(cmd *exec.Cmd, cgroup string) (*Process, error) {
-	fd, err := unix.Open(filepath.Join(h.root, h.cgroup, cgroup), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	return h.StartPod(cmd, h, cgroup)
+}
+
+// StartPod starts a command with the network of this host in a cgroup of
+// another: what a pod is to its node.
+func (h *Host) StartPod(cmd *exec.Cmd, node *Host, cgroup string) (*Process, error) {
+	fd, err := unix.Open(filepath.Join(node.root, node.cgroup, cgroup), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -17,7 +18,8 @@ func newBackend(at *places) *cobra.Command {
 	cmd.AddCommand(newBackendList(at),
 		newDrain(at, true, "drain", "Give a backend no new connections; let old ones finish",
 			"Give a backend no new connections; old ones finish. This lasts until `pentad backend enable`, also\n"+
-				"across restarts of the agent, but not across a restart of the host."),
+				"across restarts of the agent, but not across a restart of the host. Connections that are left are never closed,\n"+
+				"unless --timeout says after which time, to the second."),
 		newDrain(at, false, "enable", "Give a drained backend new connections again",
 			"Give a drained backend new connections again."))
 	return cmd
@@ -25,9 +27,11 @@ func newBackend(at *places) *cobra.Command {
 
 func newBackendList(at *places) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "list",
-		Short:   "List every backend and its state",
-		Long:    "List every backend and its state, read from the kernel's maps. This works with the agent dead.",
+		Use:   "list",
+		Short: "List every backend, its state and why, and its load",
+		Long: "List every backend, its state and why, and its load, read from the kernel's maps. This works with the agent\n" +
+			"dead. IN-FLIGHT counts connections from connect() to their end; RTT is of handshakes, RESPONSE from a request to\n" +
+			"the first byte of its answer, both smoothed; FAILED counts all failed connects.",
 		Example: "  pentad backend list\n  pentad backend list -o wide",
 		Args:    cobra.NoArgs,
 	}
@@ -55,29 +59,43 @@ func newBackendList(at *places) *cobra.Command {
 // backendRows is a table of backends; the service is named when they have one.
 func backendRows(backends []backendOut, wide bool) [][]string {
 	named := len(backends) > 0 && backends[0].Service != ""
-	head := []string{"BACKEND", "STATE", "FOR", "WEIGHT", "GROUP", "ZONE"}
+	head := []string{"BACKEND", "STATE", "FOR", "IN-FLIGHT", "RTT", "RESPONSE", "FAILED", "WEIGHT", "GROUP", "ZONE", "WHY"}
 	if named {
 		head = append([]string{"SERVICE"}, head...)
 	}
 	if wide {
-		head = append(head, "SINCE")
+		head = append(head, "SINCE", "CONNECTIONS", "IN A ROW", "EJECTIONS")
 	}
 	rows := [][]string{head}
 	for _, b := range backends {
-		row := []string{b.Address, b.State, ago(b.Since), strconv.Itoa(int(b.Weight)), strconv.Itoa(int(b.Group)), b.Zone}
+		row := []string{
+			b.Address, b.State, ago(b.Since), number(b.InFlight), or(b.RTT, "-"), or(b.Response, "-"), number(b.Failed),
+			number(b.Weight), number(b.Group), or(b.Zone, "-"), b.Why,
+		}
 		if named {
 			row = append([]string{b.Service}, row...)
 		}
 		if wide {
-			row = append(row, b.Since.Format("2006-01-02T15:04:05Z07:00"))
+			row[len(row)-1] = or(b.Why, "-")
+			row = append(row, b.Since.Format("2006-01-02T15:04:05Z07:00"), number(b.Connections), number(b.Failures), number(b.Ejections))
 		}
 		rows = append(rows, row)
 	}
 	return rows
 }
 
+func number[N uint32 | uint64](n N) string { return strconv.FormatUint(uint64(n), 10) }
+
+func or(text, fallback string) string {
+	if text == "" {
+		return fallback
+	}
+	return text
+}
+
 func newDrain(at *places, drained bool, verb, short, long string) *cobra.Command {
-	return &cobra.Command{
+	var timeout time.Duration
+	cmd := &cobra.Command{
 		Use:               verb + " SERVICE ADDRESS",
 		Short:             short,
 		Long:              long,
@@ -89,11 +107,18 @@ func newDrain(at *places, drained bool, verb, short, long string) *cobra.Command
 			if err != nil {
 				return fmt.Errorf("%q is no backend address; want ADDRESS:PORT, such as 192.0.2.11:3306", args[1])
 			}
-			err = api.NewClient(at.runDir).Drain(cmd.Context(), api.DrainRequest{Service: args[0], Address: addr, Drained: drained})
+			err = api.NewClient(at.runDir).Drain(cmd.Context(), api.DrainRequest{
+				Service: args[0], Address: addr, Drained: drained, Timeout: timeout,
+			})
 			if errors.Is(err, api.ErrNoAgent) {
 				return fmt.Errorf("%w; start it: pentad run", err)
 			}
 			return err
 		},
 	}
+	if drained {
+		cmd.Flags().DurationVar(&timeout, "timeout", 0, "close the connections that are left after this time; 0: never")
+		cmd.Example += "\n  pentad backend drain orders-db 192.0.2.11:3306 --timeout 60s"
+	}
+	return cmd
 }

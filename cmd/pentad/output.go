@@ -78,6 +78,11 @@ type serviceOut struct {
 	Balance   string        `json:"balance" yaml:"balance"`
 	Affinity  *affinityOut  `json:"affinity,omitempty" yaml:"affinity,omitempty"`
 	Keepalive *keepaliveOut `json:"keepalive,omitempty" yaml:"keepalive,omitempty"`
+	Breaker   *breakerOut   `json:"breaker,omitempty" yaml:"breaker,omitempty"`
+	Connect   *connectOut   `json:"connect,omitempty" yaml:"connect,omitempty"`
+	OnDown    string        `json:"onDown" yaml:"onDown"`
+	SlowStart string        `json:"slowStart,omitempty" yaml:"slowStart,omitempty"`
+	Flows     bool          `json:"flows" yaml:"flows"`
 	Backends  []backendOut  `json:"backends" yaml:"backends"`
 }
 
@@ -98,6 +103,28 @@ func newKeepaliveOut(k service.Keepalive) *keepaliveOut {
 	return out
 }
 
+type breakerOut struct {
+	MaxConnections int    `json:"maxConnections,omitempty" yaml:"maxConnections,omitempty"`
+	Failures       int    `json:"failures,omitempty" yaml:"failures,omitempty"`
+	Ejection       string `json:"ejection,omitempty" yaml:"ejection,omitempty"`
+	MaxEjected     string `json:"maxEjected,omitempty" yaml:"maxEjected,omitempty"`
+}
+
+func newBreakerOut(b service.Breaker) *breakerOut {
+	if b == (service.Breaker{}) {
+		return nil
+	}
+	out := &breakerOut{MaxConnections: b.MaxConnections, Failures: b.Failures}
+	if b.Failures > 0 {
+		out.Ejection, out.MaxEjected = b.Ejection.String(), fmt.Sprintf("%d%%", b.MaxEjected)
+	}
+	return out
+}
+
+type connectOut struct {
+	Timeout string `json:"timeout" yaml:"timeout"`
+}
+
 type affinityOut struct {
 	Timeout string `json:"timeout" yaml:"timeout"`
 }
@@ -109,7 +136,16 @@ type backendOut struct {
 	Group   uint32    `json:"group" yaml:"group"`
 	Zone    string    `json:"zone,omitempty" yaml:"zone,omitempty"`
 	State   string    `json:"state" yaml:"state"`
+	Why     string    `json:"why,omitempty" yaml:"why,omitempty"`
 	Since   time.Time `json:"since" yaml:"since"`
+
+	InFlight    uint32 `json:"inFlight" yaml:"inFlight"`
+	RTT         string `json:"rtt,omitempty" yaml:"rtt,omitempty"`           // of handshakes; absent: unknown
+	Response    string `json:"response,omitempty" yaml:"response,omitempty"` // from request to first byte; absent: unknown
+	Failures    uint32 `json:"failures" yaml:"failures"`                     // failed connects in a row
+	Connections uint64 `json:"connections" yaml:"connections"`
+	Failed      uint64 `json:"failed" yaml:"failed"`
+	Ejections   uint64 `json:"ejections" yaml:"ejections"`
 }
 
 func newServiceOut(v *socket.View, s *service.Service) serviceOut {
@@ -118,6 +154,14 @@ func newServiceOut(v *socket.View, s *service.Service) serviceOut {
 		out.Affinity = &affinityOut{s.Affinity.String()}
 	}
 	out.Keepalive = newKeepaliveOut(s.Keepalive)
+	out.Breaker = newBreakerOut(s.Breaker)
+	if s.ConnectTimeout > 0 {
+		out.Connect = &connectOut{s.ConnectTimeout.String()}
+	}
+	out.OnDown, out.Flows = s.OnDown.String(), !s.Silent
+	if s.SlowStart > 0 {
+		out.SlowStart = s.SlowStart.String()
+	}
 	for _, l := range s.Listeners {
 		out.Listen = append(out.Listen, l.String())
 	}
@@ -129,12 +173,55 @@ func newBackendsOut(v *socket.View, s *service.Service) []backendOut {
 	out := make([]backendOut, len(s.Backends))
 	for i, state := range s.States() {
 		b := s.Backends[i]
+		l := v.Loads[s.Name][b.Address]
 		out[i] = backendOut{
 			Address: b.Address.String(), Weight: b.Weight, Group: b.Group, Zone: b.Zone,
-			State: state.String(), Since: v.Since[s.Name][b.Address].UTC(),
+			State: state.String(), Why: why(b, state, l), Since: v.Since[s.Name][b.Address].UTC(),
+			InFlight: l.InFlight, RTT: latency(l.RTT), Response: latency(l.Response), Failures: l.Failures,
+			Connections: l.Connections, Failed: l.Failed, Ejections: l.Ejections,
+		}
+		if l.Ejected && (state == service.Serving || state == service.Standby) {
+			out[i].State = "ejected"
 		}
 	}
 	return out
+}
+
+// why says in a few words what keeps a backend from taking connections, or nothing.
+func why(b service.Backend, state service.State, l socket.Load) string {
+	switch {
+	case state == service.Down:
+		return "its probe fails"
+	case b.Drained && b.DrainUntil > 0 && !b.DrainOver:
+		if left := time.Until(time.Unix(b.DrainUntil, 0)); left > 0 {
+			return fmt.Sprintf("drained; what is left is closed in %s", left.Round(time.Second))
+		}
+		return "drained"
+	case b.Drained:
+		return "drained"
+	case b.Weight == 0:
+		return "weight 0"
+	case l.Trial:
+		return "a connection is trying it"
+	case l.Ejected && l.For > 0:
+		return fmt.Sprintf("failed connects; tried again in %s", l.For.Round(100*time.Millisecond))
+	case l.Ejected:
+		return "failed connects; the next connection tries it"
+	case state == service.Standby:
+		return "a lower group serves"
+	}
+	return ""
+}
+
+// latency writes a latency in microseconds or milliseconds, nothing for 0.
+func latency(d time.Duration) string {
+	switch {
+	case d == 0:
+		return ""
+	case d >= 10*time.Millisecond:
+		return d.Round(time.Millisecond).String()
+	}
+	return d.Round(time.Microsecond).String()
 }
 
 // ago writes how long ago something was, in one or two units.

@@ -122,11 +122,35 @@ func showService(w io.Writer, v *socket.View, s *service.Service) error {
 		}
 		rows = append(rows, []string{"keepalive", text})
 	}
+	rows = append(rows, healingRows(s)...)
 	if err := table(w, rows); err != nil {
 		return err
 	}
 	fmt.Fprintln(w)
 	return table(w, backendRows(out.Backends, false))
+}
+
+// healingRows say what the kernel does by itself for a service.
+func healingRows(s *service.Service) [][]string {
+	var rows [][]string
+	if n := s.Breaker.MaxConnections; n > 0 {
+		rows = append(rows, []string{"limit", fmt.Sprintf("%d connections per backend", n)})
+	}
+	if n := s.Breaker.Failures; n > 0 {
+		rows = append(rows, []string{"ejection", fmt.Sprintf("after %s in a row, for %s at first, at most %d%% of a group",
+			count(n, "failed connect"), s.Breaker.Ejection, s.Breaker.MaxEjected)})
+	}
+	if s.ConnectTimeout > 0 {
+		rows = append(rows, []string{"connect timeout", s.ConnectTimeout.String()})
+	}
+	if s.SlowStart > 0 {
+		rows = append(rows, []string{"slow start", s.SlowStart.String()})
+	}
+	rows = append(rows, []string{"on down", s.OnDown.String()})
+	if s.Silent {
+		rows = append(rows, []string{"flows", "not told"})
+	}
+	return rows
 }
 
 // completeServices offers the names of the services that the kernel has.

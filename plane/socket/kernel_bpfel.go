@@ -120,6 +120,13 @@ const (
 	kernelEventKindEVENT_READMITTED  kernelEventKind = 6
 )
 
+type kernelExpiry struct {
+	_      structs.HostLayout
+	Before uint32
+	Tcp    uint32
+	Count  uint32
+}
+
 type kernelFilterSize uint32
 
 const (
@@ -215,7 +222,8 @@ type kernelSocket struct {
 	Port     uint16
 	Crowded  uint8
 	Protocol uint8
-	Pad      [2]uint8
+	Seen     uint8
+	Pad      uint8
 	Backend  uint64
 	Life     uint64
 }
@@ -261,6 +269,7 @@ const (
 	kernelMapUdpPeers           = "udp_peers"
 	kernelProgConnect4          = "connect4"
 	kernelProgConnect6          = "connect6"
+	kernelProgExpire            = "expire"
 	kernelProgGetpeername4      = "getpeername4"
 	kernelProgGetpeername6      = "getpeername6"
 	kernelProgRecvmsg4          = "recvmsg4"
@@ -278,8 +287,10 @@ const (
 	kernelVarUnusedCounter      = "unused_counter"
 	kernelVarUnusedEvent        = "unused_event"
 	kernelVarUnusedEventKind    = "unused_event_kind"
+	kernelVarUnusedExpiry       = "unused_expiry"
 	kernelVarUnusedFilterSize   = "unused_filter_size"
 	kernelVarUnusedLoad         = "unused_load"
+	kernelVarWalk               = "walk"
 )
 
 // loadKernel returns the embedded CollectionSpec for kernel.
@@ -326,6 +337,7 @@ type kernelSpecs struct {
 type kernelProgramSpecs struct {
 	Connect4     *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
+	Expire       *ebpf.ProgramSpec `ebpf:"expire"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.ProgramSpec `ebpf:"recvmsg4"`
@@ -372,8 +384,10 @@ type kernelVariableSpecs struct {
 	UnusedCounter      *ebpf.VariableSpec `ebpf:"unused_counter"`
 	UnusedEvent        *ebpf.VariableSpec `ebpf:"unused_event"`
 	UnusedEventKind    *ebpf.VariableSpec `ebpf:"unused_event_kind"`
+	UnusedExpiry       *ebpf.VariableSpec `ebpf:"unused_expiry"`
 	UnusedFilterSize   *ebpf.VariableSpec `ebpf:"unused_filter_size"`
 	UnusedLoad         *ebpf.VariableSpec `ebpf:"unused_load"`
+	Walk               *ebpf.VariableSpec `ebpf:"walk"`
 }
 
 // kernelObjects contains all objects after they have been loaded into the kernel.
@@ -448,8 +462,10 @@ type kernelVariables struct {
 	UnusedCounter      *ebpf.Variable `ebpf:"unused_counter"`
 	UnusedEvent        *ebpf.Variable `ebpf:"unused_event"`
 	UnusedEventKind    *ebpf.Variable `ebpf:"unused_event_kind"`
+	UnusedExpiry       *ebpf.Variable `ebpf:"unused_expiry"`
 	UnusedFilterSize   *ebpf.Variable `ebpf:"unused_filter_size"`
 	UnusedLoad         *ebpf.Variable `ebpf:"unused_load"`
+	Walk               *ebpf.Variable `ebpf:"walk"`
 }
 
 // kernelPrograms contains all programs after they have been loaded into the kernel.
@@ -458,6 +474,7 @@ type kernelVariables struct {
 type kernelPrograms struct {
 	Connect4     *ebpf.Program `ebpf:"connect4"`
 	Connect6     *ebpf.Program `ebpf:"connect6"`
+	Expire       *ebpf.Program `ebpf:"expire"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.Program `ebpf:"recvmsg4"`
@@ -474,6 +491,7 @@ func (p *kernelPrograms) Close() error {
 	return _KernelClose(
 		p.Connect4,
 		p.Connect6,
+		p.Expire,
 		p.Getpeername4,
 		p.Getpeername6,
 		p.Recvmsg4,

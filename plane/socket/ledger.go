@@ -30,6 +30,9 @@ type ledger struct {
 	shared map[uint32]uint32 // listeners by their bit of the filter
 	filter map[uint32]uint64 // words of the filter that are not 0
 
+	// Backends whose connections are to be closed, also those that are gone.
+	resets map[uint32]bool
+
 	// What the programs may still be reading: free after a grace period.
 	retired struct {
 		services, backends []uint32
@@ -182,6 +185,7 @@ func newLedger(c capacity, first uint32) *ledger {
 		owner:      make(map[service.Listener]*entry),
 		shared:     make(map[uint32]uint32),
 		filter:     make(map[uint32]uint64),
+		resets:     make(map[uint32]bool),
 	}
 	for i := range l.generation {
 		l.generation[i] = first
@@ -303,6 +307,7 @@ func (l *ledger) placeBackends(e *entry, s *service.Service, now moment, w *writ
 		}
 		if !known || !e.complete || hot != p.hot {
 			w.backends.add(p.index, hot)
+			l.markReset(p.index, hot.Reset)
 		}
 		if !known || !e.complete || in != p.info {
 			w.details.add(p.index, in.detail())
@@ -311,6 +316,27 @@ func (l *ledger) placeBackends(e *entry, s *service.Service, now moment, w *writ
 	}
 	e.places = places
 	return gone
+}
+
+// hasUDP reports whether any listener is one of UDP.
+func (l *ledger) hasUDP() bool {
+	if l == nil {
+		return false
+	}
+	for x := range l.owner {
+		if x.Protocol == service.UDP {
+			return true
+		}
+	}
+	return false
+}
+
+func (l *ledger) markReset(index uint32, reset uint8) {
+	if reset != 0 {
+		l.resets[index] = true
+	} else {
+		delete(l.resets, index)
+	}
 }
 
 // takesConnections reports whether a backend in this state may get one.
@@ -467,6 +493,7 @@ func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, w *wr
 		hot.State, hot.Service, hot.Weight = 0, 0, 0
 		hot.Reset = flag(reset || hot.Reset != 0)
 		hot.Generation = l.generation[p.index]
+		l.markReset(p.index, hot.Reset)
 		w.retiredBackends.add(p.index, hot)
 		w.retiredDetails.add(p.index, kernelBackendDetail{})
 		l.retired.backends = append(l.retired.backends, p.index)
@@ -532,6 +559,7 @@ func (l *ledger) reclaim(busy func(uint32) bool) []uint32 {
 			continue
 		}
 		l.backends.give(i)
+		delete(l.resets, i)
 		freed = append(freed, i)
 	}
 	for _, e := range l.retired.slots {

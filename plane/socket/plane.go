@@ -52,6 +52,7 @@ type Plane struct {
 
 	mu      sync.Mutex
 	clock   *clock
+	sweeper *sweeper
 	set     *mapSet
 	ledger  *ledger
 	links   attacher
@@ -104,7 +105,8 @@ func (p *Plane) Close() {
 	p.links.close()
 	p.set.close()
 	p.clock.close()
-	p.set, p.clock = nil, nil
+	p.sweeper.close()
+	p.set, p.clock, p.sweeper = nil, nil, nil
 }
 
 // Apply makes the kernel look like the snapshot. It may be called again after
@@ -132,10 +134,49 @@ func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
 			return err
 		}
 	}
+	if err := p.sweep(ctx); err != nil {
+		p.opts.Log.Warn("some connections to backends that are gone may be left", "error", err)
+	}
 	if full != nil {
 		return full
 	}
 	return nil
+}
+
+// Sweep closes connections to backends that are down or gone, where the service
+// wants that: those that Apply could not see, because they were being made.
+func (p *Plane) Sweep(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.sweep(ctx)
+}
+
+func (p *Plane) sweep(ctx context.Context) error {
+	if p.ledger == nil || p.sweeper == nil {
+		return nil
+	}
+	for index := range p.ledger.resets {
+		l, err := p.set.readLoad(index)
+		if err != nil {
+			return err
+		}
+		if l.Inflight > 0 {
+			return p.sweeper.sweep(ctx, false)
+		}
+	}
+	return nil
+}
+
+// CountBack ends what the maps have of sockets that are no more though no hook
+// told so: UDP sockets that were disconnected and live on; with all also sockets
+// that were closed while somebody had taken the hooks away.
+func (p *Plane) CountBack(ctx context.Context, all bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sweeper == nil || !all && !p.ledger.hasUDP() {
+		return nil
+	}
+	return p.sweeper.sweep(ctx, !all)
 }
 
 // Usage is what the installed plane uses and has done.
@@ -496,7 +537,7 @@ func (p *Plane) larger(c capacity) (*mapSet, error) {
 // attach loads the programs of this pentad over the current maps, switches the
 // hooks to them, and declares the maps to be the ones that count.
 func (p *Plane) attach(cgroup string) error {
-	programs, err := p.load()
+	programs, walk, err := p.load()
 	if err != nil {
 		return err
 	}
@@ -508,6 +549,10 @@ func (p *Plane) attach(cgroup string) error {
 	if err := p.links.attach(programs, cgroup); err != nil {
 		return err
 	}
+	p.sweeper.close()
+	if p.sweeper, err = newSweeper(programs, walk, p.clock); err != nil {
+		return err
+	}
 	p.cgroup = cgroup
 	if err := p.set.commit(p.opts.Version); err != nil {
 		return fmt.Errorf("pins under %s: %w", p.dir, err)
@@ -515,27 +560,31 @@ func (p *Plane) attach(cgroup string) error {
 	return removeOtherSets(p.dir, p.set.number)
 }
 
-// load verifies the programs against the current maps.
-func (p *Plane) load() (map[string]*ebpf.Program, error) {
+// load verifies the programs against the current maps. It returns the variable
+// walk beside them.
+func (p *Plane) load() (map[string]*ebpf.Program, *ebpf.Variable, error) {
 	spec, err := loadKernel()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	resize(spec, p.set.capacity())
 	if err := spec.Variables[kernelVarProbeMark].Set(uint32(ProbeMark)); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := spec.Variables[kernelVarHz].Set(p.clock.hz); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: p.set.maps})
 	if err != nil {
-		return nil, fmt.Errorf("programs: %w", err)
+		return nil, nil, fmt.Errorf("programs: %w", err)
 	}
 	defer coll.Close()
 	programs := make(map[string]*ebpf.Program, len(hooks))
 	for _, h := range hooks {
 		programs[h.name] = coll.DetachProgram(h.name)
 	}
-	return programs, nil
+	for _, name := range sweepPrograms {
+		programs[name] = coll.DetachProgram(name)
+	}
+	return programs, coll.Variables[kernelVarWalk], nil
 }

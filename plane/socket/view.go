@@ -342,6 +342,7 @@ func adopt(s *mapSet) (*ledger, *writes, error) {
 
 	for i, b := range in.backends {
 		l.generation[i] = b.Generation
+		l.markReset(uint32(i), b.Reset)
 	}
 	taken := make(map[uint32]bool)
 	var ranges []extent

@@ -31,6 +31,7 @@ struct tcp_sock {
 	__u64 tcp_wstamp_ns;  /* ns, when the last segment was sent */
 	__u64 bytes_sent;
 	__u64 bytes_received;
+	_Bool is_mptcp;
 };
 
 struct udp_sock;

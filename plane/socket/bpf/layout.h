@@ -223,7 +223,8 @@ struct socket {
 	__be16 port;
 	__u8 crowded;  /* other sockets of this place are in sockets_more */
 	__u8 protocol; /* IPPROTO_TCP also for MPTCP; 0: an entry from before there was this field */
-	__u8 pad[2];
+	__u8 seen;     /* number of the walk over all sockets that met this one last */
+	__u8 pad;
 	__u64 backend; /* {generation << 32 | index} */
 	__u64 life;    /* started << 32 | tag << 8 | enum life; one entry is one cache line */
 };
@@ -263,6 +264,13 @@ struct affinity_key {
 struct affinity_entry {
 	__u64 backend; /* {generation << 32 | index} */
 	__u64 used;    /* CLOCK_MONOTONIC_COARSE, ns */
+};
+
+/* What the program expire is told. */
+struct expiry {
+	__u32 before; /* jiffies: entries that are younger stay */
+	__u32 tcp;    /* 1: of TCP, too */
+	__u32 count;  /* out: how many were counted back */
 };
 
 enum event_kind {

@@ -889,6 +889,9 @@ static __always_inline void on_state(struct bpf_sock_ops *ctx)
 	if (t)
 		read_traffic(&traffic, t);
 	ended(s, cookie, &traffic);
+	/* A subflow of MPTCP belongs to no file: nothing else tells of its end. */
+	if (t && bpf_core_field_exists(t->is_mptcp) && t->is_mptcp)
+		forget(cookie, &traffic);
 }
 
 /*
@@ -944,6 +947,9 @@ static __always_inline bool reset(struct sock_common *sk, struct socket *s)
 	return true;
 }
 
+/* Which walk over all sockets this is; written by user space before it begins. */
+volatile __u32 walk;
+
 SEC("iter/tcp")
 int reset_tcp(struct bpf_iter__tcp *ctx)
 {
@@ -951,15 +957,13 @@ int reset_tcp(struct bpf_iter__tcp *ctx)
 	__u64 cookie = sk ? sk->skc_cookie.counter : 0;
 	struct socket *s = cookie ? recall(cookie) : NULL;
 
-	if (s)
-		reset(sk, s);
+	if (!s)
+		return 0;
+	s->seen = walk;
+	reset(sk, s);
 	return 0;
 }
 
-/*
- * No hook tells that a UDP socket was disconnected, by connect() to AF_UNSPEC or
- * by reset(): whoever walks over the sockets counts it back.
- */
 SEC("iter/udp")
 int reset_udp(struct bpf_iter__udp *ctx)
 {
@@ -967,14 +971,71 @@ int reset_udp(struct bpf_iter__udp *ctx)
 	__u64 cookie = sk ? sk->skc_cookie.counter : 0;
 	struct socket *s = cookie ? recall(cookie) : NULL;
 
-	if (s && (reset(sk, s) || !sk->skc_dport))
+	if (!s)
+		return 0;
+	s->seen = walk;
+	/* No hook tells that a UDP socket is disconnected. */
+	if (reset(sk, s) || !sk->skc_dport)
 		ended(s, cookie, NULL);
+	return 0;
+}
+
+/*
+ * Whether an entry is of a socket that a complete walk did not meet: a UDP socket
+ * that was disconnected, of which no hook tells, or one that was closed while
+ * somebody had taken the hooks away.
+ */
+static __always_inline bool is_stale(struct socket *s, const struct expiry *e)
+{
+	__u32 started = s->life >> 32;
+
+	if (!(s->life & LIFE_COUNTED) || s->seen == (__u8)walk || (__s32)(started - e->before) >= 0)
+		return false;
+	return s->protocol == IPPROTO_UDP || (e->tcp && s->life & LIFE_JUDGED);
+}
+
+static long expire_place(__u32 place, struct expiry *e)
+{
+	struct socket *s = bpf_map_lookup_elem(&sockets, &place);
+	__u64 cookie = s ? s->cookie : 0;
+
+	if (!cookie || !is_stale(s, e))
+		return 0;
+	ended(s, cookie, NULL);
+	__sync_val_compare_and_swap(&s->cookie, cookie, 0);
+	e->count++;
+	return 0;
+}
+
+static long expire_more(void *map, const __u64 *key, struct socket *s, struct expiry *e)
+{
+	__u64 cookie = *key;
+
+	if (!is_stale(s, e))
+		return 0;
+	ended(s, cookie, NULL);
+	bpf_map_delete_elem(map, &cookie);
+	e->count++;
+	return 0;
+}
+
+/* Count back what the walk that has just ended did not meet. Run by user space. */
+SEC("syscall")
+int expire(struct expiry *e)
+{
+	struct expiry copy = *e;
+
+	copy.count = 0;
+	bpf_loop(SOCKETS, expire_place, &copy, 0);
+	bpf_for_each_map_elem(&sockets_more, expire_more, &copy, 0);
+	e->count = copy.count;
 	return 0;
 }
 
 /* From here user space has the constants. */
 const enum backend_state unused_backend_state __attribute__((unused));
 const enum balance unused_balance __attribute__((unused));
+const struct expiry unused_expiry __attribute__((unused));
 const struct load unused_load __attribute__((unused));
 const struct event unused_event __attribute__((unused));
 const enum event_kind unused_event_kind __attribute__((unused));
