@@ -226,9 +226,10 @@ func (h *Host) StartPod(cmd *exec.Cmd, node *Host, cgroup string) (*Process, err
 		p.err = cmd.Wait()
 		close(p.done)
 	}()
-	h.mu.Lock()
-	h.processes = append(h.processes, p)
-	h.mu.Unlock()
+	// The host whose cgroup it is in ends it.
+	node.mu.Lock()
+	node.processes = append(node.processes, p)
+	node.mu.Unlock()
 	return p, nil
 }
 
