@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -27,6 +29,16 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_connections_translated_total", "counter", "", "Connections and first datagrams that got a backend."},
 	{"pentad_connections_refused_total", "counter", "", "Connections and datagrams refused because no backend was usable."},
 	{"pentad_connections_untracked_total", "counter", "", "Connections whose VIP could not be remembered: getpeername shows the backend."},
+	{"pentad_connections_despite_ejection_total", "counter", "", "Connections that went to an ejected backend because too many are ejected."},
+	{"pentad_connections_reset_total", "counter", "", "Connections closed because their backend was down or gone."},
+	{"pentad_backend_connections_in_flight", "gauge", "service,backend", "Connections from connect() to their end."},
+	{"pentad_backend_connections_total", "counter", "service,backend", "Connections that were begun."},
+	{"pentad_backend_connect_failures_total", "counter", "service,backend", "Connects that were refused, found no way, or got no answer in time."},
+	{"pentad_backend_ejections_total", "counter", "service,backend", "How often the backend was ejected."},
+	{"pentad_backend_ejected", "gauge", "service,backend", "1 while the backend is ejected, else 0."},
+	{"pentad_backend_rtt_seconds", "gauge", "service,backend", "Smoothed round trip time of handshakes; absent while unknown."},
+	{"pentad_backend_response_seconds", "gauge", "service,backend", "Smoothed time from a request to the first byte of its answer; absent while unknown."},
+	{"pentad_backend_metrics_omitted", "gauge", "", "1 when there are more than 10,000 backends, for which there are no metrics each, else 0."},
 	{"pentad_probes_total", "counter", "", "Probes that ended."},
 	{"pentad_probe_delay_seconds", "gauge", "", "How late the last probe started."},
 }
@@ -42,7 +54,7 @@ func newCollector(a *Agent) *collector {
 	for _, m := range Metrics {
 		var labels []string
 		if m.Labels != "" {
-			labels = []string{m.Labels}
+			labels = strings.Split(m.Labels, ",")
 		}
 		c.descs[m.Name] = prometheus.NewDesc(m.Name, m.Help, labels, nil)
 	}
@@ -61,8 +73,8 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	gauge := func(name string, v float64, labels ...string) {
 		out <- prometheus.MustNewConstMetric(c.descs[name], prometheus.GaugeValue, v, labels...)
 	}
-	counter := func(name string, v uint64) {
-		out <- prometheus.MustNewConstMetric(c.descs[name], prometheus.CounterValue, float64(v))
+	counter := func(name string, v uint64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(c.descs[name], prometheus.CounterValue, float64(v), labels...)
 	}
 	a := c.agent
 	a.mu.Lock()
@@ -103,7 +115,32 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	counter("pentad_connections_translated_total", usage.Counters.Translated)
 	counter("pentad_connections_refused_total", usage.Counters.Refused)
 	counter("pentad_connections_untracked_total", usage.Counters.Untracked)
+	counter("pentad_connections_despite_ejection_total", usage.Counters.Panics)
+	counter("pentad_connections_reset_total", usage.Counters.Reset)
+	loads, err := a.socket.Loads(maxBackendMetrics)
+	gauge("pentad_backend_metrics_omitted", truth(errors.Is(err, socket.ErrMany)))
+	if err != nil {
+		return
+	}
+	for _, l := range loads {
+		labels := []string{l.Service, l.Address.String()}
+		gauge("pentad_backend_connections_in_flight", float64(l.InFlight), labels...)
+		counter("pentad_backend_connections_total", l.Connections, labels...)
+		counter("pentad_backend_connect_failures_total", l.Failed, labels...)
+		counter("pentad_backend_ejections_total", l.Ejections, labels...)
+		gauge("pentad_backend_ejected", truth(l.Ejected), labels...)
+		if l.RTT > 0 {
+			gauge("pentad_backend_rtt_seconds", l.RTT.Seconds(), labels...)
+		}
+		if l.Response > 0 {
+			gauge("pentad_backend_response_seconds", l.Response.Seconds(), labels...)
+		}
+	}
 }
+
+// maxBackendMetrics is for how many backends there are metrics each. Beyond it a
+// scrape would cost more than the connections.
+const maxBackendMetrics = 10_000
 
 func truth(b bool) float64 {
 	if b {

@@ -650,7 +650,9 @@ func TestOutputs(t *testing.T) {
 	metrics := get(t, w, "http://127.0.0.1:9464/metrics")
 	for _, want := range []string{
 		`pentad_backends{state="down"} 1`, `pentad_connections_translated_total 3`, `pentad_hook_attached{hook="connect4"} 1`,
-		`pentad_config_valid 1`, `pentad_services_without_room 0`, `pentad_kernel_memory_bytes{map="sockets"}`,
+		`pentad_backend_connections_total{backend="10.0.0.1:7000",service="web"} 3`, `pentad_backend_ejected{backend="10.0.0.2:7000",service="web"} 0`,
+		`pentad_backend_connections_in_flight{backend="10.0.0.1:7000",service="web"} 0`, `pentad_backend_rtt_seconds{backend="10.0.0.1:7000",service="web"}`,
+		`pentad_backend_metrics_omitted 0`, `pentad_config_valid 1`, `pentad_services_without_room 0`, `pentad_kernel_memory_bytes{map="sockets"}`,
 	} {
 		if !strings.Contains(metrics, want) {
 			t.Errorf("metrics lack %s:\n%s", want, metrics)

@@ -32,13 +32,14 @@ type mapSet struct {
 // to set. An older layout may lack some.
 var stateMaps = []string{
 	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
-	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed,
+	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
 }
 
 // mapNames are the maps of a set in the order of pinning; about is last.
 var mapNames = []string{
 	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
-	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,
+	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
+	kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,
 	kernelMapFilter, kernelMapListeners4, kernelMapListeners6, kernelMapAbout,
 }
 

@@ -133,18 +133,24 @@ const (
 	kernelFilterSizeFILTER_BITS kernelFilterSize = 20
 )
 
-type kernelFollower struct {
-	_     structs.HostLayout
-	Until uint64
-	Lost  uint64
-}
-
 type kernelKeepalive struct {
 	_        structs.HostLayout
 	Idle     uint16
 	Interval uint16
 	Probes   uint16
 }
+
+type kernelLife uint32
+
+const (
+	kernelLifeLIFE_COUNTED     kernelLife = 1
+	kernelLifeLIFE_TRIAL       kernelLife = 2
+	kernelLifeLIFE_JUDGED      kernelLife = 4
+	kernelLifeLIFE_SENT        kernelLife = 8
+	kernelLifeLIFE_ESTABLISHED kernelLife = 16
+	kernelLifeLIFE_FAILED      kernelLife = 32
+	kernelLifeLIFE_ANSWERED    kernelLife = 64
+)
 
 type kernelListener struct {
 	_         structs.HostLayout
@@ -262,6 +268,7 @@ const (
 	kernelMapListeners4         = "listeners4"
 	kernelMapListeners6         = "listeners6"
 	kernelMapLoads              = "loads"
+	kernelMapLost               = "lost"
 	kernelMapServices           = "services"
 	kernelMapSlots              = "slots"
 	kernelMapSockets            = "sockets"
@@ -289,6 +296,7 @@ const (
 	kernelVarUnusedEventKind    = "unused_event_kind"
 	kernelVarUnusedExpiry       = "unused_expiry"
 	kernelVarUnusedFilterSize   = "unused_filter_size"
+	kernelVarUnusedLife         = "unused_life"
 	kernelVarUnusedLoad         = "unused_load"
 	kernelVarWalk               = "walk"
 )
@@ -366,6 +374,7 @@ type kernelMapSpecs struct {
 	Listeners4  *ebpf.MapSpec `ebpf:"listeners4"`
 	Listeners6  *ebpf.MapSpec `ebpf:"listeners6"`
 	Loads       *ebpf.MapSpec `ebpf:"loads"`
+	Lost        *ebpf.MapSpec `ebpf:"lost"`
 	Services    *ebpf.MapSpec `ebpf:"services"`
 	Slots       *ebpf.MapSpec `ebpf:"slots"`
 	Sockets     *ebpf.MapSpec `ebpf:"sockets"`
@@ -386,6 +395,7 @@ type kernelVariableSpecs struct {
 	UnusedEventKind    *ebpf.VariableSpec `ebpf:"unused_event_kind"`
 	UnusedExpiry       *ebpf.VariableSpec `ebpf:"unused_expiry"`
 	UnusedFilterSize   *ebpf.VariableSpec `ebpf:"unused_filter_size"`
+	UnusedLife         *ebpf.VariableSpec `ebpf:"unused_life"`
 	UnusedLoad         *ebpf.VariableSpec `ebpf:"unused_load"`
 	Walk               *ebpf.VariableSpec `ebpf:"walk"`
 }
@@ -422,6 +432,7 @@ type kernelMaps struct {
 	Listeners4  *ebpf.Map `ebpf:"listeners4"`
 	Listeners6  *ebpf.Map `ebpf:"listeners6"`
 	Loads       *ebpf.Map `ebpf:"loads"`
+	Lost        *ebpf.Map `ebpf:"lost"`
 	Services    *ebpf.Map `ebpf:"services"`
 	Slots       *ebpf.Map `ebpf:"slots"`
 	Sockets     *ebpf.Map `ebpf:"sockets"`
@@ -443,6 +454,7 @@ func (m *kernelMaps) Close() error {
 		m.Listeners4,
 		m.Listeners6,
 		m.Loads,
+		m.Lost,
 		m.Services,
 		m.Slots,
 		m.Sockets,
@@ -464,6 +476,7 @@ type kernelVariables struct {
 	UnusedEventKind    *ebpf.Variable `ebpf:"unused_event_kind"`
 	UnusedExpiry       *ebpf.Variable `ebpf:"unused_expiry"`
 	UnusedFilterSize   *ebpf.Variable `ebpf:"unused_filter_size"`
+	UnusedLife         *ebpf.Variable `ebpf:"unused_life"`
 	UnusedLoad         *ebpf.Variable `ebpf:"unused_load"`
 	Walk               *ebpf.Variable `ebpf:"walk"`
 }

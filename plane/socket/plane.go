@@ -18,6 +18,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -195,6 +196,49 @@ func (p *Plane) Usage() (Usage, error) {
 	}
 	c, err := readCounters(p.set)
 	return Usage{Hooks: readHooks(p.dir), Memory: p.set.memory(), Counters: c}, err
+}
+
+// BackendLoad is the load of one backend of one service.
+type BackendLoad struct {
+	Service string
+	Address netip.AddrPort
+	Load
+}
+
+// ErrMany says that there are more backends than were asked for at most.
+var ErrMany = errors.New("more backends than wanted")
+
+// Loads reads the load of every backend. The error is ErrMany when there are more
+// than most.
+func (p *Plane) Loads(most int) ([]BackendLoad, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ledger == nil {
+		return nil, ErrNothingInstalled
+	}
+	n := 0
+	for _, e := range p.ledger.byName {
+		n += len(e.places)
+	}
+	if n > most {
+		return nil, ErrMany
+	}
+	loads, err := p.set.readLoads()
+	if err != nil {
+		return nil, err
+	}
+	now, err := p.clock.now()
+	if err != nil {
+		return nil, err
+	}
+	all := make([]BackendLoad, 0, n)
+	for _, e := range p.ledger.byName {
+		for i := range e.places {
+			at := &e.places[i]
+			all = append(all, BackendLoad{e.name, at.address(), newLoad(&loads[at.index], e.info.Failures > 0, p.clock, now)})
+		}
+	}
+	return all, nil
 }
 
 // Verify makes the next Apply read the kernel again instead of trusting what

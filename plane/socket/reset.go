@@ -89,16 +89,22 @@ func (s *sweeper) sweep(ctx context.Context, onlyUDP bool) error {
 	return err
 }
 
-// visitAll lets iterators walk over the sockets of every network namespace. It
-// goes on past those that it cannot enter and returns why.
+// visitAll lets iterators walk over the sockets of every network namespace.
 func visitAll(ctx context.Context, iterators []*link.Iter) error {
+	return InNamespaces(ctx, func() error { return visit(iterators) })
+}
+
+// InNamespaces calls f once in every network namespace that a process lives in or
+// that is kept by a mount, on a thread that belongs to it. It goes on past those
+// that it cannot enter and returns why.
+func InNamespaces(ctx context.Context, f func() error) error {
 	paths, err := namespaces()
 	errs := []error{err}
 	for _, path := range paths {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err := inNamespace(path, func() error { return visit(iterators) }); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := inNamespace(path, f); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("network namespace %s: %w", path, err))
 		}
 	}

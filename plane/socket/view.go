@@ -67,20 +67,9 @@ type Counters struct {
 // ErrNothingInstalled or ErrNewer, or says what could not be read.
 func Read(dir string) (*View, error) {
 	dir = filepath.Join(dir, planeDir)
-	opts := &ebpf.LoadPinOptions{ReadOnly: true}
-	number, info, err := openAbout(dir, opts)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, ErrNothingInstalled
-	}
+	set, info, err := openAndTell(dir, true)
 	if err != nil {
-		return nil, fmt.Errorf("pins under %s: %w", dir, err)
-	}
-	if info.Layout != layoutVersion {
-		return nil, foreignLayout(dir, info)
-	}
-	set, err := openSet(dir, number, opts)
-	if err != nil {
-		return nil, fmt.Errorf("pins under %s: %w", dir, err)
+		return nil, err
 	}
 	defer set.close()
 	in, err := inspect(set)
@@ -104,6 +93,26 @@ func Read(dir string) (*View, error) {
 	}
 	slices.SortFunc(v.Services, func(a, b *service.Service) int { return strings.Compare(a.Name, b.Name) })
 	return v, nil
+}
+
+// openAndTell opens the maps of this plane and what they say of themselves.
+func openAndTell(dir string, readOnly bool) (*mapSet, kernelAboutInfo, error) {
+	opts := &ebpf.LoadPinOptions{ReadOnly: readOnly}
+	number, info, err := openAbout(dir, opts)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, info, ErrNothingInstalled
+	}
+	if err != nil {
+		return nil, info, fmt.Errorf("pins under %s: %w", dir, err)
+	}
+	if info.Layout != layoutVersion {
+		return nil, info, foreignLayout(dir, info)
+	}
+	set, err := openSet(dir, number, opts)
+	if err != nil {
+		return nil, info, fmt.Errorf("pins under %s: %w", dir, err)
+	}
+	return set, info, nil
 }
 
 // readLoads puts the loads to the backends.

@@ -88,15 +88,19 @@ static __noinline void publish(struct event *e)
 	e->time = bpf_ktime_get_ns();
 	for (i = 0; i < FOLLOWERS; i++) {
 		__u32 place = i;
-		struct follower *f = bpf_map_lookup_elem(&followers, &place);
+		__u64 *until = bpf_map_lookup_elem(&followers, &place);
+		__u64 *missed;
 		void *ring;
 
-		if (!f || f->until <= now)
+		if (!until || *until <= now)
 			continue;
 		ring = bpf_map_lookup_elem(&flows, &place);
 		/* The follower looks by itself, often: waking it would cost more than the event. */
-		if (ring && bpf_ringbuf_output(ring, e, sizeof(*e), BPF_RB_NO_WAKEUP))
-			__sync_fetch_and_add(&f->lost, 1);
+		if (!ring || !bpf_ringbuf_output(ring, e, sizeof(*e), BPF_RB_NO_WAKEUP))
+			continue;
+		missed = bpf_map_lookup_elem(&lost, &place);
+		if (missed)
+			__sync_fetch_and_add(missed, 1);
 	}
 }
 

@@ -303,12 +303,6 @@ struct event {
 	char command[16];
 };
 
-/* One process that follows flows. */
-struct follower {
-	__u64 until; /* jiffies: when it counts as gone unless it says otherwise */
-	__u64 lost;  /* events for which it had no room */
-};
-
 /*
  * What lies in this set of pins. The first word never moves: it tells every
  * pentad, older or newer, whether it can read the rest.

@@ -118,15 +118,23 @@ struct {
 } flows SEC(".maps");
 
 /*
- * followers: place of a follower -> whether it is still there, and what it lost.
- * Written by followers (until) and where events arise (lost).
+ * followers: place of a follower -> until when it counts as there, in jiffies,
+ * unless it says so again. Written by followers, read where events arise.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
-	__type(value, struct follower);
+	__type(value, __u64);
 	__uint(max_entries, FOLLOWERS);
 } followers SEC(".maps");
+
+/* lost: place of a follower -> events for which its ring had no room, ever. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, FOLLOWERS);
+} lost SEC(".maps");
 
 /*
  * followed: 0 -> the latest until of all followers, in jiffies. One look at it is

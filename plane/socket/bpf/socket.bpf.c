@@ -1038,6 +1038,7 @@ const enum balance unused_balance __attribute__((unused));
 const struct expiry unused_expiry __attribute__((unused));
 const struct load unused_load __attribute__((unused));
 const struct event unused_event __attribute__((unused));
+const enum life unused_life __attribute__((unused));
 const enum event_kind unused_event_kind __attribute__((unused));
 const enum counter unused_counter __attribute__((unused));
 const enum filter_size unused_filter_size __attribute__((unused));

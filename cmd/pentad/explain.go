@@ -1,0 +1,111 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pentad/pentad/flow"
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+func newExplain(at *places) *cobra.Command {
+	var pid int
+	cmd := &cobra.Command{
+		Use:   "explain DEST[:PORT][/tcp|udp]",
+		Short: "Explain what becomes of a connection, step by step",
+		Long: "Walk through the decision for a destination and, with --pid, a process, as the kernel would take it now, and end\n" +
+			"with one sentence that says what happens and, when it is not what people expect, why and what to do. Without a\n" +
+			"port every listener of the address is explained. Exit code 0: the connection reaches a backend; 1: it does not.",
+		Example: "  pentad explain 10.96.0.10:3306\n  pentad explain --pid 4711 10.96.0.53:53/udp",
+		Args:    cobra.ExactArgs(1),
+	}
+	cmd.Flags().IntVar(&pid, "pid", 0, "the process that connects")
+	f := addFormat(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		v, err := socket.Read(at.pins)
+		if err != nil {
+			return err
+		}
+		questions, err := parseDestination(v, args[0])
+		if err != nil {
+			return err
+		}
+		all := make([]*flow.Explanation, len(questions))
+		works := true
+		for i, q := range questions {
+			q.PID = pid
+			if all[i], err = flow.Explain(v, q); err != nil {
+				return err
+			}
+			works = works && all[i].Works
+		}
+		done, err := f.structured(cmd.OutOrStdout(), all)
+		if !done {
+			err = printExplanations(cmd.OutOrStdout(), all)
+		}
+		if err == nil && !works {
+			err = errNo
+		}
+		return err
+	}
+	return cmd
+}
+
+// parseDestination reads a destination. An address alone asks for each of its
+// listeners.
+func parseDestination(v *socket.View, text string) ([]flow.Question, error) {
+	dest, protocol, named := strings.Cut(text, "/")
+	q := flow.Question{Protocol: service.TCP}
+	switch {
+	case !named || protocol == "tcp":
+	case protocol == "udp":
+		q.Protocol = service.UDP
+	default:
+		return nil, fmt.Errorf("%q: want protocol tcp or udp, found %q", text, protocol)
+	}
+	var err error
+	if q.Destination, err = netip.ParseAddrPort(dest); err == nil {
+		q.Destination = netip.AddrPortFrom(q.Destination.Addr().Unmap(), q.Destination.Port())
+		return []flow.Question{q}, nil
+	}
+	addr, err := netip.ParseAddr(strings.Trim(dest, "[]"))
+	if err != nil {
+		return nil, fmt.Errorf("%q is no destination; want ADDRESS:PORT, such as 10.96.0.10:3306 or [2001:db8::10]:53/udp; names are not resolved", text)
+	}
+	var all []flow.Question
+	for _, s := range v.Services {
+		for _, l := range s.Listeners {
+			if l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol) {
+				all = append(all, flow.Question{Destination: l.Address, Protocol: l.Protocol})
+			}
+		}
+	}
+	if all == nil {
+		return nil, fmt.Errorf("no service listens on %s; name a port to have a connection explained all the same", addr)
+	}
+	return all, nil
+}
+
+func printExplanations(w io.Writer, all []*flow.Explanation) error {
+	for i, e := range all {
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		rows := make([][]string, len(e.Steps))
+		for i, s := range e.Steps {
+			rows[i] = []string{s.What, s.Found}
+		}
+		if err := table(w, rows); err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintf(w, "=> %s\n", e.Conclusion); err != nil {
+			return err
+		}
+	}
+	return nil
+}
