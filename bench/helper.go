@@ -1,7 +1,10 @@
 package main
 
 import (
+	"cmp"
+	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -13,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/lab"
 )
 
 // helpers are the processes that the benchmark starts from its own program: they
@@ -22,6 +27,14 @@ var helpers = map[string]func(args []string) error{
 	"dial-one":  dialOne,
 	"dial-hard": dialHard,
 	"accept":    accept,
+	"dial-real": dialReal,
+	"dial-udp":  dialUDP,
+	"greet":     greet,
+	"answer":    answer,
+	"keep":      keep,
+	"storm":     storm,
+	"ask":       ask,
+	"hold":      hold,
 }
 
 // vipOf is the VIP of the n-th of many services.
@@ -180,4 +193,246 @@ func runHelper() bool {
 		os.Exit(1)
 	}
 	return true
+}
+
+// storm connects without pause until its standard input ends and prints what it
+// saw.
+func storm(args []string) error {
+	to, err := netip.ParseAddrPort(args[0])
+	if err != nil {
+		return err
+	}
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		close(done)
+	}()
+	return json.NewEncoder(os.Stdout).Encode(lab.Storm(to, n, 0, done))
+}
+
+// serve handles every connection to an address.
+func serve(address string, handle func(net.Conn)) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go handle(c)
+	}
+}
+
+// greet says something to whoever connects.
+func greet(args []string) error {
+	return serve(args[0], func(c net.Conn) {
+		fmt.Fprintln(c, "hello")
+		_, _ = io.Copy(io.Discard, c)
+		c.Close()
+	})
+}
+
+// keep keeps connections open.
+func keep(args []string) error {
+	return serve(args[0], func(c net.Conn) {
+		_, _ = io.Copy(io.Discard, c)
+		c.Close()
+	})
+}
+
+// answer answers one request per connection after a delay.
+func answer(args []string) error {
+	delay, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
+	return serve(args[0], func(c net.Conn) {
+		defer c.Close()
+		if _, err := c.Read(make([]byte, 100)); err != nil {
+			return
+		}
+		time.Sleep(delay)
+		fmt.Fprintln(c, "here it is")
+	})
+}
+
+// ask makes requests, one a connection, from N clients for a while, and prints the
+// 99th percentile of their times in milliseconds. Clients pause, so that neither
+// they nor a proxy run out of processor.
+func ask(args []string) error {
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	length, err := time.ParseDuration(args[2])
+	if err != nil {
+		return err
+	}
+	var mu sync.Mutex
+	var all []float64
+	var failed error
+	var tasks sync.WaitGroup
+	end := time.Now().Add(length)
+	for range n {
+		tasks.Go(func() {
+			for time.Now().Before(end) {
+				time.Sleep(time.Duration(rand.IntN(30)) * time.Millisecond)
+				began := time.Now()
+				err := request(args[0])
+				mu.Lock()
+				all = append(all, float64(time.Since(began).Microseconds())/1000)
+				failed = cmp.Or(failed, err)
+				mu.Unlock()
+			}
+		})
+	}
+	tasks.Wait()
+	if failed != nil {
+		return failed
+	}
+	slices.Sort(all)
+	fmt.Println(all[len(all)*99/100])
+	return nil
+}
+
+func request(address string) error {
+	c, err := net.Dial("tcp", address)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if _, err := fmt.Fprintln(c, "please"); err != nil {
+		return err
+	}
+	_, err = io.ReadAll(c)
+	return err
+}
+
+// hold makes N connections, says so, waits until all have ended, and prints when,
+// in Unix nanoseconds.
+func hold(args []string) error {
+	to, err := netip.ParseAddrPort(args[0])
+	if err != nil {
+		return err
+	}
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	poll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	sa := &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}
+	for range n {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		if err != nil {
+			return err
+		}
+		if err := unix.Connect(fd, sa); err != nil {
+			return err
+		}
+		if err := unix.EpollCtl(poll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: int32(fd)}); err != nil {
+			return err
+		}
+	}
+	fmt.Println("holding")
+	events := make([]unix.EpollEvent, 1024)
+	for n > 0 {
+		got, err := unix.EpollWait(poll, events, -1)
+		if err != nil && err != unix.EINTR {
+			return err
+		}
+		n -= max(0, got)
+	}
+	fmt.Println(time.Now().UnixNano())
+	return nil
+}
+
+// dialReal connects fresh TCP sockets to VIPs drawn by lot from the first N, or
+// with N 0 to the address given, ROUNDS times; a server answers each.
+func dialReal(args []string) error {
+	n, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	rounds, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	random := rand.New(rand.NewPCG(3, 4))
+	for range rounds {
+		to := netip.MustParseAddrPort(args[2])
+		if n > 0 {
+			to = vipOf(random.IntN(n))
+		}
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		if err != nil {
+			return err
+		}
+		if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+			return err
+		}
+		if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}); err != nil {
+			return fmt.Errorf("connect to %s: %w", to, err)
+		}
+		unix.Close(fd)
+	}
+	return nil
+}
+
+// dialUDP connects and closes UDP sockets on N threads until its standard input
+// ends, at a rate for each, or with 0 as fast as it can. It prints how many.
+func dialUDP(args []string) error {
+	to, err := netip.ParseAddrPort(args[0])
+	if err != nil {
+		return err
+	}
+	threads, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	rate, err := strconv.Atoi(args[2])
+	if err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		close(done)
+	}()
+	var made atomic.Int64
+	var tasks sync.WaitGroup
+	for range threads {
+		tasks.Go(func() {
+			sa := &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}
+			began := time.Now()
+			for i := 0; ; i++ {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				if rate > 0 && i%32 == 0 {
+					time.Sleep(time.Until(began.Add(time.Duration(i) * time.Second / time.Duration(rate))))
+				}
+				fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+				if err != nil {
+					return
+				}
+				_ = unix.Connect(fd, sa)
+				unix.Close(fd)
+				made.Add(1)
+			}
+		})
+	}
+	tasks.Wait()
+	fmt.Println(made.Load())
+	return nil
 }

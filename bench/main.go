@@ -68,6 +68,11 @@ var parts = []struct {
 	{"capacity", capacity},
 	{"probes", probes},
 	{"kills", kills},
+	{"life", lives},
+	{"heal", heals},
+	{"late", lateBackend},
+	{"reset", resets},
+	{"flow", flowRate},
 }
 
 func main() {

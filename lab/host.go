@@ -265,6 +265,12 @@ func (p *Process) Stop() error {
 	return p.Wait()
 }
 
+// Interrupt asks the process to end as Ctrl-C does (SIGINT) and waits for it.
+func (p *Process) Interrupt() error {
+	_ = p.Process.Signal(syscall.SIGINT)
+	return p.Wait()
+}
+
 // Close ends all processes of the host and removes what it made. It may be
 // called more than once.
 func (h *Host) Close() error {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/service"
 )
 
 // The services of the churn test, by their VIP 192.0.2.N. Each has servers of its
@@ -96,13 +97,17 @@ func churnOnce(n, kind int) (failed bool, err error) {
 		}
 		return true, nil
 	}
-	if err := peerIs(fd, vip); err != nil && !(n == flapping && errors.Is(err, unix.ENOTCONN)) {
+	if err := peerIs(fd, vip); errors.Is(err, unix.ENOTCONN) {
+		return true, nil // closed meanwhile: its backend was removed, or died
+	} else if err != nil {
 		return false, err
 	}
 	question := ""
 	if kind == unix.SOCK_DGRAM {
 		question = fmt.Sprintf("%d-%d", n, rand.Uint64())
-		if _, err := unix.Write(fd, []byte(question)); err != nil {
+		if _, err := unix.Write(fd, []byte(question)); errors.Is(err, unix.ECONNABORTED) {
+			return true, nil
+		} else if err != nil {
 			return false, err
 		}
 		if n == flapping {
@@ -110,8 +115,8 @@ func churnOnce(n, kind int) (failed bool, err error) {
 		}
 	}
 	who, err := answerTo(fd, question)
-	if err != nil && n == flapping {
-		return true, nil // killed while it spoke
+	if err != nil && n == flapping || errors.Is(err, unix.ECONNABORTED) {
+		return true, nil // its server was killed while it spoke, or removed
 	}
 	if want := fmt.Sprintf("service-%d", n); who != want && !(n == flapping && who == "") {
 		return false, fmt.Errorf("%q answered: %v", who, err)
@@ -214,6 +219,7 @@ func TestChurn(t *testing.T) {
 	if n := remembered(t, w); n != 0 {
 		t.Errorf("%d sockets are still remembered though all are closed", n)
 	}
+	w.atRest()
 	w.eventually("the agent is as small as at its start", func() error {
 		now := usage(t, w)
 		if now.fds > agentAtStart.fds+2 || now.goroutines > agentAtStart.goroutines+5 {
@@ -247,12 +253,20 @@ func churnConfig(random *rand.Rand) string {
 		if n == flapping {
 			health = "{interval: 100ms, timeout: 50ms}"
 		}
-		balance := []string{"random", "source-hash"}[random.IntN(2)]
-		affinity := ""
-		if random.IntN(3) == 0 {
-			affinity = ", affinity: {timeout: 10s}"
+		balance := service.Balances[random.IntN(len(service.Balances))]
+		extra := ""
+		for _, key := range []string{
+			"affinity: {timeout: 10s}", "breaker: {failures: 3, ejection: 20ms, maxConnections: 1000}", "connect: {timeout: 50ms}",
+			"keepalive: {idle: 10s}", "onDown: keep", "flows: false",
+		} {
+			if random.IntN(3) == 0 {
+				extra += ", " + key
+			}
 		}
-		fmt.Fprintf(&b, "- {name: service-%d, listen: ['%s', '%s/udp'], balance: %s%s, health: %s, backends: [", n, churnVIP(n), churnVIP(n), balance, affinity, health)
+		if balance != "source-hash" && random.IntN(3) == 0 {
+			extra += ", slowStart: 100ms"
+		}
+		fmt.Fprintf(&b, "- {name: service-%d, listen: ['%s', '%s/udp'], balance: %s%s, health: %s, backends: [", n, churnVIP(n), churnVIP(n), balance, extra, health)
 		for i := 1; i <= 4; i++ {
 			if i == 1 || random.IntN(2) == 0 {
 				group := 0

@@ -154,15 +154,6 @@ func (w *world) atRest() {
 	})
 }
 
-// share returns the part of a storm's connections that a server answered.
-func (r stormReport) share(who string) float64 {
-	total := 0
-	for _, n := range r.Answers {
-		total += n
-	}
-	return float64(r.Answers[who]) / float64(max(1, total))
-}
-
 // A backend that answers late gets little, whether many ask or one; the others
 // share the rest. A backend that is fast again gets its share again.
 func TestLeastLatency(t *testing.T) {
@@ -184,7 +175,7 @@ func TestLeastLatency(t *testing.T) {
 			w.awaitLoad("measured", "10.0.0.2:7000", func(l socket.Load) bool { return l.Response > 20*time.Millisecond })
 			w.awaitLoad("used", "10.0.0.1:7000", func(l socket.Load) bool { return l.Connections > 500 })
 			w.awaitLoad("used", "10.0.0.3:7000", func(l socket.Load) bool { return l.Connections > 500 })
-			if r := end(); len(r.Failed) > 0 || r.share("two") > 0.05 || r.share("one") < 0.2 || r.share("three") < 0.2 {
+			if r := end(); len(r.Failed) > 0 || r.Share("two") > 0.05 || r.Share("one") < 0.2 || r.Share("three") < 0.2 {
 				t.Errorf("with a late backend two: %v", r)
 			} else {
 				t.Log(r)
@@ -218,13 +209,16 @@ func TestWeightsAtRest(t *testing.T) {
   balance: ` + balance + `
   health: {probe: none}
   backends: [{address: '10.0.0.1:7000', weight: 50}, {address: '10.0.0.2:7000', weight: 100}, {address: '10.0.0.3:7000', weight: 100}]`)
-			answers := w.answers("192.0.2.10:80", 2000)
-			for who, want := range map[string]float64{"one": 0.2, "two": 0.4, "three": 0.4} {
-				if have := float64(answers[who]) / 2000; have < want-0.07 || have > want+0.07 {
-					t.Errorf("%s got %.3f of the connections, want %.1f: %v", who, have, want, answers)
+			// A busy host makes a server late now and then, and least-latency sees it.
+			w.eventually("connections follow the weights", func() error {
+				answers := w.answers("192.0.2.10:80", 2000)
+				for who, want := range map[string]float64{"one": 0.2, "two": 0.4, "three": 0.4} {
+					if have := float64(answers[who]) / 2000; have < want-0.07 || have > want+0.07 {
+						return fmt.Errorf("%s got %.3f of them, want %.1f: %v", who, have, want, answers)
+					}
 				}
-			}
-			t.Log(answers)
+				return nil
+			})
 		})
 	}
 }
@@ -394,7 +388,7 @@ func TestFlapping(t *testing.T) {
 	if most := flaps + int(took/(200*time.Millisecond)); int(l.Ejections) > most || l.Ejections < flaps {
 		t.Errorf("%d ejections in %d flaps within %s, want at most %d", l.Ejections, flaps, took, most)
 	}
-	if one, three := r.share("one"), r.share("three"); one/three < 0.7 || three/one < 0.7 {
+	if one, three := r.Share("one"), r.Share("three"); one/three < 0.7 || three/one < 0.7 {
 		t.Errorf("shares of the steady backends: %.3f and %.3f", one, three)
 	}
 	w.atRest()

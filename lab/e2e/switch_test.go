@@ -76,7 +76,9 @@ func TestSwitches(t *testing.T) {
 func drawServices() []*service.Service {
 	var all []*service.Service
 	for n := 1; n <= churners; n++ {
-		s := &service.Service{Name: fmt.Sprintf("service-%d", n)}
+		s := &service.Service{
+			Name: fmt.Sprintf("service-%d", n), OnDown: service.Keep, Balance: []service.Balance{service.Random, service.LeastLatency}[n%2],
+		}
 		if n%3 == 0 {
 			s.Affinity = 10 * time.Second
 		}

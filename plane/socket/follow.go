@@ -184,6 +184,35 @@ func (f *Follower) renew() error {
 	return f.set.maps[kernelMapFollowed].Put(uint32(0), until)
 }
 
+// Followers returns how many processes follow what is pinned under dir.
+func Followers(dir string) (int, error) {
+	set, err := openCurrent(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer set.close()
+	c, err := newClock()
+	if err != nil {
+		return 0, err
+	}
+	defer c.close()
+	now, err := c.now()
+	if err != nil {
+		return 0, err
+	}
+	all, err := dump[uint32, uint64](set.maps[kernelMapFollowers])
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for _, until := range all.values {
+		if until > now {
+			n++
+		}
+	}
+	return n, nil
+}
+
 // Close ends following. Others go on.
 func (f *Follower) Close() {
 	if f.placed {

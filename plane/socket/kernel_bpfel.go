@@ -149,7 +149,6 @@ const (
 	kernelLifeLIFE_SENT        kernelLife = 8
 	kernelLifeLIFE_ESTABLISHED kernelLife = 16
 	kernelLifeLIFE_FAILED      kernelLife = 32
-	kernelLifeLIFE_ANSWERED    kernelLife = 64
 )
 
 type kernelListener struct {

@@ -104,18 +104,40 @@ static __noinline void publish(struct event *e)
 	}
 }
 
-/* What a connection carried. */
+/* What the kernel knows of a TCP connection. */
 struct traffic {
 	__u64 sent; /* bytes */
 	__u64 received;
-	__u32 rtt; /* us */
+	__u32 rtt;     /* us, smoothed; 0: unknown */
+	__u32 rtt_min; /* us */
+	__u32 response; /* us, from a request to the first byte of its answer; 0: unknown */
 };
+
+/*
+ * How long the first answer took: from what was sent last until the first byte
+ * came, if that is the order in which it was; else there was more than one
+ * request, and of the last one it is known to a jiffy.
+ */
+static __always_inline __u32 response_of(struct tcp_sock *t)
+{
+	__u64 asked = t->first_tx_mstamp, answered = t->rcv_rtt_est.time;
+	__u32 ticks;
+
+	if (!answered)
+		return 0;
+	if (answered >= asked)
+		return answered - asked ?: 1;
+	ticks = t->inet_conn.icsk_ack.lrcvtime - t->lsndtime;
+	return (__s32)ticks > 0 ? (__u64)milliseconds(ticks) * 1000 : 1;
+}
 
 static __always_inline void read_traffic(struct traffic *to, struct tcp_sock *t)
 {
 	to->sent = t->bytes_sent;
 	to->received = t->bytes_received;
 	to->rtt = t->srtt_us >> 3;
+	to->rtt_min = t->rtt_min.s[0].v;
+	to->response = response_of(t);
 }
 
 /*
@@ -356,15 +378,6 @@ static __always_inline void established(struct socket *s, __u64 cookie, __u32 rt
 	}
 }
 
-/* The first byte came, response microseconds after the request was sent. */
-static __always_inline void answered(struct socket *s, __u64 cookie, __u32 response)
-{
-	struct load *load = load_of((__u32)s->backend);
-
-	if (load && change_life(s, cookie, LIFE_ANSWERED, 0))
-		measured_response(load, response);
-}
-
 /*
  * The connection is over, however it ended; t may be NULL. It is counted back
  * once, whoever comes first. What never sent a SYN found no way to its backend.
@@ -380,6 +393,12 @@ __noinline int ended(struct socket *s, __u64 cookie, struct traffic *t)
 	load = load_of((__u32)s->backend);
 	if (!(life & LIFE_COUNTED) || !load)
 		return 0;
+	if (t && life & LIFE_ESTABLISHED) {
+		if (t->rtt_min)
+			measured_rtt(load, t->rtt_min);
+		if (t->response)
+			measured_response(load, t->response);
+	}
 	if (life & LIFE_JUDGED && !(life & LIFE_SENT)) {
 		failed(s, cookie, ENETUNREACH);
 	} else {

@@ -24,11 +24,31 @@ struct sock {
 	int sk_err;
 };
 
+/* include/net/inet_connection_sock.h */
+struct inet_connection_sock {
+	struct {
+		__u32 lrcvtime; /* jiffies, when the last data came */
+	} icsk_ack;
+};
+
+struct minmax_sample {
+	__u32 v;
+};
+
+struct minmax {
+	struct minmax_sample s[3];
+};
+
 /* include/linux/tcp.h */
 struct tcp_sock {
-	__u32 srtt_us;        /* smoothed round trip time, us << 3 */
-	__u64 tcp_clock_cache; /* ns, when the last segment came or went */
-	__u64 tcp_wstamp_ns;  /* ns, when the last segment was sent */
+	struct inet_connection_sock inet_conn;
+	struct minmax rtt_min; /* us */
+	__u32 srtt_us;         /* smoothed round trip time, us << 3 */
+	__u32 lsndtime;        /* jiffies, when the last data was sent */
+	__u64 first_tx_mstamp; /* us, when what was acknowledged last was sent */
+	struct {
+		__u64 time; /* us; until a window is full: when the first data came */
+	} rcv_rtt_est;
 	__u64 bytes_sent;
 	__u64 bytes_received;
 	_Bool is_mptcp;

@@ -242,7 +242,6 @@ enum life {
 	LIFE_SENT = 8,        /* a SYN has left */
 	LIFE_ESTABLISHED = 16,
 	LIFE_FAILED = 32,     /* its failure is counted */
-	LIFE_ANSWERED = 64,   /* the first byte has come */
 };
 
 /* A name that an unconnected UDP socket used for a backend. */

@@ -766,12 +766,15 @@ int getpeername6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sock_release")
 int sock_release(struct bpf_sock *sk)
 {
+	__u64 cookie = bpf_get_socket_cookie(sk);
 	struct traffic t = {};
 
-	if (is_followed() && sk->protocol == IPPROTO_TCP && bpf_cast_to_kern_ctx && bpf_rdonly_cast)
+	if (!recall(cookie))
+		return 1;
+	if (sk->protocol == IPPROTO_TCP && bpf_cast_to_kern_ctx && bpf_rdonly_cast)
 		read_traffic(&t, bpf_rdonly_cast(bpf_cast_to_kern_ctx(sk),
 						 bpf_core_type_id_kernel(struct tcp_sock)));
-	forget(bpf_get_socket_cookie(sk), &t);
+	forget(cookie, &t);
 	return 1;
 }
 
@@ -817,41 +820,13 @@ static __always_inline int first_timeout(struct bpf_sock_ops *ctx)
 
 static __always_inline void on_established(struct bpf_sock_ops *ctx)
 {
-	__u32 flags = ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTO_CB_FLAG;
-	struct service_info *policy;
 	__u64 cookie;
 	struct socket *s = tracked(ctx, &cookie);
 
 	if (!s)
 		return;
 	established(s, cookie, ctx->srtt_us >> 3);
-	policy = service_of((__u32)s->backend);
-	if (policy && policy->balance == BALANCE_LEAST_LATENCY)
-		flags |= BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG;
-	bpf_sock_ops_cb_flags_set(ctx, flags);
-}
-
-/*
- * A segment came. The first that carries data is the answer to what was sent
- * last, or the greeting of a server that speaks first.
- */
-static __always_inline void on_segment(struct bpf_sock_ops *ctx)
-{
-	struct tcp_sock *t;
-	struct socket *s;
-	__u64 cookie, ns;
-
-	if (ctx->skb_len <= (__u32)(ctx->skb_data_end - ctx->skb_data))
-		return;
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
-					       ~BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
-	s = tracked(ctx, &cookie);
-	t = tcp_sock_of(ctx);
-	if (!s || !t)
-		return;
-	ns = t->tcp_clock_cache - t->tcp_wstamp_ns;
-	if ((__s64)ns >= 0)
-		answered(s, cookie, ns / 1000);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTO_CB_FLAG);
 }
 
 static __always_inline void on_timeout(struct bpf_sock_ops *ctx)
@@ -913,9 +888,6 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		on_established(ctx);
-		break;
-	case BPF_SOCK_OPS_PARSE_HDR_OPT_CB:
-		on_segment(ctx);
 		break;
 	case BPF_SOCK_OPS_RTO_CB:
 		on_timeout(ctx);
