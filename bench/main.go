@@ -73,6 +73,7 @@ var parts = []struct {
 	{"late", lateBackend},
 	{"reset", resets},
 	{"flow", flowRate},
+	{"failover", failover},
 }
 
 func main() {

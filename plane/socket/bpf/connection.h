@@ -120,10 +120,12 @@ struct traffic {
  */
 static __always_inline __u32 response_of(struct tcp_sock *t)
 {
-	__u64 asked = t->first_tx_mstamp, answered = t->rcv_rtt_est.time;
+	/* Who sends nothing waits from the handshake on. */
+	__u64 asked = t->first_tx_mstamp ?: t->delivered_mstamp;
+	__u64 answered = t->rcv_rtt_est.time;
 	__u32 ticks;
 
-	if (!answered)
+	if (!answered || !asked)
 		return 0;
 	if (answered >= asked)
 		return answered - asked ?: 1;
@@ -195,7 +197,7 @@ static __always_inline __u32 smooth(__u32 old, __u32 sample)
  * A latency counts half as much for every HALF_LIFE seconds without a new
  * measurement: a backend that nobody uses because it was slow is tried again.
  */
-#define HALF_LIFE 2
+#define HALF_LIFE 1
 
 static __always_inline __u32 aged(__u32 latency, const struct load *load, __u32 now)
 {

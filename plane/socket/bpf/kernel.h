@@ -45,7 +45,8 @@ struct tcp_sock {
 	struct minmax rtt_min; /* us */
 	__u32 srtt_us;         /* smoothed round trip time, us << 3 */
 	__u32 lsndtime;        /* jiffies, when the last data was sent */
-	__u64 first_tx_mstamp; /* us, when what was acknowledged last was sent */
+	__u64 first_tx_mstamp;  /* us, when what was acknowledged last was sent; 0: nothing was */
+	__u64 delivered_mstamp; /* us, when something was acknowledged last */
 	struct {
 		__u64 time; /* us; until a window is full: when the first data came */
 	} rcv_rtt_est;
