@@ -91,7 +91,7 @@ type Agent struct {
 // state is what is known of a backend beyond its configuration.
 type state struct {
 	down, drained bool
-	drainUntil    int64 // Unix seconds: when to close what a drained backend has left; 0: never
+	drainUntil    uint32 // Unix seconds: when to close what a drained backend has left; 0: never
 }
 
 type drain struct {
@@ -293,8 +293,8 @@ func (a *Agent) swept(ctx context.Context, err error) {
 
 // awaitDrains sets the timer for the next time to drain that will be over.
 func (a *Agent) awaitDrains() {
-	now := time.Now().Unix()
-	next := int64(0)
+	now := uint32(time.Now().Unix())
+	next := uint32(0)
 	for _, s := range a.state {
 		if s.drainUntil > now && (next == 0 || s.drainUntil < next) {
 			next = s.drainUntil
@@ -302,7 +302,7 @@ func (a *Agent) awaitDrains() {
 	}
 	a.drainOver.Stop()
 	if next > 0 {
-		a.drainOver.Reset(time.Until(time.Unix(next, 0)))
+		a.drainOver.Reset(time.Until(time.Unix(int64(next), 0)))
 	}
 }
 
@@ -419,7 +419,7 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 		st := a.state[k]
 		st.drained, st.drainUntil = d.Drained, 0
 		if d.Drained && d.Timeout > 0 {
-			st.drainUntil = time.Now().Add(d.Timeout + time.Second - 1).Unix()
+			st.drainUntil = uint32(time.Now().Add(d.Timeout + time.Second - 1).Unix())
 		}
 		a.setState(k, st)
 		a.awaitDrains()
@@ -488,7 +488,7 @@ func (a *Agent) withState(s *service.Service) *service.Service {
 		st := a.state[health.Key{Service: s.Name, Address: b.Address}]
 		b.Down = st.down && s.Health.Probe != service.ProbeNone
 		b.Drained, b.DrainUntil = st.drained, st.drainUntil
-		b.DrainOver = st.drainUntil > 0 && time.Now().Unix() >= st.drainUntil
+		b.DrainOver = st.drainUntil > 0 && uint32(time.Now().Unix()) >= st.drainUntil
 		c.Backends[i] = b
 	}
 	return &c

@@ -150,8 +150,8 @@ type Backend struct {
 	// DrainUntil, in Unix seconds, is when what is left of a drained
 	// backend's connections is closed; 0: never. DrainOver says that it is
 	// past.
-	DrainUntil int64
 	DrainOver  bool
+	DrainUntil uint32
 }
 
 // Usable reports whether the backend could take new connections if its group

@@ -193,7 +193,7 @@ func why(b service.Backend, state service.State, l socket.Load) string {
 	case state == service.Down:
 		return "its probe fails"
 	case b.Drained && b.DrainUntil > 0 && !b.DrainOver:
-		if left := time.Until(time.Unix(b.DrainUntil, 0)); left > 0 {
+		if left := time.Until(time.Unix(int64(b.DrainUntil), 0)); left > 0 {
 			return fmt.Sprintf("drained; what is left is closed in %s", left.Round(time.Second))
 		}
 		return "drained"

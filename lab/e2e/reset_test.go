@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
 
@@ -249,6 +250,59 @@ func TestResetUDP(t *testing.T) {
 	w.configure(fmt.Sprintf(text, "10.0.0.2"))
 	w.prints(p, "two x", 1)
 	w.prints(p, "gave up", 1)
+}
+
+// A kernel without bpf_sock_destroy closes through sock_diag(7): TCP and UDP, in
+// all namespaces, and only what came through the service.
+func TestResetByDiag(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "2001:db8::1")
+	pod := newWorld(t, "10.0.0.1", "2001:db8::1")
+	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	pod.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	lock, err := socket.Lock(w.Pins)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	p := socket.New(socket.Options{Pins: w.Pins, Version: "test", Diag: true})
+	defer p.Close()
+	web := func(down bool) *service.Service {
+		s := &service.Service{Name: "web"}
+		for _, l := range []string{"192.0.2.10:80", "[2001:db8:f::1]:80"} {
+			for _, protocol := range []service.Protocol{service.TCP, service.UDP} {
+				s.Listeners = append(s.Listeners, service.Listener{Address: netip.MustParseAddrPort(l), Protocol: protocol})
+			}
+		}
+		for _, b := range []string{"10.0.0.1:7000", "[2001:db8::1]:7000"} {
+			s.Backends = append(s.Backends, service.Backend{Address: netip.MustParseAddrPort(b), Weight: 1, Down: down})
+		}
+		return s
+	}
+	snap := (&service.Snapshot{}).Next(w.Scope(), []*service.Service{web(false)})
+	if err := p.Apply(t.Context(), snap); err != nil {
+		t.Fatal(err)
+	}
+	here := w.startClient(w.Host, "watch", "20", "192.0.2.10:80", "[2001:db8:f::1]:80", "10.0.0.1:7000")
+	there := w.startClient(pod.Host, "watch", "20", "192.0.2.10:80", "[2001:db8:f::1]:80", "10.0.0.1:7000")
+	udp := w.startClient(w.Host, "keep asking", "192.0.2.10:80")
+	w.prints(here, "watching", 1)
+	w.prints(there, "watching", 1)
+	w.prints(udp, "one x", 1)
+	if err := p.Apply(t.Context(), snap.Next(w.Scope(), []*service.Service{web(true)})); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []*lab.Process{here, there} {
+		w.prints(c, "software caused connection abort", 40)
+		w.prints(c, "\n", 41)
+	}
+	w.eventually("the UDP socket is closed", func() error {
+		if !strings.Contains(udp.Log.String(), "gave up") {
+			return errors.New(udp.Log.String())
+		}
+		return nil
+	})
 }
 
 // nginx asks its resolver over one connected UDP socket. When the DNS server

@@ -6,9 +6,11 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 )
@@ -31,6 +33,14 @@ var Features = []Feature{
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie) }},
 	{"bpf_get_socket_cookie in cgroup/sock", "5.8", "forgetting closed sockets",
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSock, asm.FnGetSocketCookie) }},
+	{"cgroup/sock_ops programs", "4.13", "the outcome of connects",
+		func() error { return features.HaveProgramType(ebpf.SockOps) }},
+	{"bpf_skc_to_tcp_sock in sock_ops", "5.9", "why a connect failed, and latencies",
+		func() error { return features.HaveProgramHelper(ebpf.SockOps, asm.FnSkcToTcpSock) }},
+	{"bpf_for_each_map_elem", "5.13", "counting back sockets that are no more",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnForEachMapElem) }},
+	{"bpf_loop", "5.17", "looking at a failover group as a whole",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnLoop) }},
 	{"bpf_ktime_get_coarse_ns", "5.11", "affinity time-out",
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnKtimeGetCoarseNs) }},
 	{"atomic compare-and-exchange in BPF", "5.12", "remembering sockets without a lock", features.HaveV3ISA},
@@ -38,6 +48,17 @@ var Features = []Feature{
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval) }},
 	{"BPF type information of the kernel", "5.2", "maps with a spin lock", haveBTF},
 }
+
+// haveSockDestroy reports whether the kernel can close a socket from within an
+// iterator (Linux 6.5).
+var haveSockDestroy = sync.OnceValue(func() bool {
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return false
+	}
+	var f *btf.Func
+	return spec.TypeByName("bpf_sock_destroy", &f) == nil
+})
 
 func haveBTF() error {
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {

@@ -160,7 +160,7 @@ type kernelListener struct {
 	Affinity  uint32
 	Keepalive kernelKeepalive
 	Balance   uint8
-	Pad       uint8
+	Traits    uint8
 	Sum       uint32
 }
 
@@ -200,13 +200,14 @@ type kernelServiceInfo struct {
 	MaxEjected     uint32
 	ConnectTimeout uint32
 	SlowStart      uint32
+	Joined         uint32
 	Silent         uint8
 	Keep           uint8
 	Balance        uint8
 	Pad            uint8
 	Affinity       uint32
 	Keepalive      kernelKeepalive
-	Pad2           [2]uint8
+	Pad2           [22]uint8
 	Name           [64]int8
 }
 
@@ -232,6 +233,13 @@ type kernelSocket struct {
 	Backend  uint64
 	Life     uint64
 }
+
+type kernelTrait uint32
+
+const (
+	kernelTraitTRAIT_PLAIN kernelTrait = 1
+	kernelTraitTRAIT_EVEN  kernelTrait = 2
+)
 
 type kernelUdpPeers struct {
 	_    structs.HostLayout
@@ -286,6 +294,7 @@ const (
 	kernelProgSendmsg6          = "sendmsg6"
 	kernelProgSockOps           = "sock_ops"
 	kernelProgSockRelease       = "sock_release"
+	kernelVarByDiag             = "by_diag"
 	kernelVarHz                 = "hz"
 	kernelVarProbeMark          = "probe_mark"
 	kernelVarUnusedBackendState = "unused_backend_state"
@@ -297,6 +306,7 @@ const (
 	kernelVarUnusedFilterSize   = "unused_filter_size"
 	kernelVarUnusedLife         = "unused_life"
 	kernelVarUnusedLoad         = "unused_load"
+	kernelVarUnusedTrait        = "unused_trait"
 	kernelVarWalk               = "walk"
 )
 
@@ -385,6 +395,7 @@ type kernelMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelVariableSpecs struct {
+	ByDiag             *ebpf.VariableSpec `ebpf:"by_diag"`
 	Hz                 *ebpf.VariableSpec `ebpf:"hz"`
 	ProbeMark          *ebpf.VariableSpec `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.VariableSpec `ebpf:"unused_backend_state"`
@@ -396,6 +407,7 @@ type kernelVariableSpecs struct {
 	UnusedFilterSize   *ebpf.VariableSpec `ebpf:"unused_filter_size"`
 	UnusedLife         *ebpf.VariableSpec `ebpf:"unused_life"`
 	UnusedLoad         *ebpf.VariableSpec `ebpf:"unused_load"`
+	UnusedTrait        *ebpf.VariableSpec `ebpf:"unused_trait"`
 	Walk               *ebpf.VariableSpec `ebpf:"walk"`
 }
 
@@ -466,6 +478,7 @@ func (m *kernelMaps) Close() error {
 //
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelVariables struct {
+	ByDiag             *ebpf.Variable `ebpf:"by_diag"`
 	Hz                 *ebpf.Variable `ebpf:"hz"`
 	ProbeMark          *ebpf.Variable `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.Variable `ebpf:"unused_backend_state"`
@@ -477,6 +490,7 @@ type kernelVariables struct {
 	UnusedFilterSize   *ebpf.Variable `ebpf:"unused_filter_size"`
 	UnusedLife         *ebpf.Variable `ebpf:"unused_life"`
 	UnusedLoad         *ebpf.Variable `ebpf:"unused_load"`
+	UnusedTrait        *ebpf.Variable `ebpf:"unused_trait"`
 	Walk               *ebpf.Variable `ebpf:"walk"`
 }
 

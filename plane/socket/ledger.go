@@ -58,27 +58,54 @@ type entry struct {
 
 // place is one backend in the kernel. A host may have a hundred thousand.
 type place struct {
-	hot   kernelBackend
+	hot   hot
 	index uint32
 	info  info
+}
+
+// hot is kernelBackend without its padding.
+type hot struct {
+	addr       [4]uint32
+	port       uint16
+	state      uint8
+	reset      uint8
+	generation uint32
+	service    uint32
+	weight     uint32
+	cost       uint32
+	started    uint32
+}
+
+func (h hot) backend() kernelBackend {
+	return kernelBackend{
+		Addr: h.addr, Port: h.port, State: h.state, Reset: h.reset, Generation: h.generation,
+		Service: h.service, Weight: h.weight, Cost: h.cost, Started: h.started,
+	}
+}
+
+func newHot(b *kernelBackend) hot {
+	return hot{
+		addr: b.Addr, port: b.Port, state: b.State, reset: b.Reset, generation: b.Generation,
+		service: b.Service, weight: b.Weight, cost: b.Cost, started: b.Started,
+	}
 }
 
 // info is kernelBackendDetail without the room that C needs for a text.
 type info struct {
 	group         uint32
 	drained, down bool
-	since         uint64
-	drainUntil    uint64
+	since         uint32
+	drainUntil    uint32
 	zone          string
 }
 
 func (p *place) address() netip.AddrPort {
-	return netip.AddrPortFrom(address(p.hot.Addr), bigEndian(p.hot.Port))
+	return netip.AddrPortFrom(address(p.hot.addr), bigEndian(p.hot.port))
 }
 
 func (i info) detail() kernelBackendDetail {
 	d := kernelBackendDetail{
-		Group: i.group, Drained: flag(i.drained), Down: flag(i.down), Since: i.since, DrainUntil: i.drainUntil,
+		Group: i.group, Drained: flag(i.drained), Down: flag(i.down), Since: uint64(i.since), DrainUntil: uint64(i.drainUntil),
 	}
 	setText(d.Zone[:], i.zone)
 	return d
@@ -86,7 +113,7 @@ func (i info) detail() kernelBackendDetail {
 
 func newInfo(d *kernelBackendDetail) info {
 	return info{
-		group: d.Group, drained: d.Drained != 0, down: d.Down != 0, since: d.Since, drainUntil: d.DrainUntil,
+		group: d.Group, drained: d.Drained != 0, down: d.Down != 0, since: uint32(d.Since), drainUntil: uint32(d.DrainUntil),
 		zone: text(d.Zone[:]),
 	}
 }
@@ -270,11 +297,11 @@ func (l *ledger) install(s *service.Service, t *tables, now moment, w *writes) {
 		}
 		l.byName[s.Name] = e
 	}
-	if info := serviceInfo(s); !e.complete || info != e.info {
+	gone := l.placeBackends(e, s, now, w)
+	if info := e.serviceInfo(s); !e.complete || info != e.info {
 		e.info = info
 		w.services.add(e.id, info)
 	}
-	gone := l.placeBackends(e, s, now, w)
 	l.placeTables(e, t, w)
 	l.showListeners(e, s, t, w)
 	l.retireBackends(gone, s.OnDown == service.Reset, w)
@@ -296,18 +323,18 @@ func (l *ledger) placeBackends(e *entry, s *service.Service, now moment, w *writ
 			p.index = l.backends.take()
 		}
 		hot := hotBackend(b, state, e.id, l.generation[p.index])
-		hot.Cost, hot.Reset = costs[i], flag(s.Closes(b))
-		if hot.Started = p.hot.Started; !fresh && b.Usable() && !takesConnections(p.hot.State) {
+		hot.cost, hot.reset = costs[i], flag(s.Closes(b))
+		if hot.started = p.hot.started; !fresh && b.Usable() && !takesConnections(p.hot.state) {
 			// It joins others, or comes back: little by little.
-			hot.Started = max(1, now.jiffies)
+			hot.started = max(1, now.jiffies)
 		}
-		in := info{b.Group, b.Drained, b.Down, p.info.since, uint64(b.DrainUntil), b.Zone}
-		if !known || hot.State != p.hot.State {
-			in.since = uint64(now.time.Unix())
+		in := info{b.Group, b.Drained, b.Down, p.info.since, b.DrainUntil, b.Zone}
+		if !known || hot.state != p.hot.state {
+			in.since = uint32(now.time.Unix())
 		}
 		if !known || !e.complete || hot != p.hot {
-			w.backends.add(p.index, hot)
-			l.markReset(p.index, hot.Reset)
+			w.backends.add(p.index, hot.backend())
+			l.markReset(p.index, hot.reset)
 		}
 		if !known || !e.complete || in != p.info {
 			w.details.add(p.index, in.detail())
@@ -388,7 +415,7 @@ func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *write
 		v4 := x.Address.Addr().Is4()
 		at := e.tables[familyOf(v4)].extent
 		value := kernelListener{
-			Service: e.id, Slots: at.start, Count: t[familyOf(v4)].first(), Length: at.length,
+			Service: e.id, Slots: at.start, Count: t[familyOf(v4)].first(), Length: at.length, Traits: e.traits(),
 			Affinity: uint32(s.Affinity / time.Second), Balance: uint8(s.Balance), Keepalive: keepalive(s.Keepalive),
 		}
 		value.Sum = listenerSum(&value, x)
@@ -477,7 +504,7 @@ func listenerSum(v *kernelListener, x service.Listener) uint32 {
 	sum = (sum ^ sum>>29 ^ (uint64(v.Count)<<32 | uint64(v.Affinity))) * factor
 	sum = (sum ^ sum>>29 ^ uint64(v.Length)) * factor
 	k := v.Keepalive
-	sum = (sum ^ sum>>29 ^ (uint64(k.Idle)<<48 | uint64(k.Interval)<<32 | uint64(k.Probes)<<16 | uint64(v.Balance))) * factor
+	sum = (sum ^ sum>>29 ^ (uint64(k.Idle)<<48 | uint64(k.Interval)<<32 | uint64(k.Probes)<<16 | uint64(v.Balance)<<8 | uint64(v.Traits))) * factor
 	return uint32(sum >> 32)
 }
 
@@ -490,11 +517,11 @@ func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, w *wr
 		// The address stays until the place has a new occupant: a
 		// program that is looking at it now must not see half of it.
 		hot := p.hot
-		hot.State, hot.Service, hot.Weight = 0, 0, 0
-		hot.Reset = flag(reset || hot.Reset != 0)
-		hot.Generation = l.generation[p.index]
-		l.markReset(p.index, hot.Reset)
-		w.retiredBackends.add(p.index, hot)
+		hot.state, hot.service, hot.weight = 0, 0, 0
+		hot.reset = flag(reset || hot.reset != 0)
+		hot.generation = l.generation[p.index]
+		l.markReset(p.index, hot.reset)
+		w.retiredBackends.add(p.index, hot.backend())
 		w.retiredDetails.add(p.index, kernelBackendDetail{})
 		l.retired.backends = append(l.retired.backends, p.index)
 	}
@@ -576,8 +603,11 @@ func familyOf(v4 bool) int {
 	return 1
 }
 
-func serviceInfo(s *service.Service) kernelServiceInfo {
+// serviceInfo is the service as the programs obey it; the backends have their
+// places already.
+func (e *entry) serviceInfo(s *service.Service) kernelServiceInfo {
 	info := kernelServiceInfo{
+		Joined:         e.lastJoined(),
 		MaxConnections: uint32(s.Breaker.MaxConnections), Failures: uint32(s.Breaker.Failures),
 		Ejection: milliseconds(s.Breaker.Ejection), MaxEjected: uint32(s.Breaker.MaxEjected),
 		ConnectTimeout: milliseconds(s.ConnectTimeout), SlowStart: milliseconds(s.SlowStart),
@@ -588,6 +618,31 @@ func serviceInfo(s *service.Service) kernelServiceInfo {
 	return info
 }
 
+// traits are what spares the programs a look at the service and its backends.
+func (e *entry) traits() uint8 {
+	traits := kernelTraitTRAIT_EVEN
+	if e.info.MaxConnections == 0 && e.info.Failures == 0 && e.info.SlowStart == 0 {
+		traits |= kernelTraitTRAIT_PLAIN
+	}
+	for _, p := range e.places {
+		if p.hot.cost != e.places[0].hot.cost {
+			traits &^= kernelTraitTRAIT_EVEN
+		}
+	}
+	return uint8(traits)
+}
+
+// lastJoined returns when the backend that joined last did so, in jiffies, or 0.
+func (e *entry) lastJoined() uint32 {
+	last := uint32(0)
+	for _, p := range e.places {
+		if p.hot.started != 0 && (last == 0 || int32(p.hot.started-last) > 0) {
+			last = p.hot.started
+		}
+	}
+	return last
+}
+
 func milliseconds(d time.Duration) uint32 { return uint32(d / time.Millisecond) }
 
 func keepalive(k service.Keepalive) kernelKeepalive {
@@ -596,10 +651,10 @@ func keepalive(k service.Keepalive) kernelKeepalive {
 	}
 }
 
-func hotBackend(b service.Backend, state service.State, id, generation uint32) kernelBackend {
-	return kernelBackend{
-		Addr: words(b.Address.Addr()), Port: bigEndian(b.Address.Port()), State: kernelState(state),
-		Generation: generation, Service: id, Weight: b.Weight,
+func hotBackend(b service.Backend, state service.State, id, generation uint32) hot {
+	return hot{
+		addr: words(b.Address.Addr()), port: bigEndian(b.Address.Port()), state: kernelState(state),
+		generation: generation, service: id, weight: b.Weight,
 	}
 }
 

@@ -42,6 +42,7 @@ func (s *mapSet) addLoads(spec *ebpf.CollectionSpec, n uint32) error {
 	if n > maxBackends {
 		return errTooMany
 	}
+	var chunks, fds []uint32
 	for uint32(len(s.loads))*loadChunk < n {
 		m, err := ebpf.NewMap(spec.Maps[kernelMapLoads].InnerMap)
 		if err != nil {
@@ -52,9 +53,15 @@ func (s *mapSet) addLoads(spec *ebpf.CollectionSpec, n uint32) error {
 		if err := pinAnew(m, loadsPin(s.dir, chunk)); err != nil {
 			return fmt.Errorf("map %s: %w", kernelMapLoads, err)
 		}
-		if err := s.maps[kernelMapLoads].Put(uint32(chunk), m); err != nil {
-			return fmt.Errorf("map %s: %w", kernelMapLoads, err)
-		}
+		chunks, fds = append(chunks, uint32(chunk)), append(fds, uint32(m.FD()))
+	}
+	if len(chunks) == 0 {
+		return nil
+	}
+	// All at once: the kernel waits for a grace period after each write to such a
+	// map (kernel/bpf/syscall.c, maybe_wait_bpf_programs).
+	if _, err := s.maps[kernelMapLoads].BatchUpdate(chunks, fds, nil); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapLoads, err)
 	}
 	return nil
 }

@@ -43,6 +43,10 @@ type Options struct {
 	Version     string // of this pentad, written into the pins
 	Log         *slog.Logger
 	MaxBackends int // never make room for more backends; 0: as many as memory holds
+
+	// Diag closes connections through sock_diag(7), as is done without asking on
+	// a kernel without bpf_sock_destroy.
+	Diag bool
 }
 
 // Plane is the socket plane of one host. Its methods may be called from several
@@ -162,10 +166,24 @@ func (p *Plane) sweep(ctx context.Context) error {
 			return err
 		}
 		if l.Inflight > 0 {
-			return p.sweeper.sweep(ctx, false)
+			return errors.Join(p.closeByDiag(ctx), p.sweeper.sweep(ctx, false))
 		}
 	}
 	return nil
+}
+
+// closeByDiag does what the walk cannot do on an older kernel.
+func (p *Plane) closeByDiag(ctx context.Context) error {
+	if !p.opts.Diag && haveSockDestroy() {
+		return nil
+	}
+	cookies, err := p.set.doomed(p.ledger.resets)
+	if err != nil || len(cookies) == 0 {
+		return err
+	}
+	n, err := destroy(ctx, cookies)
+	p.opts.Log.Info("connections to backends that are down or gone were closed", "connections", n)
+	return err
 }
 
 // CountBack ends what the maps have of sockets that are no more though no hook
@@ -371,8 +389,10 @@ func (p *Plane) create(snap *service.Snapshot, number int, from *mapSet, keep []
 	// generation drawn by lot keeps them from meeting a new backend.
 	l := newLedger(c, rand.Uint32N(1<<31))
 	p.set = set
-	if err := p.sortLoads(l); err != nil {
-		return err
+	if from != nil {
+		if err := p.sortLoads(l); err != nil {
+			return err
+		}
 	}
 	p.ledger, p.applied = l, &service.Snapshot{}
 	return nil
@@ -616,6 +636,9 @@ func (p *Plane) load() (map[string]*ebpf.Program, *ebpf.Variable, error) {
 		return nil, nil, err
 	}
 	if err := spec.Variables[kernelVarHz].Set(p.clock.hz); err != nil {
+		return nil, nil, err
+	}
+	if err := spec.Variables[kernelVarByDiag].Set(p.opts.Diag); err != nil {
 		return nil, nil, err
 	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: p.set.maps})

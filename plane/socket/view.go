@@ -266,7 +266,7 @@ func (in *inspection) readBackends(s *mapSet) error {
 			owner.broken = true
 			continue
 		}
-		owner.places[addr] = place{index: uint32(i), hot: b, info: newInfo(&details.values[i])}
+		owner.places[addr] = place{index: uint32(i), hot: newHot(&b), info: newInfo(&details.values[i])}
 	}
 	return nil
 }
@@ -323,8 +323,8 @@ func (i *installed) desired() *service.Service {
 	slices.SortFunc(s.Listeners, service.Listener.Compare)
 	for addr, p := range i.places {
 		s.Backends = append(s.Backends, service.Backend{
-			Address: addr, Weight: p.hot.Weight, Group: p.info.group, Zone: p.info.zone,
-			Drained: p.info.drained, Down: p.info.down, DrainUntil: int64(p.info.drainUntil),
+			Address: addr, Weight: p.hot.weight, Group: p.info.group, Zone: p.info.zone,
+			Drained: p.info.drained, Down: p.info.down, DrainUntil: p.info.drainUntil,
 		})
 	}
 	slices.SortFunc(s.Backends, func(a, b service.Backend) int { return a.Address.Compare(b.Address) })

@@ -40,6 +40,7 @@ struct search {
 	__u32 slots; /* the table at hand */
 	__u32 count;
 	__u32 balance;
+	__u32 traits; /* of the listener */
 	__u64 hash;  /* of the client, for BALANCE_SOURCE_HASH */
 	bool judged; /* the outcome of this connection will be known */
 	bool met_ejected;
@@ -64,10 +65,14 @@ static __always_inline bool in_slow_start(const struct backend *b, const struct 
 					  const struct service_info *policy, __u32 now)
 {
 	__u32 window = ticks(policy->slow_start);
-	__u32 age = now - b->started;
+	__u32 age;
 
 	if (!window)
 		return false;
+	/* Usually nobody is new: then the backend itself need not be looked at. */
+	if (!load->readmitted && (!policy->joined || now - policy->joined >= window))
+		return false;
+	age = now - b->started;
 	if (load->readmitted && (!b->started || now - load->readmitted < age))
 		age = now - load->readmitted;
 	else if (!b->started)
@@ -123,6 +128,20 @@ static __always_inline __u32 draw(__u32 slots_at, __u32 slots_count, __u32 numbe
 	return (__u32)scaled < s->threshold ? s->first : s->second;
 }
 
+/* As sample(), when every member will do. */
+static __always_inline __u32 draw_other(const struct search *s, __u32 other)
+{
+	int i;
+
+	for (i = 0; i < DRAWS; i++) {
+		__u32 index = draw(s->slots, s->count, bpf_get_prandom_u32());
+
+		if (index != other)
+			return index;
+	}
+	return 0;
+}
+
 /*
  * A member of the table by its weight that is usable and not the one given, or 0.
  * Trials are for first choices only.
@@ -134,6 +153,8 @@ __noinline __u32 sample(struct search *s, __u32 other, __u32 despite_ejection)
 
 	if (!s)
 		return 0;
+	if (s->traits & TRAIT_PLAIN)
+		return draw_other(s, other);
 	policy = bpf_map_lookup_elem(&services, &s->service);
 	if (!policy)
 		return 0;
@@ -220,7 +241,7 @@ static __always_inline bool census(struct search *s, const struct service_info *
 }
 
 /* How long a connection would wait at a backend, in no particular unit. */
-__noinline __u64 score(__u32 index, __u32 balance)
+__noinline __u64 score(__u32 index, __u32 balance, __u32 even)
 {
 	struct backend *b = bpf_map_lookup_elem(&backends, &index);
 	struct load *load = load_of(index);
@@ -234,7 +255,7 @@ __noinline __u64 score(__u32 index, __u32 balance)
 	 * divided by the weight: weight has its say in the draw already, and a
 	 * light backend would get nothing at all while there is little to do.
 	 */
-	crowd = (__u64)load->inflight * b->cost + 256;
+	crowd = (__u64)load->inflight * (even ? 256 : b->cost) + 256;
 	if (balance == BALANCE_LEAST_LATENCY) {
 		latency = aged(load->rtt + load->response, load, bpf_jiffies64());
 		if (latency > SLOWEST)
@@ -246,16 +267,19 @@ __noinline __u64 score(__u32 index, __u32 balance)
 /* Power of two choices: the second only if it is clearly better. */
 static __always_inline __u32 better(const struct search *s, __u32 first, __u32 second)
 {
-	return score(second, s->balance) * 5 / 4 < score(first, s->balance) ? second : first;
+	__u64 a = score(first, s->balance, s->traits & TRAIT_EVEN);
+	__u64 b = score(second, s->balance, s->traits & TRAIT_EVEN);
+
+	return b * 5 / 4 < a ? second : first;
 }
 
 /* A backend of the table at hand, or 0. */
 static __noinline __u32 from_table(struct search *s)
 {
-	struct service_info *policy = bpf_map_lookup_elem(&services, &s->service);
+	struct service_info *policy;
 	__u32 first = 0, second;
 
-	if (!policy || !s->count)
+	if (!s->count)
 		return 0;
 	s->met_ejected = false;
 	if (s->balance != BALANCE_SOURCE_HASH)
@@ -263,6 +287,9 @@ static __noinline __u32 from_table(struct search *s)
 	if (s->trial)
 		return first;
 	if (!first || s->met_ejected) {
+		policy = bpf_map_lookup_elem(&services, &s->service);
+		if (!policy)
+			return 0;
 		if (census(s, policy)) {
 			if (!s->desperate)
 				s->desperate = s->balance == BALANCE_SOURCE_HASH ?
@@ -275,7 +302,7 @@ static __noinline __u32 from_table(struct search *s)
 		if (!first)
 			return s->usable;
 	}
-	if (s->balance == BALANCE_RANDOM)
+	if (s->balance == BALANCE_RANDOM || s->count < 2)
 		return first;
 	second = sample(s, first, false);
 	return second ? better(s, first, second) : first;

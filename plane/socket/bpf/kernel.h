@@ -55,6 +55,11 @@ struct tcp_sock {
 	_Bool is_mptcp;
 };
 
+/* include/linux/filter.h: what a context of sock_ops really is */
+struct bpf_sock_ops_kern {
+	struct sock *sk;
+};
+
 struct udp_sock;
 struct seq_file;
 

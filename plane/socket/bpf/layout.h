@@ -106,8 +106,14 @@ struct listener {
 	__u32 affinity; /* seconds; 0: none */
 	struct keepalive keepalive;
 	__u8 balance; /* enum balance */
-	__u8 pad;
-	__u32 sum; /* listener_sum() */
+	__u8 traits;  /* enum trait */
+	__u32 sum;    /* listener_sum() */
+};
+
+/* What need not be looked up, because it is the usual case. */
+enum trait {
+	TRAIT_PLAIN = 1, /* no breaker and no slow start: every backend of the table will do */
+	TRAIT_EVEN = 2,  /* all backends have the same cost */
 };
 
 /* User space computes the same. The multiplier is a large odd number. */
@@ -121,7 +127,7 @@ static inline __u32 listener_sum(const struct listener *l, __u32 address4, __u32
 	sum = (sum ^ sum >> 29 ^ l->length) * factor;
 	sum = (sum ^ sum >> 29 ^
 	       ((__u64)l->keepalive.idle << 48 | (__u64)l->keepalive.interval << 32 |
-		(__u64)l->keepalive.probes << 16 | l->balance)) *
+		(__u64)l->keepalive.probes << 16 | l->balance << 8 | l->traits)) *
 	      factor;
 	return sum >> 32;
 }
@@ -200,13 +206,14 @@ struct service_info {
 	__u32 max_ejected;     /* percent */
 	__u32 connect_timeout; /* ms; 0: the host's */
 	__u32 slow_start;      /* ms; 0: none */
+	__u32 joined;          /* jiffies: when the last backend joined; 0: long ago */
 	__u8 silent;           /* 1: no events */
 	__u8 keep;             /* 1: connections to a backend that is down are left alone */
 	__u8 balance;
 	__u8 pad;
 	__u32 affinity; /* seconds */
 	struct keepalive keepalive;
-	__u8 pad2[2];
+	__u8 pad2[22]; /* what the programs obey is in one cache line */
 	char name[NAME_LENGTH];
 };
 
@@ -318,6 +325,7 @@ _Static_assert(sizeof(struct affinity_key) == 16, "no hidden padding in a key");
 _Static_assert(sizeof(struct slot) == 16, "four to a cache line");
 _Static_assert(sizeof(struct backend) == 64, "one to a cache line");
 _Static_assert(sizeof(struct load) == 64, "one to a cache line");
+_Static_assert(sizeof(struct service_info) == 128, "what is obeyed in one line, the name in another");
 _Static_assert(sizeof(struct socket) == 64, "one to a cache line");
 _Static_assert((SOCKETS & (SOCKETS - 1)) == 0, "place = cookie & (SOCKETS - 1)");
 

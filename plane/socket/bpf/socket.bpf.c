@@ -232,17 +232,25 @@ __noinline __u32 choose_again(struct bpf_sock_addr *ctx, struct search *s, __u32
 static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct listener *l,
 				    __u32 family, bool *trial)
 {
-	struct service_info *policy = bpf_map_lookup_elem(&services, &l->service);
+	__u32 most = 0;
 	int i;
 
-	if (!policy || !l->count)
+	if (!l->count)
 		return 0;
+	if (!(l->traits & TRAIT_PLAIN)) {
+		struct service_info *policy = bpf_map_lookup_elem(&services, &l->service);
+
+		if (!policy)
+			return 0;
+		most = policy->max_connections;
+	}
 	for (i = 0; i < OVERTAKEN; i++) {
 		struct search s = {
 			.service = l->service,
 			.slots = l->slots,
 			.count = l->count,
 			.balance = l->balance,
+			.traits = l->traits,
 			.judged = ctx->protocol == IPPROTO_TCP,
 		};
 		struct load *load;
@@ -255,8 +263,7 @@ static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct list
 		if (!index || !load)
 			return 0;
 		*trial = s.trial;
-		if (__sync_fetch_and_add(&load->inflight, 1) < policy->max_connections ||
-		    !policy->max_connections) {
+		if (__sync_fetch_and_add(&load->inflight, 1) < most || !most) {
 			__sync_fetch_and_add(&load->connections, 1);
 			return index;
 		}
@@ -766,10 +773,15 @@ int getpeername6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sock_release")
 int sock_release(struct bpf_sock *sk)
 {
-	__u64 cookie = bpf_get_socket_cookie(sk);
 	struct traffic t = {};
+	__u64 cookie;
 
-	if (!recall(cookie))
+	/* Without a cookie it was never translated. Giving it one now would cost more than this. */
+	if (bpf_cast_to_kern_ctx)
+		cookie = ((struct sock *)bpf_cast_to_kern_ctx(sk))->__sk_common.skc_cookie.counter;
+	else
+		cookie = bpf_get_socket_cookie(sk);
+	if (!cookie || !recall(cookie))
 		return 1;
 	if (sk->protocol == IPPROTO_TCP && bpf_cast_to_kern_ctx && bpf_rdonly_cast)
 		read_traffic(&t, bpf_rdonly_cast(bpf_cast_to_kern_ctx(sk),
@@ -798,9 +810,16 @@ static __always_inline struct tcp_sock *tcp_sock_of(struct bpf_sock_ops *ctx)
 /* A SYN is about to leave. The socket of no service asks for nothing more. */
 static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
+	struct bpf_sock_ops_kern *kernel;
+	struct socket *s;
 	__u64 cookie;
-	struct socket *s = tracked(ctx, &cookie);
 
+	if (bpf_cast_to_kern_ctx) {
+		kernel = bpf_cast_to_kern_ctx(ctx);
+		if (!kernel->sk->__sk_common.skc_cookie.counter)
+			return;
+	}
+	s = tracked(ctx, &cookie);
 	if (!s || !(change_life(s, cookie, LIFE_SENT, 0) & LIFE_COUNTED))
 		return;
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | ASKED);
@@ -899,6 +918,9 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
+/* Leave closing to user space, as on a kernel without bpf_sock_destroy. */
+const volatile bool by_diag;
+
 /*
  * Close a socket if its connection goes to a backend from which connections are
  * to be taken away. Returns whether it did.
@@ -913,7 +935,8 @@ static __always_inline bool reset(struct sock_common *sk, struct socket *s)
 	/* The generation grows by one when a backend is removed. */
 	if (b->generation - (__u32)(s->backend >> 32) > 1)
 		return false;
-	if (bpf_sock_destroy(sk))
+	/* Where the kernel cannot do it from here, user space does it by sock_diag(7). */
+	if (!bpf_sock_destroy || by_diag || bpf_sock_destroy(sk))
 		return false;
 	count(COUNTER_RESET);
 	return true;
@@ -1012,6 +1035,7 @@ const struct load unused_load __attribute__((unused));
 const struct event unused_event __attribute__((unused));
 const enum life unused_life __attribute__((unused));
 const enum event_kind unused_event_kind __attribute__((unused));
+const enum trait unused_trait __attribute__((unused));
 const enum counter unused_counter __attribute__((unused));
 const enum filter_size unused_filter_size __attribute__((unused));
 
