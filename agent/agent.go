@@ -55,8 +55,8 @@ const (
 type plane interface {
 	Apply(context.Context, *service.Snapshot) error
 	CheckHooks() bool
-	Sweep(context.Context) error
-	CountBack(ctx context.Context, all bool) error
+	Sweep(context.Context)
+	CountBack(ctx context.Context, all bool)
 	Verify()
 }
 
@@ -249,14 +249,14 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 				continue
 			}
 			if a.plane.CheckHooks() {
-				a.swept(ctx, a.plane.Sweep(ctx))
+				a.plane.Sweep(ctx)
 				continue
 			}
 			a.log.Warn("somebody has removed hooks or pins; they are put back")
 			err = a.apply(ctx)
-			a.swept(ctx, a.plane.CountBack(ctx, true))
+			a.plane.CountBack(ctx, true)
 		case <-udp.C:
-			a.swept(ctx, a.plane.CountBack(ctx, false))
+			a.plane.CountBack(ctx, false)
 			continue
 		case <-a.drainOver.C:
 			a.log.Info("the time to drain is over; the connections that are left are closed")
@@ -265,7 +265,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		case <-verify.C:
 			a.plane.Verify()
 			err = a.apply(ctx)
-			a.swept(ctx, a.plane.CountBack(ctx, true))
+			a.plane.CountBack(ctx, true)
 			giveBack()
 		case <-retry.C:
 			err = a.apply(ctx)
@@ -281,13 +281,6 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			retry.Reset(wait)
 			wait = min(2*wait, retryMost)
 		}
-	}
-}
-
-// swept notes why not all sockets of the host could be looked at.
-func (a *Agent) swept(ctx context.Context, err error) {
-	if err != nil && ctx.Err() == nil {
-		a.log.Warn("not every socket could be looked at: connections to backends that are gone may be left", "error", err)
 	}
 }
 

@@ -68,8 +68,12 @@ func backendRows(backends []backendOut, wide bool) [][]string {
 	}
 	rows := [][]string{head}
 	for _, b := range backends {
+		since := ago(b.Since)
+		if b.State == ejectedState {
+			since = "-" // the kernel knows until when, not since when
+		}
 		row := []string{
-			b.Address, b.State, ago(b.Since), number(b.InFlight), or(b.RTT, "-"), or(b.Response, "-"), number(b.Failed),
+			b.Address, b.State, since, number(b.InFlight), or(b.RTT, "-"), or(b.Response, "-"), number(b.Failed),
 			number(b.Weight), number(b.Group), or(b.Zone, "-"), b.Why,
 		}
 		if named {

@@ -169,6 +169,9 @@ func newServiceOut(v *socket.View, s *service.Service) serviceOut {
 	return out
 }
 
+// ejectedState is what is shown of a backend that could serve, but for its failures.
+const ejectedState = "ejected"
+
 func newBackendsOut(v *socket.View, s *service.Service) []backendOut {
 	out := make([]backendOut, len(s.Backends))
 	for i, state := range s.States() {
@@ -181,7 +184,7 @@ func newBackendsOut(v *socket.View, s *service.Service) []backendOut {
 			Connections: l.Connections, Failed: l.Failed, Ejections: l.Ejections,
 		}
 		if l.Ejected && (state == service.Serving || state == service.Standby) {
-			out[i].State = "ejected"
+			out[i].State = ejectedState
 		}
 	}
 	return out

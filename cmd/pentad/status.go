@@ -49,6 +49,9 @@ type statusOut struct {
 	Hooks       map[string]bool   `json:"hooks" yaml:"hooks"`
 	Services    int               `json:"services" yaml:"services"`
 	Listeners   int               `json:"listeners" yaml:"listeners"`
+	InFlight    uint64            `json:"inFlight" yaml:"inFlight"`                   // connections that are open
+	Leaving     int               `json:"leaving,omitempty" yaml:"leaving,omitempty"` // of these, to backends that were removed
+	Ejected     []string          `json:"ejected,omitempty" yaml:"ejected,omitempty"` // service and backend
 	Refusing    []string          `json:"refusing,omitempty" yaml:"refusing,omitempty"` // services without a usable backend
 	Backends    map[string]int    `json:"backends" yaml:"backends"`                     // by state
 	Memory      map[string]uint64 `json:"memory" yaml:"memory"`                         // bytes of kernel memory by map
@@ -104,7 +107,16 @@ func (s *statusOut) addView(v *socket.View) {
 		if serving == 0 {
 			s.Refusing = append(s.Refusing, x.Name)
 		}
+		for _, b := range x.Backends {
+			l := v.Loads[x.Name][b.Address]
+			s.InFlight += uint64(l.InFlight)
+			if l.Ejected && b.Usable() {
+				s.Ejected = append(s.Ejected, x.Name+" "+b.Address.String())
+			}
+		}
 	}
+	s.InFlight += uint64(v.Leaving)
+	s.Leaving = v.Leaving
 	if n := v.Counters.Untracked; n > 0 {
 		s.Problems = append(s.Problems, fmt.Sprintf(
 			"%d connections could not be remembered: more sockets go through VIPs than there is room for, and getpeername shows those the backend", n))
@@ -154,8 +166,14 @@ func (s *statusOut) kernelRows() [][]string {
 		{"hooks", fmt.Sprintf("%d of %d attached", attached, len(s.Hooks))},
 		{"services", fmt.Sprintf("%d with %s", s.Services, count(s.Listeners, "listener"))},
 		{"backends", strings.Join(states, ", ")},
-		{"connections", fmt.Sprintf("%d translated, %d refused", s.Connections.Translated, s.Connections.Refused)},
+		{"connections", fmt.Sprintf("%d open, %d translated, %d refused, %d reset", s.InFlight, s.Connections.Translated, s.Connections.Refused, s.Connections.Reset)},
 		{"kernel memory", bytesText(memory)},
+	}
+	if n := len(s.Ejected); n > 0 {
+		rows = append(rows, []string{"ejected", fmt.Sprintf("%s by failed connects: %s", count(n, "backend"), firstFew(s.Ejected))})
+	}
+	if s.Leaving > 0 {
+		rows = append(rows, []string{"leaving", fmt.Sprintf("%s to backends that were removed", count(s.Leaving, "connection"))})
 	}
 	if n := len(s.Refusing); n > 0 {
 		rows = append(rows, []string{"refusing", fmt.Sprintf("%s without a usable backend: %s", count(n, "service"), firstFew(s.Refusing))})

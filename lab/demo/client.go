@@ -40,7 +40,7 @@ func Request(ctx context.Context, url string, out io.Writer) error {
 	var mu sync.Mutex
 	var tasks sync.WaitGroup
 	client := &http.Client{
-		Transport: &http.Transport{DisableKeepAlives: true},
+		Transport: &http.Transport{DisableKeepAlives: true, DialContext: (&net.Dialer{Timeout: time.Second}).DialContext},
 		Timeout:   5 * time.Second,
 	}
 	for range clients {

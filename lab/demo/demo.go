@@ -1,6 +1,6 @@
 // Package demo shows pentad at work on a throw-away host: real clients, real
-// servers, a server and the agent killed. Every number that it prints was
-// counted.
+// servers, a server and the agent killed, and with the agent dead another server
+// cut off. Every number that it prints was counted.
 package demo
 
 import (
@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,6 +25,8 @@ const (
   listen: [` + vip + `]
   backends: [10.0.0.1:8080, 10.0.0.2:8080, 10.0.0.3:8080]
   health: {probe: http, path: /, interval: 200ms, timeout: 100ms, rise: 2, fall: 2}
+  breaker: {failures: 3, ejection: 2s}
+  connect: {timeout: 200ms}
 scope: {cgroup: %s}
 `
 )
@@ -40,7 +44,7 @@ type stage struct {
 	client  *lab.Process
 	tally   *tally
 
-	explained int // requests that failed between the kill of a server and its second failed probe
+	killed, cut int // requests that failed because of the kill of a server, and because of the cut
 }
 
 // Run plays the demo and cleans up after itself, whatever happens. It returns an
@@ -66,7 +70,7 @@ func Run(ctx context.Context, out io.Writer) (err error) {
 
 func (s *stage) play(ctx context.Context) error {
 	for _, act := range []func(context.Context) error{
-		s.build, s.balance, s.killServer, s.reviveServer, s.killAgent, s.summarize,
+		s.build, s.balance, s.killServer, s.reviveServer, s.killAgent, s.cutOff, s.mend, s.summarize,
 	} {
 		if err := act(ctx); err != nil {
 			return err
@@ -200,7 +204,7 @@ func (s *stage) killServer(ctx context.Context) error {
 	killed := time.Now()
 	s.servers["web-2"].Kill()
 	s.say("web-2 is killed (SIGKILL)")
-	err := s.until(ctx, 10*time.Second, "the kernel has left web-2", func() error { return s.stateOf(ctx, "10.0.0.2:8080", "down") })
+	err := s.until(ctx, 10*time.Second, "the kernel has left web-2", func() error { return s.stateOf(ctx, "10.0.0.2:8080", "ejected", "down") })
 	if err != nil {
 		return err
 	}
@@ -208,10 +212,13 @@ func (s *stage) killServer(ctx context.Context) error {
 	if err := s.settle(ctx); err != nil {
 		return err
 	}
-	s.explained = s.tally.counts().failed - before.failed
-	s.say("its probe failed twice: no new connection goes there, %d ms after the kill; %d requests failed until then",
-		after.Milliseconds(), s.explained)
-	return s.watch(ctx, 3)
+	s.killed = s.tally.counts().failed - before.failed
+	s.say("%d requests failed; the kernel saw it and left web-2, %d ms after the kill", s.killed, after.Milliseconds())
+	if err := s.until(ctx, 10*time.Second, "the probe has noticed", func() error { return s.stateOf(ctx, "10.0.0.2:8080", "down") }); err != nil {
+		return err
+	}
+	s.say("its probe failed twice: web-2 is down until its probe succeeds")
+	return s.watch(ctx, 2)
 }
 
 func (s *stage) reviveServer(ctx context.Context) error {
@@ -248,18 +255,61 @@ func (s *stage) killAgent(ctx context.Context) error {
 	return nil
 }
 
-// stateOf returns nil when the kernel has a backend in that state.
-func (s *stage) stateOf(ctx context.Context, backend, state string) error {
+// cutOff is the second act: nobody but the kernel is left to notice.
+func (s *stage) cutOff(ctx context.Context) error {
+	fmt.Fprintln(s.out)
+	before := s.tally.counts()
+	if err := s.host.CutOff(netip.MustParseAddr("10.0.0.3")); err != nil {
+		return err
+	}
+	cut := time.Now()
+	s.say("the agent is still dead, and now the cable of web-3 is cut: its packets vanish, nothing is refused")
+	if err := s.until(ctx, 10*time.Second, "the kernel has left web-3", func() error { return s.stateOf(ctx, "10.0.0.3:8080", "ejected") }); err != nil {
+		return err
+	}
+	s.say("three connects had no answer within 200 ms: the kernel left web-3 by itself, %d ms after the cut", time.Since(cut).Milliseconds())
+	if err := s.watch(ctx, 3); err != nil {
+		return err
+	}
+	list, err := s.run(ctx, "backend", "list")
+	if err != nil {
+		return fmt.Errorf("backend list: %w: %s", err, list)
+	}
+	s.say("`pentad backend list` says why:")
+	fmt.Fprintf(s.out, "\n%s\n", lab.Indent(list))
+	s.cut = s.tally.counts().failed - before.failed
+	return nil
+}
+
+// mend ends the cut: the next trial succeeds.
+func (s *stage) mend(ctx context.Context) error {
+	fmt.Fprintln(s.out)
+	before := s.tally.counts()
+	if err := s.host.Mend(); err != nil {
+		return err
+	}
+	s.say("the cable is mended")
+	if err := s.until(ctx, 30*time.Second, "web-3 is used again", func() error { return s.stateOf(ctx, "10.0.0.3:8080", "serving") }); err != nil {
+		return err
+	}
+	s.say("one connection tried web-3 and succeeded: it has its share again, with no agent")
+	// A trial may have begun before the cable was mended.
+	s.cut += s.tally.counts().failed - before.failed
+	return s.watch(ctx, 2)
+}
+
+// stateOf returns nil when the kernel has a backend in one of these states.
+func (s *stage) stateOf(ctx context.Context, backend string, states ...string) error {
 	list, err := s.run(ctx, "backend", "list")
 	if err != nil {
 		return err
 	}
 	for line := range strings.Lines(list) {
-		if f := strings.Fields(line); len(f) > 2 && f[1] == backend && f[2] == state {
+		if f := strings.Fields(line); len(f) > 2 && f[1] == backend && slices.Contains(states, f[2]) {
 			return nil
 		}
 	}
-	return fmt.Errorf("backend %s is not %s", backend, state)
+	return fmt.Errorf("backend %s is not %s", backend, strings.Join(states, " or "))
 }
 
 func (s *stage) summarize(ctx context.Context) error {
@@ -268,15 +318,16 @@ func (s *stage) summarize(ctx context.Context) error {
 		return fmt.Errorf("down: %w: %s", err, out)
 	}
 	c := s.tally.counts()
+	other := c.failed - s.killed - s.cut
 	fmt.Fprintf(s.out, "\nIn %.0f seconds clients made %d requests on as many connections: %d answered, %d failed,\n"+
-		"%d of those between the kill of web-2 and its second failed probe, %d at any other time.\n",
-		time.Since(s.began).Seconds(), c.total(), c.total()-c.failed, c.failed, s.explained, c.failed-s.explained)
+		"%d of those when web-2 was killed, %d when web-3 was cut off or tried, %d at any other time.\n",
+		time.Since(s.began).Seconds(), c.total(), c.total()-c.failed, c.failed, s.killed, s.cut, other)
 	for _, name := range names {
 		fmt.Fprintf(s.out, "  %s answered %d\n", name, c.answered[name])
 	}
 	fmt.Fprintln(s.out, "`pentad down` has removed everything. Nothing is left on this machine.")
-	if c.failed != s.explained {
-		return fmt.Errorf("%d requests failed without a reason", c.failed-s.explained)
+	if other != 0 {
+		return fmt.Errorf("%d requests failed without a reason", other)
 	}
 	return nil
 }

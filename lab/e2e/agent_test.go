@@ -830,7 +830,8 @@ func TestDemo(t *testing.T) {
 			t.Errorf("demo: %v:\n%s", err, p.Log)
 		}
 		if !interrupt {
-			for _, want := range []string{"its probe failed twice", "it has its share again", "clients noticed nothing", ", 0 at any other time"} {
+			for _, want := range []string{"the kernel saw it and left web-2", "its probe failed twice", "it has its share again",
+				"clients noticed nothing", "the kernel left web-3 by itself", "again, with no agent", ", 0 at any other time"} {
 				if !strings.Contains(p.Log.String(), want) {
 					t.Errorf("the demo does not say %q:\n%s", want, p.Log)
 				}

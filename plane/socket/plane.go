@@ -58,6 +58,7 @@ type Plane struct {
 	mu      sync.Mutex
 	clock   *clock
 	sweeper *sweeper
+	unswept string // why the last walk over all sockets was not complete
 	set     *mapSet
 	ledger  *ledger
 	links   attacher
@@ -139,9 +140,7 @@ func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
 			return err
 		}
 	}
-	if err := p.sweep(ctx); err != nil {
-		p.opts.Log.Warn("some connections to backends that are gone may be left", "error", err)
-	}
+	p.noteSweep(ctx, p.sweep(ctx))
 	if full != nil {
 		return full
 	}
@@ -149,11 +148,20 @@ func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
 }
 
 // Sweep closes connections to backends that are down or gone, where the service
-// wants that: those that Apply could not see, because they were being made.
-func (p *Plane) Sweep(ctx context.Context) error {
+// wants that: those that Apply could not see, because they were being made. What
+// keeps it from looking at every socket goes to the log, once.
+func (p *Plane) Sweep(ctx context.Context) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.sweep(ctx)
+	p.noteSweep(ctx, p.sweep(ctx))
+}
+
+func (p *Plane) noteSweep(ctx context.Context, err error) {
+	if err == nil || ctx.Err() != nil || err.Error() == p.unswept {
+		return
+	}
+	p.unswept = err.Error()
+	p.opts.Log.Warn("not every socket could be looked at: connections to backends that are gone may be left", "error", err)
 }
 
 func (p *Plane) sweep(ctx context.Context) error {
@@ -189,13 +197,13 @@ func (p *Plane) closeByDiag(ctx context.Context) error {
 // CountBack ends what the maps have of sockets that are no more though no hook
 // told so: UDP sockets that were disconnected and live on; with all also sockets
 // that were closed while somebody had taken the hooks away.
-func (p *Plane) CountBack(ctx context.Context, all bool) error {
+func (p *Plane) CountBack(ctx context.Context, all bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.sweeper == nil || !all && !p.ledger.hasUDP() {
-		return nil
+		return
 	}
-	return p.sweeper.sweep(ctx, !all)
+	p.noteSweep(ctx, p.sweeper.sweep(ctx, !all))
 }
 
 // Usage is what the installed plane uses and has done.

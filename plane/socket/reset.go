@@ -134,11 +134,15 @@ const ownNamespace = "/proc/thread-self/ns/net"
 // or that is kept by a mount.
 func namespaces() ([]string, error) {
 	found := make(map[uint64]string)
+	hidden := 0
 	note := func(path string) {
 		var st unix.Stat_t
-		// Processes end while they are looked at.
-		if unix.Stat(path, &st) != nil {
+		switch err := unix.Stat(path, &st); {
+		case errors.Is(err, unix.EACCES):
+			hidden++
 			return
+		case err != nil:
+			return // processes end while they are looked at
 		}
 		if _, known := found[st.Ino]; !known {
 			found[st.Ino] = path
@@ -162,6 +166,9 @@ func namespaces() ([]string, error) {
 	paths := make([]string, 0, len(found))
 	for _, path := range found {
 		paths = append(paths, path)
+	}
+	if hidden > 0 {
+		return paths, fmt.Errorf("the network namespaces of %d processes are hidden; the agent needs CAP_SYS_PTRACE to find them and CAP_SYS_ADMIN to enter them", hidden)
 	}
 	return paths, nil
 }
