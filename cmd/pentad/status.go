@@ -49,9 +49,9 @@ type statusOut struct {
 	Hooks       map[string]bool   `json:"hooks" yaml:"hooks"`
 	Services    int               `json:"services" yaml:"services"`
 	Listeners   int               `json:"listeners" yaml:"listeners"`
-	InFlight    uint64            `json:"inFlight" yaml:"inFlight"`                   // connections that are open
-	Leaving     int               `json:"leaving,omitempty" yaml:"leaving,omitempty"` // of these, to backends that were removed
-	Ejected     []string          `json:"ejected,omitempty" yaml:"ejected,omitempty"` // service and backend
+	InFlight    uint64            `json:"inFlight" yaml:"inFlight"`                     // connections that are open
+	Leaving     int               `json:"leaving,omitempty" yaml:"leaving,omitempty"`   // of these, to backends that were removed
+	Ejected     []string          `json:"ejected,omitempty" yaml:"ejected,omitempty"`   // service and backend
 	Refusing    []string          `json:"refusing,omitempty" yaml:"refusing,omitempty"` // services without a usable backend
 	Backends    map[string]int    `json:"backends" yaml:"backends"`                     // by state
 	Memory      map[string]uint64 `json:"memory" yaml:"memory"`                         // bytes of kernel memory by map
