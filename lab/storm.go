@@ -117,10 +117,22 @@ func try(to netip.AddrPort) (Attempt, string) {
 		a.Error = err.Error()
 		return a, ""
 	}
-	b := make([]byte, 100)
+	return a, answer(fd)
+}
+
+// answer asks in HTTP and returns what is said, be it in HTTP or not.
+func answer(fd int) string {
+	if _, err := unix.Write(fd, []byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+		return ""
+	}
+	b := make([]byte, 1000)
 	n, err := unix.Read(fd, b)
 	for err == unix.EINTR {
 		n, err = unix.Read(fd, b)
 	}
-	return a, strings.TrimSpace(string(b[:max(0, n)]))
+	text := string(b[:max(0, n)])
+	if _, body, ok := strings.Cut(text, "\r\n\r\n"); ok && strings.HasPrefix(text, "HTTP/1.1 200") {
+		text = body
+	}
+	return strings.TrimSpace(text)
 }

@@ -2,7 +2,10 @@ package e2e
 
 import (
 	"fmt"
+	"net"
+	"net/http"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -132,6 +135,77 @@ func TestCutOffBackend(t *testing.T) {
 			}
 			w.atRest()
 		})
+	}
+}
+
+func init() { clients["late web"] = lateWeb }
+
+// lateWeb answers HTTP requests late.
+func lateWeb(args []string) error {
+	l, err := net.Listen("tcp", args[0])
+	if err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	return http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(50 * time.Millisecond)
+		fmt.Fprintln(w, "two")
+	}))
+}
+
+// Three nginx: one is killed, or cut off, or answers late, with the agent alive and
+// dead. What the others answer goes on.
+func TestThreeNginx(t *testing.T) {
+	t.Parallel()
+	lab.Need(t, "nginx")
+	for _, agent := range []string{"alive", "dead"} {
+		for _, fault := range []string{"killed", "cut off", "late"} {
+			t.Run(strings.ReplaceAll(fault, " ", "-")+"-agent-"+agent, func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
+				w.serveWeb("10.0.0.1:7000", "one")
+				var two *lab.Process
+				if fault == "late" {
+					w.start(role("late web", "127.0.0.1:9100"), "ready")
+					two = w.nginx("server { listen 10.0.0.2:7000; location / { proxy_pass http://127.0.0.1:9100; } }", "10.0.0.2:7000")
+				} else {
+					two = w.serveWeb("10.0.0.2:7000", "two")
+				}
+				w.serveWeb("10.0.0.3:7000", "three")
+				w.run(healing)
+				if agent == "dead" {
+					w.agent.Kill()
+				}
+				const n = 8
+				end := w.startStorm("192.0.2.10:80", n, time.Millisecond)
+				w.awaitLoad("used", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > 5 })
+				switch fault {
+				case "killed":
+					two.Kill()
+					w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
+				case "cut off":
+					if err := w.CutOff(netip.MustParseAddr("10.0.0.2")); err != nil {
+						t.Fatal(err)
+					}
+					w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
+				case "late":
+					w.awaitLoad("known to be late", "10.0.0.2:7000", func(l socket.Load) bool { return l.Response > 10*time.Millisecond })
+				}
+				end()
+				// From here on it gets next to nothing.
+				ejections := w.load("10.0.0.2:7000").Ejections
+				others := w.load("10.0.0.1:7000").Connections
+				end = w.startStorm("192.0.2.10:80", n, time.Millisecond)
+				w.awaitLoad("used", "10.0.0.1:7000", func(l socket.Load) bool { return l.Connections > others+500 })
+				r := end()
+				t.Log(r)
+				trials := int(w.load("10.0.0.2:7000").Ejections-ejections) + 1
+				if len(r.Failed) > trials || r.Share("two") > 0.1 || r.Share("one") < 0.25 || r.Share("three") < 0.25 {
+					t.Errorf("%d failed in %d trials: %v", len(r.Failed), trials, r)
+				}
+				w.atRest()
+			})
+		}
 	}
 }
 

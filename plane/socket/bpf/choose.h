@@ -41,10 +41,10 @@ struct search {
 	__u32 count;
 	__u32 balance;
 	__u32 traits; /* of the listener */
-	__u64 hash;  /* of the client, for BALANCE_SOURCE_HASH */
-	bool judged; /* the outcome of this connection will be known */
+	__u64 hash;   /* of the client, for BALANCE_SOURCE_HASH */
+	bool judged;  /* the outcome of this connection will be known */
 	bool met_ejected;
-	bool trial; /* the chosen backend is on trial */
+	bool trial;      /* the chosen backend is on trial */
 	__u32 desperate; /* best of the groups in panic; 0: none */
 	/* Of the table at hand, as a whole: */
 	__u32 offset;
@@ -292,9 +292,8 @@ static __noinline __u32 from_table(struct search *s)
 			return 0;
 		if (census(s, policy)) {
 			if (!s->desperate)
-				s->desperate = s->balance == BALANCE_SOURCE_HASH ?
-						       0 :
-						       sample(s, 0, true);
+				s->desperate =
+					s->balance == BALANCE_SOURCE_HASH ? 0 : sample(s, 0, true);
 			if (!s->desperate)
 				s->desperate = s->any;
 			return 0;

@@ -108,8 +108,8 @@ static __noinline void publish(struct event *e)
 struct traffic {
 	__u64 sent; /* bytes */
 	__u64 received;
-	__u32 rtt;     /* us, smoothed; 0: unknown */
-	__u32 rtt_min; /* us */
+	__u32 rtt;      /* us, smoothed; 0: unknown */
+	__u32 rtt_min;  /* us */
 	__u32 response; /* us, from a request to the first byte of its answer; 0: unknown */
 };
 
@@ -311,7 +311,8 @@ static __always_inline bool eject(struct load *load, const struct service_info *
 	growth = times < 4 ? 1 << times : EJECTION_GROWTH;
 	if (growth > EJECTION_GROWTH)
 		growth = EJECTION_GROWTH;
-	if (__sync_val_compare_and_swap(&load->ejected, old, (now + (__u64)base * growth) << 1) != old)
+	if (__sync_val_compare_and_swap(&load->ejected, old, (now + (__u64)base * growth) << 1) !=
+	    old)
 		return false;
 	load->ejections = times + 1;
 	load->failures = 0;

@@ -42,9 +42,9 @@ struct minmax {
 /* include/linux/tcp.h */
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
-	struct minmax rtt_min; /* us */
-	__u32 srtt_us;         /* smoothed round trip time, us << 3 */
-	__u32 lsndtime;        /* jiffies, when the last data was sent */
+	struct minmax rtt_min;  /* us */
+	__u32 srtt_us;          /* smoothed round trip time, us << 3 */
+	__u32 lsndtime;         /* jiffies, when the last data was sent */
 	__u64 first_tx_mstamp;  /* us, when what was acknowledged last was sent; 0: nothing was */
 	__u64 delivered_mstamp; /* us, when something was acknowledged last */
 	struct {
@@ -85,7 +85,8 @@ struct bpf_iter__udp {
  * something that it is part of.
  */
 extern void *bpf_cast_to_kern_ctx(void *ctx) __attribute__((weak, section(".ksyms")));
-extern void *bpf_rdonly_cast(const void *object, __u32 type) __attribute__((weak, section(".ksyms")));
+extern void *bpf_rdonly_cast(const void *object, __u32 type)
+	__attribute__((weak, section(".ksyms")));
 
 /* net/core/filter.c: close a socket from within an iterator (Linux 6.5). */
 extern int bpf_sock_destroy(struct sock_common *sock) __attribute__((weak, section(".ksyms")));

@@ -173,18 +173,18 @@ struct backend {
  * it. Times are in jiffies, latencies in microseconds.
  */
 struct load {
-	__u32 inflight; /* connections from connect() to their end */
-	__u32 rtt;        /* smoothed, of handshakes; 0: unknown */
-	__u32 response;   /* smoothed, from the request to the first byte; 0: unknown */
-	__u32 measured;   /* when rtt or response was last measured */
-	__u32 failures;   /* failed connects in a row */
-	__u32 ejections;  /* in a row, which makes the next one longer */
-	__u64 ejected;    /* 0: not; else until when << 1 | whether a trial is under way */
-	__u32 readmitted; /* when the last ejection ended */
+	__u32 inflight;      /* connections from connect() to their end */
+	__u32 rtt;           /* smoothed, of handshakes; 0: unknown */
+	__u32 response;      /* smoothed, from the request to the first byte; 0: unknown */
+	__u32 measured;      /* when rtt or response was last measured */
+	__u32 failures;      /* failed connects in a row */
+	__u32 ejections;     /* in a row, which makes the next one longer */
+	__u64 ejected;       /* 0: not; else until when << 1 | whether a trial is under way */
+	__u32 readmitted;    /* when the last ejection ended */
 	__u32 last_response; /* as it was measured */
-	__u64 connections; /* all that were ever begun */
-	__u64 failed;      /* of these, how many failed */
-	__u64 ejected_ever; /* how often it was ejected */
+	__u64 connections;   /* all that were ever begun */
+	__u64 failed;        /* of these, how many failed */
+	__u64 ejected_ever;  /* how often it was ejected */
 };
 
 /* One backend, cold part: only user space reads it. */
@@ -243,12 +243,12 @@ struct socket {
  * apart.
  */
 enum life {
-	LIFE_COUNTED = 1,     /* in inflight of its backend */
-	LIFE_TRIAL = 2,       /* its outcome decides on the backend's return */
-	LIFE_JUDGED = 4,      /* TCP, whose outcome these programs are told */
-	LIFE_SENT = 8,        /* a SYN has left */
+	LIFE_COUNTED = 1, /* in inflight of its backend */
+	LIFE_TRIAL = 2,   /* its outcome decides on the backend's return */
+	LIFE_JUDGED = 4,  /* TCP, whose outcome these programs are told */
+	LIFE_SENT = 8,    /* a SYN has left */
 	LIFE_ESTABLISHED = 16,
-	LIFE_FAILED = 32,     /* its failure is counted */
+	LIFE_FAILED = 32, /* its failure is counted */
 };
 
 /* A name that an unconnected UDP socket used for a backend. */
@@ -301,8 +301,8 @@ struct event {
 	__u32 pid;     /* 0: not known in this place */
 	__u8 kind;     /* enum event_kind */
 	__u8 protocol;
-	__u16 error; /* errno of a failure; 0: unknown or none */
-	__u32 rtt;   /* us */
+	__u16 error;    /* errno of a failure; 0: unknown or none */
+	__u32 rtt;      /* us */
 	__u32 duration; /* ms */
 	__u64 sent;
 	__u64 received;
@@ -325,7 +325,8 @@ _Static_assert(sizeof(struct affinity_key) == 16, "no hidden padding in a key");
 _Static_assert(sizeof(struct slot) == 16, "four to a cache line");
 _Static_assert(sizeof(struct backend) == 64, "one to a cache line");
 _Static_assert(sizeof(struct load) == 64, "one to a cache line");
-_Static_assert(sizeof(struct service_info) == 128, "what is obeyed in one line, the name in another");
+_Static_assert(sizeof(struct service_info) == 128,
+	       "what is obeyed in one line, the name in another");
 _Static_assert(sizeof(struct socket) == 64, "one to a cache line");
 _Static_assert((SOCKETS & (SOCKETS - 1)) == 0, "place = cookie & (SOCKETS - 1)");
 
