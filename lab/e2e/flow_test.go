@@ -5,11 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
@@ -193,6 +197,73 @@ func TestFollowers(t *testing.T) {
 	w.mustPentad("down")
 	if err := p.Wait(); err == nil || !strings.Contains(p.Log.String(), "nothing in this kernel any more") {
 		t.Errorf("after down: %v: %s", err, p.Log)
+	}
+}
+
+func init() { clients["burst"] = burst }
+
+// burst connects and closes N UDP sockets.
+func burst(args []string) error {
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	to, err := netip.ParseAddrPort(args[0])
+	if err != nil {
+		return err
+	}
+	for range n {
+		fd, err := dial(unix.SOCK_DGRAM, 0, to)
+		if err != nil {
+			return err
+		}
+		unix.Close(fd)
+	}
+	return nil
+}
+
+// A follower that does not keep up is told how many events it missed, and
+// connections do not wait for it. What the kernel counts goes on across agents.
+func TestLostEvents(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1")
+	w.run("services: [{name: dns, listen: ['192.0.2.53:53/udp'], backends: ['10.0.0.1:53']}]")
+	f, err := socket.Follow(w.Pins)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// Its lease runs out, so that several bursts may be needed.
+	const n = 40_000
+	seen, bursts := 0, 0
+	w.eventually("events are lost", func() error {
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		w.client("burst", "192.0.2.53:53", fmt.Sprint(n))
+		bursts++
+		lost := f.Lost()
+		quiet := time.AfterFunc(time.Second, stop)
+		defer quiet.Stop()
+		if err := f.Run(ctx, func(socket.Event) { seen++; quiet.Reset(100 * time.Millisecond) }); err != nil {
+			return err
+		}
+		if lost == 0 {
+			return fmt.Errorf("%d events were seen, none lost", seen)
+		}
+		return nil
+	})
+	if lost := int(f.Lost()); seen+lost > 2*n*bursts || seen == 0 {
+		t.Errorf("%d seen and %d lost of %d events", seen, lost, 2*n*bursts)
+	}
+	total := fmt.Sprintf(`pentad_backend_connections_total{backend="10.0.0.1:53",service="dns"} %d`, n*bursts)
+	for range 2 {
+		if metrics := get(t, w, "http://127.0.0.1:9464/metrics"); !strings.Contains(metrics, total+"\n") {
+			t.Errorf("the metrics lack %s", total)
+		}
+		w.agent.Kill()
+		w.agent = w.launch()
+		w.ready()
 	}
 }
 

@@ -429,6 +429,47 @@ func TestSlowStart(t *testing.T) {
 	if a := w.answers("192.0.2.10:80", 1000); a["two"] < 10 || a["two"] > 150 {
 		t.Errorf("a backend that joined a moment ago: %v", a)
 	}
+	// One that comes back from the operator is new, too; the other now takes the rest.
+	w.mustPentad("backend", "drain", "web", "10.0.0.1:7000")
+	if a := w.answers("192.0.2.10:80", 50); a["two"] != 50 {
+		t.Errorf("while one is drained: %v", a)
+	}
+	w.configure(strings.Replace(fmt.Sprintf(text, ", 10.0.0.2:7000"), "slowStart: 1h", "slowStart: 500ms", 1))
+	w.mustPentad("backend", "enable", "web", "10.0.0.1:7000")
+	w.eventually("both have their share after slow start", func() error {
+		if a := w.answers("192.0.2.10:80", 300); a["one"] < 110 || a["two"] < 110 {
+			return fmt.Errorf("%v", a)
+		}
+		return nil
+	})
+}
+
+// Each ejection in a row lasts twice as long, up to ten times the first.
+func TestEjectionGrows(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "10.0.0.2")
+	w.serve("one", "10.0.0.1:7000")
+	w.run(`services:
+- name: web
+  listen: [192.0.2.10:80]
+  health: {probe: none}
+  breaker: {failures: 1, ejection: 400ms}
+  backends: [10.0.0.1:7000, 10.0.0.2:7000]`)
+	end := w.startStorm("192.0.2.10:80", 4, time.Millisecond)
+	for i, want := range []time.Duration{400, 800, 1600, 3200, 4000, 4000} {
+		want *= time.Millisecond
+		var l socket.Load
+		w.awaitLoad("ejected", "10.0.0.2:7000", func(now socket.Load) bool { l = now; return int(now.Ejections) == i+1 })
+		// It is seen some time after it began, but not as late as half of it.
+		if l.For > want || l.For < want/2 {
+			t.Errorf("ejection %d lasts another %s, want %s", i+1, l.For, want)
+		}
+	}
+	r := end()
+	if len(r.Failed) != 6 {
+		t.Errorf("%d connects failed in one failure and five trials: %v", len(r.Failed), r)
+	}
 }
 
 // A hundred clients and a backend that comes and goes: ejections are bounded, the
