@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -98,17 +99,17 @@ func visitAll(ctx context.Context, iterators []*link.Iter) error {
 // that is kept by a mount, on a thread that belongs to it. It goes on past those
 // that it cannot enter and returns why.
 func InNamespaces(ctx context.Context, f func() error) error {
-	paths, err := namespaces()
+	all, err := openNamespaces()
 	errs := []error{err}
-	for _, path := range paths {
-		if ctx.Err() != nil {
-			return ctx.Err()
+	for _, ns := range all {
+		if ctx.Err() == nil {
+			if err := inNamespace(ns, f); err != nil {
+				errs = append(errs, fmt.Errorf("network namespace %s: %w", ns.Name(), err))
+			}
 		}
-		if err := inNamespace(path, f); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("network namespace %s: %w", path, err))
-		}
+		ns.Close()
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, ctx.Err())...)
 }
 
 // visit lets iterators walk over the sockets of the calling thread's network
@@ -130,47 +131,73 @@ func visit(iterators []*link.Iter) error {
 
 const ownNamespace = "/proc/thread-self/ns/net"
 
-// namespaces returns a path to every network namespace that a process lives in
-// or that is kept by a mount.
-func namespaces() ([]string, error) {
-	found := make(map[uint64]string)
-	hidden := 0
-	note := func(path string) {
-		var st unix.Stat_t
-		switch err := unix.Stat(path, &st); {
-		case errors.Is(err, unix.EACCES):
-			hidden++
-			return
-		case err != nil:
-			return // processes end while they are looked at
-		}
-		if _, known := found[st.Ino]; !known {
-			found[st.Ino] = path
-		}
-	}
-	note(ownNamespace)
-	processes, err := filepath.Glob("/proc/[0-9]*")
+// openNamespaces opens every network namespace that a process lives in or that is
+// kept by a mount. They are held open because processes end while others are
+// looked at, and a namespace that was overlooked would seem to have no sockets.
+func openNamespaces() ([]*os.File, error) {
+	paths, err := filepath.Glob("/proc/[0-9]*/ns/net")
 	if err != nil {
 		return nil, err
-	}
-	for _, p := range processes {
-		note(p + "/ns/net")
 	}
 	mounts, err := namespaceMounts()
 	if err != nil {
 		return nil, err
 	}
-	for _, m := range mounts {
-		note(m)
+	found := make(map[uint64]bool)
+	tables := make(map[uint64]bool) // /proc/PID/net/dev of namespaces that are open
+	var forbidden []string
+	var all []*os.File
+	for _, path := range slices.Concat([]string{ownNamespace}, paths, mounts) {
+		if ino, ok := inode(path); ok && found[ino] {
+			continue
+		}
+		f, err := os.Open(path)
+		if errors.Is(err, os.ErrPermission) && !isGone(path) {
+			forbidden = append(forbidden, path)
+		}
+		if err != nil {
+			continue // processes end while they are looked at
+		}
+		ino, ok := inode(path)
+		if !ok || found[ino] {
+			f.Close()
+			continue
+		}
+		found[ino] = true
+		all = append(all, f)
+		if ino, ok := inode(deviceTable(path)); ok {
+			tables[ino] = true
+		}
 	}
-	paths := make([]string, 0, len(found))
-	for _, path := range found {
-		paths = append(paths, path)
+	// A process may hide its namespace, but not whether it is one of those.
+	hidden := 0
+	for _, path := range forbidden {
+		if ino, ok := inode(deviceTable(path)); ok && !tables[ino] {
+			hidden++
+		}
 	}
 	if hidden > 0 {
-		return paths, fmt.Errorf("the network namespaces of %d processes are hidden; the agent needs CAP_SYS_PTRACE to find them and CAP_SYS_ADMIN to enter them", hidden)
+		return all, fmt.Errorf("the network namespaces of %d processes are hidden; the agent needs CAP_SYS_PTRACE to find them and CAP_SYS_ADMIN to enter them", hidden)
 	}
-	return paths, nil
+	return all, nil
+}
+
+func inode(path string) (uint64, bool) {
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	return st.Ino, err == nil
+}
+
+// deviceTable returns the file of a process, of whose namespace the path is, that
+// lists the devices of that namespace. Namespaces have each their own.
+func deviceTable(path string) string { return filepath.Join(filepath.Dir(path), "../net/dev") }
+
+// isGone reports whether the process that a path below /proc belongs to has ended.
+// The namespace of a process that is just ending is not missing but forbidden
+// (fs/proc/namespaces.c).
+func isGone(path string) bool {
+	_, there := inode(filepath.Dir(path))
+	return !there
 }
 
 // namespaceMounts returns where network namespaces are kept by a mount, as
@@ -194,8 +221,8 @@ func namespaceMounts() ([]string, error) {
 }
 
 // inNamespace calls f with the calling thread in a network namespace.
-func inNamespace(path string, f func() error) error {
-	if path == ownNamespace {
+func inNamespace(ns *os.File, f func() error) error {
+	if ns.Name() == ownNamespace {
 		return f()
 	}
 	runtime.LockOSThread()
@@ -205,13 +232,7 @@ func inNamespace(path string, f func() error) error {
 		return err
 	}
 	defer home.Close()
-	away, err := os.Open(path)
-	if err != nil {
-		runtime.UnlockOSThread()
-		return err
-	}
-	defer away.Close()
-	if err := unix.Setns(int(away.Fd()), unix.CLONE_NEWNET); err != nil {
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return err
 	}
