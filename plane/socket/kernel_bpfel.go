@@ -149,6 +149,7 @@ const (
 	kernelLifeLIFE_SENT        kernelLife = 8
 	kernelLifeLIFE_ESTABLISHED kernelLife = 16
 	kernelLifeLIFE_FAILED      kernelLife = 32
+	kernelLifeLIFE_TIMED       kernelLife = 64
 )
 
 type kernelListener struct {
@@ -239,6 +240,7 @@ type kernelTrait uint32
 const (
 	kernelTraitTRAIT_PLAIN kernelTrait = 1
 	kernelTraitTRAIT_EVEN  kernelTrait = 2
+	kernelTraitTRAIT_TIMED kernelTrait = 4
 )
 
 type kernelUdpPeers struct {

@@ -624,6 +624,9 @@ func (e *entry) traits() uint8 {
 	if e.info.MaxConnections == 0 && e.info.Failures == 0 && e.info.SlowStart == 0 {
 		traits |= kernelTraitTRAIT_PLAIN
 	}
+	if e.info.ConnectTimeout > 0 {
+		traits |= kernelTraitTRAIT_TIMED
+	}
 	for _, p := range e.places {
 		if p.hot.cost != e.places[0].hot.cost {
 			traits &^= kernelTraitTRAIT_EVEN

@@ -201,8 +201,13 @@ static __always_inline __u32 smooth(__u32 old, __u32 sample)
 
 static __always_inline __u32 aged(__u32 latency, const struct load *load, __u32 now)
 {
-	__u32 halvings = (now - load->measured) / (HALF_LIFE * hz);
+	__u32 age = now - load->measured;
+	__u32 halvings;
 
+	/* Usual, and spares a division. */
+	if (age < HALF_LIFE * hz)
+		return latency;
+	halvings = age / (HALF_LIFE * hz);
 	return halvings > 31 ? 0 : latency >> halvings;
 }
 
@@ -397,7 +402,8 @@ __noinline int ended(struct socket *s, __u64 cookie, struct traffic *t)
 	if (!(life & LIFE_COUNTED) || !load)
 		return 0;
 	if (t && life & LIFE_ESTABLISHED) {
-		if (t->rtt_min)
+		/* Of a short connection the handshake has told it. */
+		if (t->rtt_min && (__u32)bpf_jiffies64() - (__u32)(life >> 32) > hz)
 			measured_rtt(load, t->rtt_min);
 		if (t->response)
 			measured_response(load, t->response);

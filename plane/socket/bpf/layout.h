@@ -114,6 +114,7 @@ struct listener {
 enum trait {
 	TRAIT_PLAIN = 1, /* no breaker and no slow start: every backend of the table will do */
 	TRAIT_EVEN = 2,  /* all backends have the same cost */
+	TRAIT_TIMED = 4, /* the service has a connect_timeout */
 };
 
 /* User space computes the same. The multiplier is a large odd number. */
@@ -249,6 +250,7 @@ enum life {
 	LIFE_SENT = 8,    /* a SYN has left */
 	LIFE_ESTABLISHED = 16,
 	LIFE_FAILED = 32, /* its failure is counted */
+	LIFE_TIMED = 64,  /* its service has a connect_timeout */
 };
 
 /* A name that an unconnected UDP socket used for a backend. */

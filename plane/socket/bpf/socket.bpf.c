@@ -525,6 +525,8 @@ connect_to(struct bpf_sock_addr *ctx, const struct listener *l, const __be32 *vi
 		life |= LIFE_TRIAL;
 	if (ctx->protocol == IPPROTO_TCP)
 		life |= LIFE_JUDGED;
+	if (l->traits & TRAIT_TIMED)
+		life |= LIFE_TIMED;
 	s = remember(ctx, cookie, vip, b, reference(index, b), life);
 	if (!s) {
 		/* Nothing would count it back. */
@@ -793,8 +795,16 @@ int sock_release(struct bpf_sock *sk)
 /* The entry of the connection that a sock_ops callback is about, or NULL. */
 static __always_inline struct socket *tracked(struct bpf_sock_ops *ctx, __u64 *cookie)
 {
-	*cookie = bpf_get_socket_cookie(ctx);
-	return recall(*cookie);
+	struct bpf_sock_ops_kern *kernel;
+
+	/* Without a cookie it was never translated. Giving it one now would cost more than this. */
+	if (bpf_cast_to_kern_ctx) {
+		kernel = bpf_cast_to_kern_ctx(ctx);
+		*cookie = kernel->sk->__sk_common.skc_cookie.counter;
+	} else {
+		*cookie = bpf_get_socket_cookie(ctx);
+	}
+	return *cookie ? recall(*cookie) : NULL;
 }
 
 static __always_inline struct tcp_sock *tcp_sock_of(struct bpf_sock_ops *ctx)
@@ -807,31 +817,33 @@ static __always_inline struct tcp_sock *tcp_sock_of(struct bpf_sock_ops *ctx)
 /* Callbacks that connections of services ask for. */
 #define ASKED (BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG)
 
+/* This one, which is rare, says that the connection is LIFE_TIMED: it spares others a look-up. */
+#define IS_TIMED BPF_SOCK_OPS_RETRANS_CB_FLAG
+
 /* A SYN is about to leave. The socket of no service asks for nothing more. */
 static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
-	struct bpf_sock_ops_kern *kernel;
-	struct socket *s;
-	__u64 cookie;
+	__u64 cookie, life;
+	struct socket *s = tracked(ctx, &cookie);
 
-	if (bpf_cast_to_kern_ctx) {
-		kernel = bpf_cast_to_kern_ctx(ctx);
-		if (!kernel->sk->__sk_common.skc_cookie.counter)
-			return;
-	}
-	s = tracked(ctx, &cookie);
-	if (!s || !(change_life(s, cookie, LIFE_SENT, 0) & LIFE_COUNTED))
+	life = s ? change_life(s, cookie, LIFE_SENT, 0) : 0;
+	if (!(life & LIFE_COUNTED))
 		return;
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | ASKED);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | ASKED |
+					       (life & LIFE_TIMED ? IS_TIMED : 0));
 }
 
 /* The first retransmission timer of a SYN, in jiffies, or -1 for the host's. */
 static __always_inline int first_timeout(struct bpf_sock_ops *ctx)
 {
+	struct service_info *policy;
+	struct socket *s;
 	__u64 cookie;
-	struct socket *s = tracked(ctx, &cookie);
-	struct service_info *policy = s ? service_of((__u32)s->backend) : NULL;
 
+	if (!(ctx->bpf_sock_ops_cb_flags & IS_TIMED))
+		return -1;
+	s = tracked(ctx, &cookie);
+	policy = s ? service_of((__u32)s->backend) : NULL;
 	if (!policy || !policy->connect_timeout)
 		return -1;
 	return ticks(policy->connect_timeout) ?: 1;
@@ -842,10 +854,8 @@ static __always_inline void on_established(struct bpf_sock_ops *ctx)
 	__u64 cookie;
 	struct socket *s = tracked(ctx, &cookie);
 
-	if (!s)
-		return;
-	established(s, cookie, ctx->srtt_us >> 3);
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTO_CB_FLAG);
+	if (s)
+		established(s, cookie, ctx->srtt_us >> 3);
 }
 
 static __always_inline void on_timeout(struct bpf_sock_ops *ctx)
