@@ -24,7 +24,7 @@ import (
 // run inside a lab host.
 var helpers = map[string]func(args []string) error{
 	"dial-many": dialMany,
-	"dial-one":  dialOne,
+	"dial-pair": dialPair,
 	"dial-hard": dialHard,
 	"accept":    accept,
 	"dial-real": dialReal,
@@ -74,38 +74,51 @@ func dialMany(args []string) error {
 	return nil
 }
 
-// dialOne connects to an address and closes, ROUNDS times, and prints the median
-// in nanoseconds.
-func dialOne(args []string) error {
-	to, err := netip.ParseAddrPort(args[0])
+// dialPair connects to two addresses in turn and closes, ROUNDS times each, and
+// prints the medians in nanoseconds. Taking turns within one process, whatever
+// happens on the machine happens to both.
+func dialPair(args []string) error {
+	rounds, err := strconv.Atoi(args[2])
 	if err != nil {
 		return err
 	}
-	rounds, err := strconv.Atoi(args[1])
-	if err != nil {
-		return err
-	}
-	sa := &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}
-	times := make([]int64, rounds)
-	for i := range times {
-		began := time.Now()
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	var to [2]*unix.SockaddrInet4
+	for i := range to {
+		a, err := netip.ParseAddrPort(args[i])
 		if err != nil {
 			return err
 		}
-		// A reset leaves no TIME_WAIT behind, so that ports do not run out.
-		if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
-			return err
-		}
-		if err := unix.Connect(fd, sa); err != nil {
-			return fmt.Errorf("connect to %s: %w", to, err)
-		}
-		unix.Close(fd)
-		times[i] = int64(time.Since(began))
+		to[i] = &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
 	}
-	slices.Sort(times)
-	fmt.Println(times[rounds/2])
+	times := [2][]int64{make([]int64, rounds), make([]int64, rounds)}
+	for i := range 2 * rounds {
+		// In fours: first, second, second, first. Neither always comes after the other.
+		which := (i + i/2) % 2
+		began := time.Now()
+		if err := dialAndReset(to[which]); err != nil {
+			return fmt.Errorf("connect to %s: %w", args[which], err)
+		}
+		times[which][i/2] = int64(time.Since(began))
+	}
+	for _, t := range times {
+		slices.Sort(t)
+	}
+	fmt.Println(times[0][rounds/2], times[1][rounds/2])
 	return nil
+}
+
+// dialAndReset connects and closes with a reset, which leaves no TIME_WAIT behind,
+// so that ports do not run out.
+func dialAndReset(to *unix.SockaddrInet4) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+		return err
+	}
+	return unix.Connect(fd, to)
 }
 
 // dialHard connects on both cores until its standard input ends. It prints how

@@ -158,22 +158,17 @@ func connectTime(ctx context.Context, b *board, what, text string, limit float64
 		return err
 	}
 	var ratios, vip, direct []float64
-	// An odd number of pairs; the order within a pair alternates.
-	for i := range 21 {
-		pair := []string{"192.0.2.10:80", "10.0.0.1:8080"}
-		ns := make(map[string]float64)
-		for k := range pair {
-			to := pair[(i+k)%2]
-			out, err := s.Run(ctx, lab.Inside, b.self, "dial-one", to, "5000")
-			if err != nil {
-				return fmt.Errorf("dial-one: %w: %s", err, out)
-			}
-			if ns[to], err = strconv.ParseFloat(strings.TrimSpace(out), 64); err != nil {
-				return err
-			}
+	for range 11 {
+		out, err := s.Run(ctx, lab.Inside, b.self, "dial-pair", "192.0.2.10:80", "10.0.0.1:8080", "10000")
+		if err != nil {
+			return fmt.Errorf("dial-pair: %w: %s", err, out)
 		}
-		vip, direct = append(vip, ns[pair[0]]), append(direct, ns[pair[1]])
-		ratios = append(ratios, ns[pair[0]]/ns[pair[1]])
+		var pair [2]float64
+		if _, err := fmt.Sscan(out, &pair[0], &pair[1]); err != nil {
+			return err
+		}
+		vip, direct = append(vip, pair[0]), append(direct, pair[1])
+		ratios = append(ratios, pair[0]/pair[1])
 	}
 	b.add(row{
 		What: "TCP connect+close, " + what, Value: median(ratios), Limit: limit, Below: true,

@@ -129,12 +129,12 @@ static __always_inline __u32 draw(__u32 slots_at, __u32 slots_count, __u32 numbe
 }
 
 /* As sample(), when every member will do. */
-static __always_inline __u32 draw_other(const struct search *s, __u32 other)
+static __always_inline __u32 draw_other(__u32 slots_at, __u32 slots_count, __u32 other)
 {
 	int i;
 
 	for (i = 0; i < DRAWS; i++) {
-		__u32 index = draw(s->slots, s->count, bpf_get_prandom_u32());
+		__u32 index = draw(slots_at, slots_count, bpf_get_prandom_u32());
 
 		if (index != other)
 			return index;
@@ -154,7 +154,7 @@ __noinline __u32 sample(struct search *s, __u32 other, __u32 despite_ejection)
 	if (!s)
 		return 0;
 	if (s->traits & TRAIT_PLAIN)
-		return draw_other(s, other);
+		return draw_other(s->slots, s->count, other);
 	policy = bpf_map_lookup_elem(&services, &s->service);
 	if (!policy)
 		return 0;
@@ -265,12 +265,24 @@ __noinline __u64 score(__u32 index, __u32 balance, __u32 even)
 }
 
 /* Power of two choices: the second only if it is clearly better. */
-static __always_inline __u32 better(const struct search *s, __u32 first, __u32 second)
+static __always_inline __u32 better(__u32 balance, __u32 traits, __u32 first, __u32 second)
 {
-	__u64 a = score(first, s->balance, s->traits & TRAIT_EVEN);
-	__u64 b = score(second, s->balance, s->traits & TRAIT_EVEN);
+	__u64 a = score(first, balance, traits & TRAIT_EVEN);
+	__u64 b = score(second, balance, traits & TRAIT_EVEN);
 
 	return b * 5 / 4 < a ? second : first;
+}
+
+/* The usual case, without limits: nothing counts but weight, load and latency. */
+static __always_inline __u32 choose_plain(const struct listener *l)
+{
+	__u32 first = draw(l->slots, l->count, bpf_get_prandom_u32());
+	__u32 second;
+
+	if (l->balance == BALANCE_RANDOM || l->count < 2)
+		return first;
+	second = draw_other(l->slots, l->count, first);
+	return second ? better(l->balance, l->traits, first, second) : first;
 }
 
 /* A backend of the table at hand, or 0. */
@@ -304,7 +316,7 @@ static __noinline __u32 from_table(struct search *s)
 	if (s->balance == BALANCE_RANDOM || s->count < 2)
 		return first;
 	second = sample(s, first, false);
-	return second ? better(s, first, second) : first;
+	return second ? better(s->balance, s->traits, first, second) : first;
 }
 
 /* The groups after the first, one by one. */

@@ -237,6 +237,16 @@ static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct list
 
 	if (!l->count)
 		return 0;
+	if (l->traits & TRAIT_PLAIN && !l->affinity && l->balance != BALANCE_SOURCE_HASH) {
+		__u32 index = choose_plain(l);
+		struct load *load = load_of(index);
+
+		if (!index || !load)
+			return 0;
+		__sync_fetch_and_add(&load->inflight, 1);
+		__sync_fetch_and_add(&load->connections, 1);
+		return index;
+	}
 	if (!(l->traits & TRAIT_PLAIN)) {
 		struct service_info *policy = bpf_map_lookup_elem(&services, &l->service);
 
@@ -849,15 +859,6 @@ static __always_inline int first_timeout(struct bpf_sock_ops *ctx)
 	return ticks(policy->connect_timeout) ?: 1;
 }
 
-static __always_inline void on_established(struct bpf_sock_ops *ctx)
-{
-	__u64 cookie;
-	struct socket *s = tracked(ctx, &cookie);
-
-	if (s)
-		established(s, cookie, ctx->srtt_us >> 3);
-}
-
 static __always_inline void on_timeout(struct bpf_sock_ops *ctx)
 {
 	__u64 cookie;
@@ -870,15 +871,33 @@ static __always_inline void on_timeout(struct bpf_sock_ops *ctx)
 		failed(s, cookie, ETIMEDOUT);
 }
 
-static __always_inline void on_state(struct bpf_sock_ops *ctx)
+static __always_inline bool is_subflow(struct tcp_sock *t)
+{
+	return t && bpf_core_field_exists(t->is_mptcp) && t->is_mptcp;
+}
+
+/*
+ * The handshake is over. From here on nothing is asked for any more: when the file
+ * is closed, release tells. A subflow of MPTCP belongs to no file.
+ */
+static __always_inline void on_established(struct bpf_sock_ops *ctx)
+{
+	__u64 cookie;
+	struct socket *s = tracked(ctx, &cookie);
+
+	if (s)
+		established(s, cookie, ctx->srtt_us >> 3);
+	if (!is_subflow(tcp_sock_of(ctx)))
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~(ASKED | IS_TIMED));
+}
+
+static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
 	struct traffic traffic = {};
 	struct tcp_sock *t;
 	struct socket *s;
 	__u64 cookie;
 
-	if (ctx->args[1] != BPF_TCP_CLOSE)
-		return;
 	s = tracked(ctx, &cookie);
 	if (!s)
 		return;
@@ -893,9 +912,16 @@ static __always_inline void on_state(struct bpf_sock_ops *ctx)
 	if (t)
 		read_traffic(&traffic, t);
 	ended(s, cookie, &traffic);
-	/* A subflow of MPTCP belongs to no file: nothing else tells of its end. */
-	if (t && bpf_core_field_exists(t->is_mptcp) && t->is_mptcp)
+	if (is_subflow(t))
 		forget(cookie, &traffic);
+}
+
+static __always_inline void on_state(struct bpf_sock_ops *ctx)
+{
+	if (ctx->args[1] == BPF_TCP_ESTABLISHED)
+		on_established(ctx);
+	else if (ctx->args[1] == BPF_TCP_CLOSE)
+		on_close(ctx);
 }
 
 /*
@@ -914,9 +940,6 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_TIMEOUT_INIT:
 		ctx->reply = first_timeout(ctx);
-		break;
-	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
-		on_established(ctx);
 		break;
 	case BPF_SOCK_OPS_RTO_CB:
 		on_timeout(ctx);
@@ -965,7 +988,8 @@ int reset_tcp(struct bpf_iter__tcp *ctx)
 	if (!s)
 		return 0;
 	s->seen = walk;
-	reset(sk, s);
+	if (reset(sk, s))
+		ended(s, cookie, NULL);
 	return 0;
 }
 
