@@ -265,9 +265,12 @@ func TestInFlight(t *testing.T) {
 		}
 	}
 	t.Logf("%d connections, %d failed, nothing in flight", made, failed)
-	if n := remembered(t, w); n != 0 {
-		t.Errorf("%d sockets are still remembered though all are closed", n)
-	}
+	w.eventually("no socket is remembered", func() error {
+		if n := remembered(t, w); n != 0 {
+			return fmt.Errorf("%d are, though all are closed", n)
+		}
+		return nil
+	})
 
 	const each = 20
 	hold := role("hold all", fmt.Sprint(each))
