@@ -300,14 +300,28 @@ func TestInFlight(t *testing.T) {
 	w.atRest()
 }
 
-// A UDP socket that is disconnected and lives on is counted back, too.
-func TestDisconnectedUDP(t *testing.T) {
+// A socket that is disconnected and lives on is counted back, too: of TCP at once,
+// with the agent dead, of UDP by the agent.
+func TestDisconnected(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
+	for _, kind := range []string{"tcp", "udp"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			disconnectedIsCountedBack(t, kind)
+		})
+	}
+}
+
+func disconnectedIsCountedBack(t *testing.T, kind string) {
+	t.Helper()
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "2001:db8::1")
 	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
 	w.run(livesServices)
-	holder := role("hold disconnected")
+	if kind == "tcp" {
+		w.agent.Kill()
+	}
+	holder := role("hold disconnected", kind)
 	if _, err := holder.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
@@ -327,8 +341,12 @@ func TestDisconnectedUDP(t *testing.T) {
 
 func init() { clients["hold disconnected"] = holdDisconnected }
 
-func holdDisconnected([]string) error {
-	fd, err := dial(unix.SOCK_DGRAM, 0, vipUDP)
+func holdDisconnected(args []string) error {
+	kind, to := unix.SOCK_DGRAM, vipUDP
+	if args[0] == "tcp" {
+		kind, to = unix.SOCK_STREAM, vipTCP
+	}
+	fd, err := dial(kind, 0, to)
 	if err != nil {
 		return err
 	}

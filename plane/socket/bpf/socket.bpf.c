@@ -306,7 +306,7 @@ static __noinline struct socket *make_more(__u64 cookie)
 
 /*
  * Keep the name that the application used, for getpeername and recvmsg, and what
- * is to be done when the connection ends. Returns false when there is no room.
+ * is to be done when the connection ends. Returns NULL when there is no room.
  */
 static __always_inline struct socket *remember(struct bpf_sock_addr *ctx, __u64 cookie,
 					       const __be32 *vip, const struct backend *b,
@@ -876,10 +876,6 @@ static __always_inline bool is_subflow(struct tcp_sock *t)
 	return t && bpf_core_field_exists(t->is_mptcp) && t->is_mptcp;
 }
 
-/*
- * The handshake is over. From here on nothing is asked for any more: when the file
- * is closed, release tells. A subflow of MPTCP belongs to no file.
- */
 static __always_inline void on_established(struct bpf_sock_ops *ctx)
 {
 	__u64 cookie;
@@ -887,10 +883,9 @@ static __always_inline void on_established(struct bpf_sock_ops *ctx)
 
 	if (s)
 		established(s, cookie, ctx->srtt_us >> 3);
-	if (!is_subflow(tcp_sock_of(ctx)))
-		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~(ASKED | IS_TIMED));
 }
 
+/* The connection is over, be its file closed or not. A subflow of MPTCP has no file. */
 static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
 	struct traffic traffic = {};
