@@ -31,6 +31,7 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_connections_untracked_total", "counter", "", "Connections whose VIP could not be remembered: getpeername shows the backend."},
 	{"pentad_connections_despite_ejection_total", "counter", "", "Connections that went to an ejected backend because too many are ejected."},
 	{"pentad_connections_reset_total", "counter", "", "Connections closed because their backend was down or gone."},
+	{"pentad_binds_refused_total", "counter", "", "Sockets of the host that wanted a port that is held for a service."},
 	{"pentad_backend_connections_in_flight", "gauge", "service,backend", "Connections from connect() to their end."},
 	{"pentad_backend_connections_total", "counter", "service,backend", "Connections that were begun."},
 	{"pentad_backend_connect_failures_total", "counter", "service,backend", "Connects that were refused, found no way, or got no answer in time."},
@@ -117,6 +118,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	counter("pentad_connections_untracked_total", usage.Counters.Untracked)
 	counter("pentad_connections_despite_ejection_total", usage.Counters.Panics)
 	counter("pentad_connections_reset_total", usage.Counters.Reset)
+	counter("pentad_binds_refused_total", usage.Counters.Held)
 	loads, err := a.socket.Loads(maxBackendMetrics)
 	gauge("pentad_backend_metrics_omitted", truth(errors.Is(err, socket.ErrMany)))
 	if err != nil {

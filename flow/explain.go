@@ -164,7 +164,7 @@ func (e *Explanation) hooks(v *socket.View, q Question) string {
 
 func find(v *socket.View, l service.Listener) *service.Service {
 	for _, s := range v.Services {
-		if slices.Contains(s.Listeners, l) {
+		if slices.ContainsFunc(s.Listeners, func(x service.Listener) bool { return x.At() == l }) {
 			return s
 		}
 	}

@@ -7,6 +7,7 @@
 package service
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -34,12 +35,47 @@ func (p Protocol) String() string {
 	return fmt.Sprintf("protocol %d", uint8(p))
 }
 
+// From is a set of the clients that a listener answers, by where they are. The
+// zero value is Anywhere.
+type From uint8
+
+// The places of clients.
+const (
+	// FromSockets are the sockets of this host, those of its pods included.
+	FromSockets From = 1 << iota
+	// FromHost are the sockets in the network namespace of the host itself.
+	FromHost
+	// FromGuests are packets that guests of this host send: what has an
+	// address here but no socket that the kernel could translate, such as a
+	// virtual machine.
+	FromGuests
+	// FromWorld are packets that arrive from other hosts.
+	FromWorld
+
+	// Anywhere is all of them.
+	Anywhere = FromSockets | FromHost | FromGuests | FromWorld
+)
+
+// Has reports whether clients in any of these places are answered.
+func (f From) Has(place From) bool { return f == 0 || f&place != 0 }
+
 // Listener is one virtual address of a service. It is comparable; the address
-// is never an IPv4-mapped IPv6 address.
+// is never an IPv4-mapped IPv6 address. Several services may have the same
+// address and protocol, as long as none of their clients is the same.
 type Listener struct {
 	Address  netip.AddrPort
 	Protocol Protocol
+	From     From
+
+	// Held keeps sockets of the host from binding this port at this address:
+	// what they would wait for comes here (a NodePort).
+	Held bool
+	// Guarded listeners answer packets from the service's Sources only.
+	Guarded bool
 }
+
+// At is the listener as a connection finds it: its address and protocol alone.
+func (l Listener) At() Listener { return Listener{Address: l.Address, Protocol: l.Protocol} }
 
 // String writes the listener as the configuration does: TCP, the default, is
 // not named.
@@ -50,12 +86,9 @@ func (l Listener) String() string {
 	return l.Address.String() + "/" + l.Protocol.String()
 }
 
-// Compare orders listeners by address, port and protocol.
+// Compare orders listeners by address, port, protocol and clients.
 func (l Listener) Compare(o Listener) int {
-	if c := l.Address.Compare(o.Address); c != 0 {
-		return c
-	}
-	return int(l.Protocol) - int(o.Protocol)
+	return cmp.Or(l.Address.Compare(o.Address), cmp.Compare(l.Protocol, o.Protocol), cmp.Compare(l.From, o.From))
 }
 
 // Balance is how a backend is chosen for a new connection.
@@ -141,6 +174,7 @@ type Backend struct {
 	Weight  uint32 // 0 to MaxWeight; 0 takes no new connections
 	Group   uint32 // 0 to MaxGroup; a higher one serves when no lower one can
 	Zone    string // at most MaxZone bytes
+	Local   bool   // on this host: what it answers passes here, whoever asked
 
 	// Drained and Down are state, not configuration: set by the operator
 	// and by the probe.
@@ -206,7 +240,13 @@ type Service struct {
 	SlowStart      time.Duration // how long a backend that is new or back takes less than its share; 0: none
 	OnDown         OnDown
 	Silent         bool // no flow events
+	// Sources are who may reach the guarded listeners from outside this host.
+	Sources []netip.Prefix // sorted
 }
+
+// MaxName bounds the name of a service, in bytes: NAMESPACE/NAME:PORT of
+// Kubernetes has 63 + 63 + 15 letters, and /external may follow.
+const MaxName = 160
 
 // Ranges of Keepalive, as tcp(7) has them.
 const (
@@ -319,7 +359,7 @@ func (s *Service) Equal(o *Service) bool {
 	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&
 		s.Health == o.Health && s.Keepalive == o.Keepalive && s.Breaker == o.Breaker &&
 		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Silent == o.Silent &&
-		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends)
+		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends) && slices.Equal(s.Sources, o.Sources)
 }
 
 // Closes reports whether the connections that a backend has are to be closed.
@@ -377,15 +417,19 @@ type Snapshot struct {
 	Revision uint64
 	Cgroup   string     // the cgroup (v2) whose processes see the services, "/" for all
 	Services []*Service // sorted by name, names are unique
+
+	// Partial says that a source has not told yet what it has: what the kernel
+	// has beyond Services stays.
+	Partial bool
 }
 
 // Next returns the snapshot that follows s when the services are those given,
 // which need not be sorted. Services that equal their predecessors keep the
-// pointer. When nothing changed at all it returns s itself.
+// pointer. When nothing changed at all it returns s itself. It is not partial.
 func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
 	next := &Snapshot{Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services)}
 	slices.SortFunc(next.Services, byName)
-	same := cgroup == s.Cgroup && len(next.Services) == len(s.Services)
+	same := cgroup == s.Cgroup && !s.Partial && len(next.Services) == len(s.Services)
 	i := 0
 	for j, n := range next.Services {
 		for i < len(s.Services) && s.Services[i].Name < n.Name {

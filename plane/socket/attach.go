@@ -26,6 +26,8 @@ var hooks = []struct {
 	{kernelProgRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg},
 	{kernelProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg},
 	{kernelProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
+	{kernelProgPostBind4, ebpf.AttachCGroupInet4PostBind},
+	{kernelProgPostBind6, ebpf.AttachCGroupInet6PostBind},
 	{kernelProgConnect4, ebpf.AttachCGroupInet4Connect},
 	{kernelProgConnect6, ebpf.AttachCGroupInet6Connect},
 }

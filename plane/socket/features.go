@@ -33,6 +33,8 @@ var Features = []Feature{
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie) }},
 	{"bpf_get_socket_cookie in cgroup/sock", "5.8", "forgetting closed sockets",
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSock, asm.FnGetSocketCookie) }},
+	{"bpf_get_netns_cookie in cgroup/sock", "5.7", "ports of the host that are held for services",
+		func() error { return features.HaveProgramHelper(ebpf.CGroupSock, asm.FnGetNetnsCookie) }},
 	{"cgroup/sock_ops programs", "4.13", "the outcome of connects",
 		func() error { return features.HaveProgramType(ebpf.SockOps) }},
 	{"bpf_skc_to_tcp_sock in sock_ops", "5.9", "why a connect failed, and latencies",
@@ -44,7 +46,7 @@ var Features = []Feature{
 	{"bpf_ktime_get_coarse_ns", "5.11", "affinity time-out",
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnKtimeGetCoarseNs) }},
 	{"atomic compare-and-exchange in BPF", "5.12", "remembering sockets without a lock", features.HaveV3ISA},
-	{"bpf_set_retval in cgroup/sock_addr", "5.18", "refusing a connection at once",
+	{"bpf_set_retval in cgroup programs", "5.18", "refusing a connection at once",
 		func() error { return features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval) }},
 	{"BPF type information of the kernel", "5.2", "maps with a spin lock", haveBTF},
 }

@@ -155,6 +155,21 @@ func cgroupPath(cgroup string) (string, error) {
 	return path, nil
 }
 
+// namespaceCookie returns the kernel's number for the network namespace of this
+// process, which is the host's own.
+func namespaceCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	return cookie, nil
+}
+
 // waitForReaders returns once every program that was running when it was called
 // has ended: membarrier(2) with MEMBARRIER_CMD_GLOBAL waits for an RCU grace
 // period (kernel/sched/membarrier.c), and programs run inside RCU read sections.

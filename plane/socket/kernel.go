@@ -17,7 +17,7 @@ import (
 // the old ones. The maps that hold the state of sockets and backends (stateMaps)
 // must never change their layout: what they know cannot be found out again. New
 // knowledge gets a map beside them.
-const layoutVersion = 2
+const layoutVersion = 3
 
 // mapSet is one complete set of maps, pinned under one directory, "set-N". A set
 // counts only once its map about is pinned, which happens last.

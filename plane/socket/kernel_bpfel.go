@@ -85,7 +85,8 @@ const (
 	kernelCounterCOUNTER_UNTRACKED  kernelCounter = 2
 	kernelCounterCOUNTER_PANICS     kernelCounter = 3
 	kernelCounterCOUNTER_RESET      kernelCounter = 4
-	kernelCounterCOUNTERS           kernelCounter = 5
+	kernelCounterCOUNTER_HELD       kernelCounter = 5
+	kernelCounterCOUNTERS           kernelCounter = 6
 )
 
 type kernelEvent struct {
@@ -209,7 +210,7 @@ type kernelServiceInfo struct {
 	Affinity       uint32
 	Keepalive      kernelKeepalive
 	Pad2           [22]uint8
-	Name           [64]int8
+	Name           [192]int8
 }
 
 type kernelSlot struct {
@@ -241,6 +242,8 @@ const (
 	kernelTraitTRAIT_PLAIN kernelTrait = 1
 	kernelTraitTRAIT_EVEN  kernelTrait = 2
 	kernelTraitTRAIT_TIMED kernelTrait = 4
+	kernelTraitTRAIT_HOST  kernelTrait = 8
+	kernelTraitTRAIT_HELD  kernelTrait = 16
 )
 
 type kernelUdpPeers struct {
@@ -288,6 +291,8 @@ const (
 	kernelProgExpire            = "expire"
 	kernelProgGetpeername4      = "getpeername4"
 	kernelProgGetpeername6      = "getpeername6"
+	kernelProgPostBind4         = "post_bind4"
+	kernelProgPostBind6         = "post_bind6"
 	kernelProgRecvmsg4          = "recvmsg4"
 	kernelProgRecvmsg6          = "recvmsg6"
 	kernelProgResetTcp          = "reset_tcp"
@@ -297,6 +302,7 @@ const (
 	kernelProgSockOps           = "sock_ops"
 	kernelProgSockRelease       = "sock_release"
 	kernelVarByDiag             = "by_diag"
+	kernelVarHostNetns          = "host_netns"
 	kernelVarHz                 = "hz"
 	kernelVarProbeMark          = "probe_mark"
 	kernelVarUnusedBackendState = "unused_backend_state"
@@ -359,6 +365,8 @@ type kernelProgramSpecs struct {
 	Expire       *ebpf.ProgramSpec `ebpf:"expire"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
+	PostBind4    *ebpf.ProgramSpec `ebpf:"post_bind4"`
+	PostBind6    *ebpf.ProgramSpec `ebpf:"post_bind6"`
 	Recvmsg4     *ebpf.ProgramSpec `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.ProgramSpec `ebpf:"recvmsg6"`
 	ResetTcp     *ebpf.ProgramSpec `ebpf:"reset_tcp"`
@@ -398,6 +406,7 @@ type kernelMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelVariableSpecs struct {
 	ByDiag             *ebpf.VariableSpec `ebpf:"by_diag"`
+	HostNetns          *ebpf.VariableSpec `ebpf:"host_netns"`
 	Hz                 *ebpf.VariableSpec `ebpf:"hz"`
 	ProbeMark          *ebpf.VariableSpec `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.VariableSpec `ebpf:"unused_backend_state"`
@@ -481,6 +490,7 @@ func (m *kernelMaps) Close() error {
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelVariables struct {
 	ByDiag             *ebpf.Variable `ebpf:"by_diag"`
+	HostNetns          *ebpf.Variable `ebpf:"host_netns"`
 	Hz                 *ebpf.Variable `ebpf:"hz"`
 	ProbeMark          *ebpf.Variable `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.Variable `ebpf:"unused_backend_state"`
@@ -505,6 +515,8 @@ type kernelPrograms struct {
 	Expire       *ebpf.Program `ebpf:"expire"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
+	PostBind4    *ebpf.Program `ebpf:"post_bind4"`
+	PostBind6    *ebpf.Program `ebpf:"post_bind6"`
 	Recvmsg4     *ebpf.Program `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.Program `ebpf:"recvmsg6"`
 	ResetTcp     *ebpf.Program `ebpf:"reset_tcp"`
@@ -522,6 +534,8 @@ func (p *kernelPrograms) Close() error {
 		p.Expire,
 		p.Getpeername4,
 		p.Getpeername6,
+		p.PostBind4,
+		p.PostBind6,
 		p.Recvmsg4,
 		p.Recvmsg6,
 		p.ResetTcp,

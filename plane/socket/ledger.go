@@ -3,6 +3,7 @@ package socket
 import (
 	"encoding/binary"
 	"hash/maphash"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -233,7 +234,7 @@ func (l *ledger) fits(s *service.Service, t *tables) bool {
 			newBackends++
 		}
 	}
-	for _, x := range s.Listeners {
+	for x := range shownListeners(s) {
 		switch {
 		case has(l.owner, x):
 		case x.Address.Addr().Is4():
@@ -371,6 +372,29 @@ func takesConnections(state uint8) bool {
 	return state == uint8(kernelBackendStateBACKEND_SERVING) || state == uint8(kernelBackendStateBACKEND_STANDBY)
 }
 
+// shownListeners are the listeners of a service that sockets can find, as the
+// maps are keyed, each with its traits. A service may have none.
+func shownListeners(s *service.Service) iter.Seq2[service.Listener, uint8] {
+	return func(yield func(service.Listener, uint8) bool) {
+		for _, x := range s.Listeners {
+			traits := uint8(0)
+			switch {
+			case x.From.Has(service.FromSockets):
+			case x.From.Has(service.FromHost):
+				traits |= uint8(kernelTraitTRAIT_HOST)
+			default:
+				continue
+			}
+			if x.Held {
+				traits |= uint8(kernelTraitTRAIT_HELD)
+			}
+			if !yield(x.At(), traits) {
+				return
+			}
+		}
+	}
+}
+
 // placeTables writes the selection tables that changed into new ranges.
 func (l *ledger) placeTables(e *entry, t *tables, w *writes) {
 	for f := range t {
@@ -411,11 +435,13 @@ func (e *entry) layOut(f family) []kernelSlot {
 
 // showListeners switches the listeners of the service to its tables.
 func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *writes) {
-	for _, x := range s.Listeners {
+	wanted := make(map[service.Listener]bool, len(s.Listeners))
+	for x, traits := range shownListeners(s) {
+		wanted[x] = true
 		v4 := x.Address.Addr().Is4()
 		at := e.tables[familyOf(v4)].extent
 		value := kernelListener{
-			Service: e.id, Slots: at.start, Count: t[familyOf(v4)].first(), Length: at.length, Traits: e.traits(),
+			Service: e.id, Slots: at.start, Count: t[familyOf(v4)].first(), Length: at.length, Traits: e.traits() | traits,
 			Affinity: uint32(s.Affinity / time.Second), Balance: uint8(s.Balance), Keepalive: keepalive(s.Keepalive),
 		}
 		value.Sum = listenerSum(&value, x)
@@ -437,7 +463,7 @@ func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *write
 		}
 	}
 	for x := range e.shown {
-		if _, wanted := slices.BinarySearchFunc(s.Listeners, x, service.Listener.Compare); !wanted {
+		if !wanted[x] {
 			l.hideListener(e, x, w)
 		}
 	}

@@ -498,8 +498,9 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 		if err := p.set.write(&w); err != nil {
 			return nil, err
 		}
-		p.applied, p.partial = done, len(unfit) > 0
-		if p.partial {
+		// What a partial snapshot leaves alone is looked at with the next one.
+		p.applied, p.partial = done, len(unfit) > 0 || p.partial && snap.Partial
+		if len(unfit) > 0 {
 			return &FullError{Services: unfit, Cause: cause}, nil
 		}
 		return nil, nil
@@ -513,7 +514,7 @@ func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.S
 	for _, s := range removed {
 		p.ledger.remove(s.Name, w)
 	}
-	if p.partial {
+	if p.partial && !snap.Partial {
 		for name := range p.ledger.byName {
 			if snap.Find(name) == nil {
 				p.ledger.remove(name, w)
@@ -522,6 +523,10 @@ func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.S
 	}
 	var unfit []string
 	for _, s := range changed {
+		if !isShown(s) {
+			p.ledger.remove(s.Name, w)
+			continue
+		}
 		tables := tablesOf(s)
 		if !p.ledger.fits(s, tables) {
 			unfit = append(unfit, s.Name)
@@ -538,6 +543,14 @@ func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.S
 		return found
 	})
 	return &done, unfit
+}
+
+// isShown reports whether any socket can find the service.
+func isShown(s *service.Service) bool {
+	for range shownListeners(s) {
+		return true
+	}
+	return false
 }
 
 // reclaimSome frees retired places once they are a part of the whole that
@@ -644,6 +657,13 @@ func (p *Plane) load() (map[string]*ebpf.Program, *ebpf.Variable, error) {
 		return nil, nil, err
 	}
 	if err := spec.Variables[kernelVarHz].Set(p.clock.hz); err != nil {
+		return nil, nil, err
+	}
+	cookie, err := namespaceCookie()
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := spec.Variables[kernelVarHostNetns].Set(cookie); err != nil {
 		return nil, nil, err
 	}
 	if err := spec.Variables[kernelVarByDiag].Set(p.opts.Diag); err != nil {

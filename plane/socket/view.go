@@ -61,6 +61,7 @@ type Counters struct {
 	Untracked  uint64 `json:"untracked"`  // translated, but getpeername shows the backend
 	Panics     uint64 `json:"panics"`     // went to an ejected backend because too many are ejected
 	Reset      uint64 `json:"reset"`      // closed because their backend was down or gone
+	Held       uint64 `json:"held"`       // sockets of the host that wanted a port held for a service
 }
 
 // Read returns what is installed under the pin directory. The error is
@@ -199,7 +200,8 @@ func readCounters(s *mapSet) (Counters, error) {
 	untracked, err3 := sum(kernelCounterCOUNTER_UNTRACKED)
 	panics, err4 := sum(kernelCounterCOUNTER_PANICS)
 	reset, err5 := sum(kernelCounterCOUNTER_RESET)
-	return Counters{translated, refused, untracked, panics, reset}, errors.Join(err1, err2, err3, err4, err5)
+	held, err6 := sum(kernelCounterCOUNTER_HELD)
+	return Counters{translated, refused, untracked, panics, reset, held}, errors.Join(err1, err2, err3, err4, err5, err6)
 }
 
 // inspection is the contents of the maps, put together.
@@ -317,7 +319,11 @@ func (i *installed) desired() *service.Service {
 	if i.info.Keep != 0 {
 		s.OnDown = service.Keep
 	}
-	for x := range i.listeners {
+	for x, l := range i.listeners {
+		if l.Traits&uint8(kernelTraitTRAIT_HOST) != 0 {
+			x.From = service.FromHost
+		}
+		x.Held = l.Traits&uint8(kernelTraitTRAIT_HELD) != 0
 		s.Listeners = append(s.Listeners, x)
 	}
 	slices.SortFunc(s.Listeners, service.Listener.Compare)

@@ -21,8 +21,8 @@ enum filter_size {
 /* How many pairs of VIP and backend one unconnected UDP socket remembers. */
 #define UDP_PEERS 32
 
-/* The longest service name: a DNS label (RFC 1035, 2.3.4). */
-#define NAME_LENGTH 64
+/* The longest service name, and a zero: NAMESPACE/NAME:PORT/external of Kubernetes. */
+#define NAME_LENGTH 192
 #define ZONE_LENGTH 64
 #define VERSION_LENGTH 48
 
@@ -55,7 +55,8 @@ enum counter {
 	COUNTER_UNTRACKED = 2,  /* translated, but its VIP could not be remembered */
 	COUNTER_PANICS = 3,     /* an ejected backend taken because too many are ejected */
 	COUNTER_RESET = 4,      /* connections closed because their backend is down or gone */
-	COUNTERS = 5,
+	COUNTER_HELD = 5,       /* sockets of the host that bound a port of a service */
+	COUNTERS = 6,
 };
 
 /*
@@ -115,6 +116,8 @@ enum trait {
 	TRAIT_PLAIN = 1, /* no breaker and no slow start: every backend of the table will do */
 	TRAIT_EVEN = 2,  /* all backends have the same cost */
 	TRAIT_TIMED = 4, /* the service has a connect_timeout */
+	TRAIT_HOST = 8,  /* only for sockets in the host's network namespace */
+	TRAIT_HELD = 16, /* sockets of the host may not bind it */
 };
 
 /* User space computes the same. The multiplier is a large odd number. */
@@ -327,8 +330,8 @@ _Static_assert(sizeof(struct affinity_key) == 16, "no hidden padding in a key");
 _Static_assert(sizeof(struct slot) == 16, "four to a cache line");
 _Static_assert(sizeof(struct backend) == 64, "one to a cache line");
 _Static_assert(sizeof(struct load) == 64, "one to a cache line");
-_Static_assert(sizeof(struct service_info) == 128,
-	       "what is obeyed in one line, the name in another");
+_Static_assert(sizeof(struct service_info) == 256,
+	       "what is obeyed in one line, the name in others");
 _Static_assert(sizeof(struct socket) == 64, "one to a cache line");
 _Static_assert((SOCKETS & (SOCKETS - 1)) == 0, "place = cookie & (SOCKETS - 1)");
 

@@ -26,6 +26,7 @@
 #include "connection.h"
 #include "maps.h"
 
+#define EADDRINUSE 98
 #define AF_INET 2
 #define AF_INET6 10
 #define SOL_SOCKET 1
@@ -38,6 +39,9 @@
 
 /* Sockets with this mark are probes: they reach the backend that they name. */
 const volatile __u32 probe_mark;
+
+/* The cookie of the host's own network namespace. */
+const volatile __u64 host_netns;
 
 /* A key has one byte for the protocol, and what it cuts off turns MPTCP into TCP. */
 _Static_assert((__u8)IPPROTO_MPTCP == IPPROTO_TCP, "to a service MPTCP is TCP");
@@ -89,6 +93,12 @@ static __always_inline bool copy_listener(void *map, const void *key, __u32 addr
 	return true;
 }
 
+/* A listener of the host's own namespace is nobody to the namespaces of pods. */
+static __always_inline bool answers(struct bpf_sock_addr *ctx, const struct listener *l)
+{
+	return !(l->traits & TRAIT_HOST) || bpf_get_netns_cookie(ctx) == host_netns;
+}
+
 static __always_inline bool find4(struct bpf_sock_addr *ctx, __be32 addr, struct listener *to)
 {
 	struct listener4_key key = {
@@ -98,7 +108,8 @@ static __always_inline bool find4(struct bpf_sock_addr *ctx, __be32 addr, struct
 
 	if (!passes_filter(key.addr, key.port_protocol))
 		return false;
-	return copy_listener(&listeners4, &key, key.addr, key.port_protocol, to);
+	return copy_listener(&listeners4, &key, key.addr, key.port_protocol, to) &&
+	       answers(ctx, to);
 }
 
 static __always_inline bool find6(struct bpf_sock_addr *ctx, const __be32 *addr,
@@ -112,7 +123,8 @@ static __always_inline bool find6(struct bpf_sock_addr *ctx, const __be32 *addr,
 
 	if (!passes_filter(address4, key.port_protocol))
 		return false;
-	return copy_listener(&listeners6, &key, address4, key.port_protocol, to);
+	return copy_listener(&listeners6, &key, address4, key.port_protocol, to) &&
+	       answers(ctx, to);
 }
 
 static __always_inline bool is_mapped(const __be32 *addr)
@@ -614,6 +626,64 @@ static __always_inline void store_addr4(struct bpf_sock_addr *ctx, const __be32 
 {
 	ctx->user_ip4 = addr[3];
 	ctx->user_port = port;
+}
+
+/*
+ * A socket of the host binds a port that is held for a service: what it would
+ * wait for never comes to it, so it is told at once.
+ */
+static __always_inline int holds(struct bpf_sock *ctx, const struct listener *l)
+{
+	if (!(l->traits & TRAIT_HELD) || bpf_get_netns_cookie(ctx) != host_netns)
+		return 0;
+	count(COUNTER_HELD);
+	bpf_set_retval(-EADDRINUSE);
+	return 1;
+}
+
+/* src_port of a socket is in host byte order, a key has it as it lies in memory. */
+static __always_inline __u32 bound_port(const struct bpf_sock *ctx)
+{
+	return (__u32)bpf_htons(ctx->src_port) << 16 | (__u8)ctx->protocol;
+}
+
+SEC("cgroup/post_bind4")
+int post_bind4(struct bpf_sock *ctx)
+{
+	struct listener4_key key = {
+		.addr = ctx->src_ip4,
+		.port_protocol = bound_port(ctx),
+	};
+	struct listener l;
+
+	if (!passes_filter(key.addr, key.port_protocol) ||
+	    !copy_listener(&listeners4, &key, key.addr, key.port_protocol, &l))
+		return 1;
+	return !holds(ctx, &l);
+}
+
+SEC("cgroup/post_bind6")
+int post_bind6(struct bpf_sock *ctx)
+{
+	struct listener6_key key = {
+		.addr = {ctx->src_ip6[0], ctx->src_ip6[1], ctx->src_ip6[2], ctx->src_ip6[3]},
+		.port_protocol = bound_port(ctx),
+	};
+	__u32 address4 = key.addr[0] ^ key.addr[1] ^ key.addr[2] ^ key.addr[3];
+	struct listener4_key key4 = {
+		.addr = is_mapped(key.addr) ? key.addr[3] : 0,
+		.port_protocol = key.port_protocol,
+	};
+	struct listener l;
+
+	if (passes_filter(address4, key.port_protocol) &&
+	    copy_listener(&listeners6, &key, address4, key.port_protocol, &l) && holds(ctx, &l))
+		return 0;
+	/* The unspecified address is bound for IPv4, too, and a mapped one for it alone. */
+	if ((address4 && !is_mapped(key.addr)) || !passes_filter(key4.addr, key4.port_protocol) ||
+	    !copy_listener(&listeners4, &key4, key4.addr, key4.port_protocol, &l))
+		return 1;
+	return !holds(ctx, &l);
 }
 
 SEC("cgroup/connect4")
