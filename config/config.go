@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -27,7 +28,31 @@ const DefaultPath = "/etc/pentad/pentad.yaml"
 type Config struct {
 	Services []*service.Service // in the order of the file
 	Scope    Scope
+	Source   Source
 	API      API
+}
+
+// Source says where services come from besides the file.
+type Source struct {
+	Kubernetes *Kubernetes // nil: from no cluster
+}
+
+// Kubernetes says how this host is a node of a cluster.
+type Kubernetes struct {
+	Kubeconfig        string         // path; empty: the service account of the pod that this is
+	Node              string         // empty: the environment's NODE_NAME, else the host name
+	NodePortAddresses []netip.Prefix // empty: those that the Node says it has
+	AllowExternalIPs  []netip.Prefix // externalIPs that processes on the nodes are led to, too
+	Health            netip.AddrPort // of /healthz and /livez
+}
+
+// Equal reports whether both mean the same.
+func (k *Kubernetes) Equal(o *Kubernetes) bool {
+	if k == nil || o == nil {
+		return k == o
+	}
+	return k.Kubeconfig == o.Kubeconfig && k.Node == o.Node && k.Health == o.Health &&
+		slices.Equal(k.NodePortAddresses, o.NodePortAddresses) && slices.Equal(k.AllowExternalIPs, o.AllowExternalIPs)
 }
 
 // Scope says whose connections are translated.
@@ -86,7 +111,10 @@ func Parse(name string, data []byte) (*Config, error) {
 		Scope: Scope{Cgroup: "/"},
 		API:   API{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
 	}
-	fileSchema.decode(d, root, c)
+	seen := fileSchema.decode(d, root, c)
+	if seen != nil && seen["services"] == nil && seen["source"] == nil {
+		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
+	}
 	d.checkUnique(c.Services)
 	if err := d.failed(); err != nil {
 		return nil, err

@@ -238,6 +238,25 @@ func (d *decoder) word(n *yaml.Node, words ...string) (int, bool) {
 	return i, true
 }
 
+// prefixes reads a list of address prefixes.
+func (d *decoder) prefixes(n *yaml.Node) []netip.Prefix {
+	const want = "a prefix such as 192.0.2.0/24 or 2001:db8::/32"
+	var all []netip.Prefix
+	d.list(n, "a list of prefixes, such as [192.0.2.0/24]", func(e *yaml.Node) {
+		text, ok := d.text(e, want)
+		if !ok {
+			return
+		}
+		p, err := netip.ParsePrefix(text)
+		if err != nil || p.Masked() != p {
+			d.errorf(e, "want %s, without bits behind its length, found %q", want, text)
+			return
+		}
+		all = append(all, p)
+	})
+	return all
+}
+
 // address reads ADDRESS:PORT that a connection can go to.
 func (d *decoder) address(n *yaml.Node, text, what string) (netip.AddrPort, bool) {
 	ap, err := netip.ParseAddrPort(text)

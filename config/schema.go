@@ -1,6 +1,7 @@
 package config
 
 import (
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -30,7 +31,7 @@ const (
 var fileSchema = schema[Config]{what: "the file", fields: []field[Config]{
 	{
 		key: "services", kind: "list of services",
-		doc: "The services of this host. Required, may be `[]`.", required: true,
+		doc: "The services of this host. May be `[]`, and may be missing where there is a `source`.",
 		set: func(d *decoder, n *yaml.Node, to *Config) {
 			d.at = make(map[*service.Service]*origin, len(n.Content))
 			to.Services = make([]*service.Service, 0, len(n.Content))
@@ -43,6 +44,11 @@ var fileSchema = schema[Config]{what: "the file", fields: []field[Config]{
 		key: "scope", kind: "mapping",
 		doc: "Whose connections are translated.",
 		set: func(d *decoder, n *yaml.Node, to *Config) { scopeSchema.decode(d, n, &to.Scope) },
+	},
+	{
+		key: "source", kind: "mapping",
+		doc: "Where services come from besides this file. A change takes effect when the agent restarts.",
+		set: func(d *decoder, n *yaml.Node, to *Config) { sourceSchema.decode(d, n, &to.Source) },
 	},
 	{
 		key: "api", kind: "mapping",
@@ -63,6 +69,66 @@ var scopeSchema = schema[Scope]{what: "scope", fields: []field[Scope]{
 				return
 			}
 			to.Cgroup = v
+		},
+	},
+}}
+
+var sourceSchema = schema[Source]{what: "source", fields: []field[Source]{
+	{
+		key: "kubernetes", kind: "mapping",
+		doc: "This host is a node of a Kubernetes cluster and serves all its Services, to its processes and pods and to what arrives " +
+			"from outside. `{}` is enough in a pod.", required: true,
+		set: func(d *decoder, n *yaml.Node, to *Source) {
+			to.Kubernetes = &Kubernetes{Health: netip.MustParseAddrPort(defaultNodeHealth)}
+			kubernetesSchema.decode(d, n, to.Kubernetes)
+		},
+	},
+}}
+
+// defaultNodeHealth is where cloud load balancers look, because it is where
+// kube-proxy answers (its --healthz-bind-address).
+const defaultNodeHealth = "0.0.0.0:10256"
+
+var kubernetesSchema = schema[Kubernetes]{what: "kubernetes", fields: []field[Kubernetes]{
+	{
+		key: "kubeconfig", kind: "path",
+		doc: "How to reach the API server; without it the service account of the pod that pentad runs in.",
+		set: func(d *decoder, n *yaml.Node, to *Kubernetes) {
+			to.Kubeconfig, _ = d.text(n, "the path of a kubeconfig")
+		},
+	},
+	{
+		key: "node", kind: "name",
+		doc: "The name of this host's Node; the environment variable NODE_NAME, else the host name, by default.",
+		set: func(d *decoder, n *yaml.Node, to *Kubernetes) { to.Node, _ = d.text(n, "the name of a Node") },
+	},
+	{
+		key: "nodePortAddresses", kind: "list of prefixes",
+		doc: "NodePorts are served at the addresses of this host that lie in these prefixes, such as `[10.0.0.0/8]`; `[0.0.0.0/0, \"::/0\"]` is " +
+			"all. Without it at the addresses that the Node says it has. Processes of the host itself reach them at the loopback, too.",
+		set: func(d *decoder, n *yaml.Node, to *Kubernetes) { to.NodePortAddresses = d.prefixes(n) },
+	},
+	{
+		key: "allowExternalIPs", kind: "list of prefixes",
+		doc: "externalIPs in these prefixes are served like any address of a Service. Others are served to the outside only and never where they " +
+			"are an address of a node: whoever may write a Service could draw connections of others to himself (CVE-2020-8554).",
+		set: func(d *decoder, n *yaml.Node, to *Kubernetes) { to.AllowExternalIPs = d.prefixes(n) },
+	},
+	{
+		key: "health", kind: "ADDRESS:PORT", fallback: defaultNodeHealth,
+		doc: "Address of `/healthz` and `/livez`, by which load balancers of clouds judge the node. The default is kube-proxy's.",
+		set: func(d *decoder, n *yaml.Node, to *Kubernetes) {
+			const want = "an address such as " + defaultNodeHealth
+			v, ok := d.text(n, want)
+			if !ok {
+				return
+			}
+			at, err := netip.ParseAddrPort(v)
+			if err != nil || at.Port() == 0 {
+				d.errorf(n, "want %s, found %q", want, v)
+				return
+			}
+			to.Health = at
 		},
 	},
 }}
@@ -679,6 +745,8 @@ func Keys() []Key {
 		"services[].backends":  backendSchema.describe,
 		"services[].health":    healthSchema.describe,
 		"scope":                scopeSchema.describe,
+		"source":               sourceSchema.describe,
+		"source.kubernetes":    kubernetesSchema.describe,
 		"api":                  apiSchema.describe,
 	}
 	for i := 0; i < len(keys); i++ {
