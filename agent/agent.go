@@ -24,9 +24,11 @@ import (
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 	"github.com/pentad/pentad/source/file"
+	"github.com/pentad/pentad/source/kube"
 )
 
 // Options say what an agent runs on.
@@ -67,6 +69,7 @@ type Agent struct {
 	plane   plane
 	socket  *socket.Plane
 	monitor *health.Monitor
+	cluster *cluster // nil: no node of a cluster
 	started time.Time
 
 	updates chan file.Update
@@ -86,6 +89,8 @@ type Agent struct {
 	loaded   time.Time
 	invalid  error // why the newest file is not in force
 	failed   error // why the newest snapshot is not, or not all, in the kernel
+	inKernel bool  // every plane is there, as far as is known
+	applied  time.Time
 }
 
 // state is what is known of a backend beyond its configuration.
@@ -130,6 +135,9 @@ func Run(ctx context.Context, opts Options) error {
 		updates: make(chan file.Update), changes: make(chan []health.Change), drains: make(chan drain),
 		drainOver: time.NewTimer(time.Hour), state: make(map[health.Key]state), monitored: &service.Snapshot{}, snapshot: &service.Snapshot{},
 	}
+	if a.cluster, err = newCluster(first.Source.Kubernetes, opts.Log, a.nodeState); err != nil {
+		return err
+	}
 	return a.run(ctx, source, first)
 }
 
@@ -164,12 +172,19 @@ func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Conf
 	a.prune()
 	a.follow(known)
 	tasks.Go(func() { a.monitor.Run(ctx) })
-	failed := make(chan error, 1)
+	failed := make(chan error, 2)
 	tasks.Go(func() {
 		if err := source.Run(ctx, func(u file.Update) { send(ctx, a.updates, u) }); err != nil {
 			failed <- err
 		}
 	})
+	if a.cluster != nil {
+		tasks.Go(func() {
+			if err := a.cluster.run(ctx); err != nil {
+				failed <- err
+			}
+		})
+	}
 	giveBack()
 	return a.loop(ctx, failed)
 }
@@ -227,6 +242,14 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
 	wait := retryFirst
+	var ofCluster <-chan kube.Update
+	table := time.NewTicker(natEvery)
+	defer table.Stop()
+	if a.cluster != nil {
+		ofCluster = a.cluster.updates
+	} else {
+		table.Stop()
+	}
 	for {
 		var err error
 		select {
@@ -237,6 +260,8 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			return err
 		case u := <-a.updates:
 			err = a.take(ctx, u)
+		case u := <-ofCluster:
+			err = a.takeCluster(ctx, u)
 		case c := <-a.changes:
 			a.note(c)
 			err = a.apply(ctx)
@@ -253,8 +278,16 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 				continue
 			}
 			a.log.Warn("somebody has removed hooks or pins; they are put back")
+			a.setInKernel(false)
 			err = a.apply(ctx)
 			a.plane.CountBack(ctx, true)
+		case <-table.C:
+			if !a.cluster.known || a.failed != nil && !isPartial(a.failed) || a.cluster.nat.Check() {
+				continue
+			}
+			a.log.Warn("somebody has changed the table for packets from elsewhere; it is put back", "table", nat.TableName)
+			a.setInKernel(false)
+			err = a.apply(ctx)
 		case <-udp.C:
 			a.plane.CountBack(ctx, false)
 			continue
@@ -264,6 +297,9 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			err = a.apply(ctx)
 		case <-verify.C:
 			a.plane.Verify()
+			if a.cluster != nil {
+				a.cluster.nat.Verify()
+			}
 			err = a.apply(ctx)
 			a.plane.CountBack(ctx, true)
 			giveBack()
@@ -318,6 +354,9 @@ func (a *Agent) take(ctx context.Context, u file.Update) error {
 	if u.Config.API != a.config.API {
 		a.log.Warn("api.listen changes when the agent restarts", "source", "file")
 	}
+	if !u.Config.Source.Kubernetes.Equal(a.config.Source.Kubernetes) {
+		a.log.Warn("source.kubernetes changes when the agent restarts", "source", "file")
+	}
 	u.Config.Services = keep(a.config.Services, u.Config.Services)
 	a.use(u.Config)
 	a.mu.Lock()
@@ -332,11 +371,25 @@ func (a *Agent) take(ctx context.Context, u file.Update) error {
 // use makes a configuration the one to apply.
 func (a *Agent) use(c *config.Config) {
 	a.config = c
-	vips := make(map[netip.AddrPort]bool, len(c.Services))
-	for _, s := range c.Services {
-		for _, l := range s.Listeners {
-			if l.Protocol == service.TCP {
-				vips[l.Address] = true
+	if a.cluster != nil {
+		a.mu.Lock()
+		a.cluster.merge(c.Services)
+		a.mu.Unlock()
+	}
+	a.noteVIPs()
+}
+
+// noteVIPs finds out which addresses are VIPs now: a probe of one of them must not
+// be translated.
+func (a *Agent) noteVIPs() {
+	services, _ := a.desired()
+	vips := make(map[netip.AddrPort]bool)
+	if slices.ContainsFunc(services, func(s *service.Service) bool { return s.Health.Probe != service.ProbeNone }) {
+		for _, s := range services {
+			for _, l := range s.Listeners {
+				if l.Protocol == service.TCP {
+					vips[l.Address] = true
+				}
 			}
 		}
 	}
@@ -432,11 +485,21 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 // apply makes the next snapshot and has it installed.
 func (a *Agent) apply(ctx context.Context) error {
 	last := a.snapshot
-	next := last.Next(a.config.Scope.Cgroup, a.overlay(a.config.Services))
+	services, partial := a.desired()
+	next := last.Next(a.config.Scope.Cgroup, a.overlay(services))
+	if a.cluster != nil {
+		next = next.With(a.cluster.latest.Guests, partial)
+	}
 	began := time.Now()
-	err := a.plane.Apply(ctx, next)
+	err := a.applyPlanes(ctx, next)
 	a.mu.Lock()
 	a.snapshot, a.failed = next, err
+	a.inKernel = a.inKernel || !partial
+	if err != nil && !isPartial(err) {
+		a.inKernel = false
+	} else {
+		a.applied = time.Now()
+	}
 	a.mu.Unlock()
 	if err != nil && !isPartial(err) {
 		return err
@@ -452,6 +515,27 @@ func (a *Agent) apply(ctx context.Context) error {
 		a.log.Error("some services did not fit", "error", err)
 	}
 	return err
+}
+
+// applyPlanes has every plane install a snapshot. Each is tried, whatever becomes
+// of the others.
+func (a *Agent) applyPlanes(ctx context.Context, snap *service.Snapshot) error {
+	err := a.plane.Apply(ctx, snap)
+	if a.cluster == nil {
+		return err
+	}
+	natErr := a.cluster.nat.Apply(ctx, snap)
+	if natErr != nil && isPartial(err) {
+		// What did not fit can wait; what failed is tried again at once.
+		return fmt.Errorf("%w; %v", natErr, err)
+	}
+	return errors.Join(err, natErr)
+}
+
+func (a *Agent) setInKernel(is bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.inKernel = is
 }
 
 // overlay puts the state of backends over configured services. Services without
@@ -545,6 +629,9 @@ func missing(old, other *service.Service) []health.Key {
 
 // prune forgets the state of backends that are not in the configuration.
 func (a *Agent) prune() {
+	if a.snapshot.Partial {
+		return
+	}
 	for k := range a.state {
 		s := a.snapshot.Find(k.Service)
 		if s == nil || !slices.ContainsFunc(s.Backends, func(b service.Backend) bool { return b.Address == k.Address }) {
@@ -598,6 +685,7 @@ func (a *Agent) Status() api.Status {
 		s.Config.Error = a.invalid.Error()
 		s.Problems = append(s.Problems, "the configuration file is not valid and not in force: "+a.invalid.Error())
 	}
+	s.Problems = append(s.Problems, a.clusterProblems()...)
 	if a.failed != nil {
 		s.Problems = append(s.Problems, "not everything is in the kernel: "+a.failed.Error())
 	}

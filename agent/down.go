@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 )
 
@@ -21,7 +22,7 @@ const downPatience = 5 * time.Second
 // running agent is ended first, because it would put everything back.
 func Down(ctx context.Context, pins, runDir string) error {
 	if _, err := os.Stat(pins); errors.Is(err, fs.ErrNotExist) {
-		return removeRunDir(runDir)
+		return errors.Join(nat.Remove(), removeRunDir(runDir))
 	}
 	lock, err := socket.Lock(pins)
 	var held *socket.LockedError
@@ -32,7 +33,7 @@ func Down(ctx context.Context, pins, runDir string) error {
 		return err
 	}
 	defer lock.Close()
-	return errors.Join(socket.Remove(pins), removeRunDir(runDir))
+	return errors.Join(socket.Remove(pins), nat.Remove(), removeRunDir(runDir))
 }
 
 // evict ends the agent that holds the lock and takes the lock.

@@ -242,6 +242,10 @@ type Service struct {
 	Silent         bool // no flow events
 	// Sources are who may reach the guarded listeners from outside this host.
 	Sources []netip.Prefix // sorted
+
+	// Elsewhere says that other hosts have backends: packets that find none
+	// here are dropped, not refused, so that their sender looks elsewhere.
+	Elsewhere bool
 }
 
 // MaxName bounds the name of a service, in bytes: NAMESPACE/NAME:PORT of
@@ -358,7 +362,7 @@ type Health struct {
 func (s *Service) Equal(o *Service) bool {
 	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&
 		s.Health == o.Health && s.Keepalive == o.Keepalive && s.Breaker == o.Breaker &&
-		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Silent == o.Silent &&
+		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Silent == o.Silent && s.Elsewhere == o.Elsewhere &&
 		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends) && slices.Equal(s.Sources, o.Sources)
 }
 
@@ -418,6 +422,10 @@ type Snapshot struct {
 	Cgroup   string     // the cgroup (v2) whose processes see the services, "/" for all
 	Services []*Service // sorted by name, names are unique
 
+	// Guests are the addresses of what runs on this host with an address of its
+	// own: what they are sent passes here. Sorted.
+	Guests []netip.Prefix
+
 	// Partial says that a source has not told yet what it has: what the kernel
 	// has beyond Services stays.
 	Partial bool
@@ -425,11 +433,13 @@ type Snapshot struct {
 
 // Next returns the snapshot that follows s when the services are those given,
 // which need not be sorted. Services that equal their predecessors keep the
-// pointer. When nothing changed at all it returns s itself. It is not partial.
+// pointer. When nothing changed at all it returns s itself.
 func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
-	next := &Snapshot{Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services)}
+	next := &Snapshot{
+		Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services), Guests: s.Guests, Partial: s.Partial,
+	}
 	slices.SortFunc(next.Services, byName)
-	same := cgroup == s.Cgroup && !s.Partial && len(next.Services) == len(s.Services)
+	same := cgroup == s.Cgroup && len(next.Services) == len(s.Services)
 	i := 0
 	for j, n := range next.Services {
 		for i < len(s.Services) && s.Services[i].Name < n.Name {
@@ -445,6 +455,18 @@ func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
 		return s
 	}
 	return next
+}
+
+// With returns a snapshot that differs from s in its guests and in whether it is
+// partial; s itself when it does not.
+func (s *Snapshot) With(guests []netip.Prefix, partial bool) *Snapshot {
+	if partial == s.Partial && slices.Equal(guests, s.Guests) {
+		return s
+	}
+	next := *s
+	next.Revision++
+	next.Guests, next.Partial = guests, partial
+	return &next
 }
 
 // Find returns the service of that name, or nil.

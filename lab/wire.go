@@ -1,0 +1,97 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync/atomic"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// wires numbers the interfaces of cables.
+var wires atomic.Uint32
+
+// Wire lays a cable between two hosts. Each end gets a name that is unique among
+// all cables, and the addresses given, such as "192.0.2.1/24".
+func Wire(a *Host, addressesA []string, b *Host, addressesB []string) (nameA, nameB string, err error) {
+	n := wires.Add(1)
+	nameA, nameB = fmt.Sprintf("wire%da", n), fmt.Sprintf("wire%db", n)
+	// Made in the first namespace: nothing of it is ever seen in the machine's own.
+	veth := &netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: nameA}, PeerName: nameB, PeerNamespace: netlink.NsFd(b.ns),
+	}
+	if err := a.handle.LinkAdd(veth); err != nil {
+		return "", "", fmt.Errorf("cable: %w", err)
+	}
+	if err := a.plug(nameA, addressesA); err != nil {
+		return "", "", err
+	}
+	return nameA, nameB, b.plug(nameB, addressesB)
+}
+
+func (h *Host) plug(name string, addresses []string) error {
+	l, err := h.handle.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("cable: %w", err)
+	}
+	for _, text := range addresses {
+		a, err := netlink.ParseAddr(text)
+		if err != nil {
+			return err
+		}
+		a.Flags = unix.IFA_F_NODAD
+		if err := h.handle.AddrAdd(l, a); err != nil {
+			return fmt.Errorf("address %s: %w", text, err)
+		}
+	}
+	// Link-local addresses, too, are usable at once.
+	if err := h.sysctl("net/ipv6/conf/"+name+"/accept_dad", "0"); err != nil {
+		return err
+	}
+	return h.handle.LinkSetUp(l)
+}
+
+// sysctl sets a parameter of the host's network, such as "net/ipv4/ip_forward".
+func (h *Host) sysctl(name, value string) error {
+	return h.Do(func() error {
+		// /proc/sys/net shows the namespace of the thread that opens it.
+		return os.WriteFile("/proc/sys/"+name, []byte(value), 0)
+	})
+}
+
+// Route sends what goes to a prefix, such as "10.96.0.0/12" or "0.0.0.0/0", by way
+// of a neighbour.
+func (h *Host) Route(prefix, via string) error {
+	_, to, err := net.ParseCIDR(prefix)
+	if err != nil {
+		return err
+	}
+	if err := h.handle.RouteAdd(&netlink.Route{Dst: to, Gw: net.ParseIP(via)}); err != nil {
+		return fmt.Errorf("route %s by %s: %w", prefix, via, err)
+	}
+	return nil
+}
+
+// RouteDevice sends what goes to a prefix out of an interface.
+func (h *Host) RouteDevice(prefix, device string) error {
+	_, to, err := net.ParseCIDR(prefix)
+	if err != nil {
+		return err
+	}
+	l, err := h.handle.LinkByName(device)
+	if err != nil {
+		return err
+	}
+	if err := h.handle.RouteAdd(&netlink.Route{Dst: to, LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK}); err != nil {
+		return fmt.Errorf("route %s by %s: %w", prefix, device, err)
+	}
+	return nil
+}
+
+// Forward makes the host pass packets on, as a router or a node does.
+func (h *Host) Forward() error {
+	return errors.Join(h.sysctl("net/ipv4/ip_forward", "1"), h.sysctl("net/ipv6/conf/all/forwarding", "1"))
+}

@@ -1,0 +1,186 @@
+// Package nodehealth answers load balancers that ask whether they may send traffic
+// to this node: for the node as a whole at /healthz and /livez, and for each
+// Service with externalTrafficPolicy Local at its healthCheckNodePort.
+//
+// Paths, codes, fields and headers are those of kube-proxy, because clouds have
+// them hard-wired (KEP-3836, KEP-3458 and the reference of kube-proxy).
+package nodehealth
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// Check is one Service that has a port to be asked at.
+type Check struct {
+	Port      uint16
+	Namespace string
+	Name      string
+	Endpoints int // ready ones on this node
+}
+
+// State is what the node says of itself.
+type State struct {
+	Healthy bool      // services are in the kernel
+	Leaving bool      // no new connections should be sent here
+	Updated time.Time // when services were last made what they should be
+}
+
+// Server answers for one node.
+type Server struct {
+	log   *slog.Logger
+	state func() State
+
+	mu     sync.Mutex
+	checks map[uint16]*check
+}
+
+// check is one port that is asked.
+type check struct {
+	Check
+	server *http.Server
+}
+
+// New returns a server that asks state for each answer.
+func New(state func() State, log *slog.Logger) *Server {
+	return &Server{log: log, state: state, checks: make(map[uint16]*check)}
+}
+
+// Run serves /healthz and /livez until the context ends. Services are worth more
+// than being asked about them: an address that cannot be used is logged and tried
+// again.
+func (s *Server) Run(ctx context.Context, at netip.AddrPort) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
+		st := s.state()
+		s.answer(w, st, st.Healthy && !st.Leaving)
+	})
+	mux.HandleFunc("/livez", func(w http.ResponseWriter, _ *http.Request) {
+		st := s.state()
+		s.answer(w, st, st.Healthy)
+	})
+	srv := newServer(mux)
+	defer s.closeAll()
+	go func() {
+		<-ctx.Done()
+		srv.Close()
+	}()
+	for said := false; ctx.Err() == nil; said = true {
+		l, err := net.Listen("tcp", at.String())
+		if err == nil {
+			if err = srv.Serve(l); errors.Is(err, http.ErrServerClosed) {
+				return
+			}
+		}
+		if !said {
+			s.log.Error("load balancers cannot ask for the health of this node: the address of source.kubernetes.health cannot be used", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func newServer(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute}
+}
+
+func (s *Server) answer(w http.ResponseWriter, st State, good bool) {
+	reply(w, good, struct {
+		LastUpdated  time.Time `json:"lastUpdated"`
+		CurrentTime  time.Time `json:"currentTime"`
+		NodeEligible bool      `json:"nodeEligible"`
+	}{st.Updated.UTC(), time.Now().UTC(), !st.Leaving})
+}
+
+func reply(w http.ResponseWriter, good bool, body any) {
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("X-Content-Type-Options", "nosniff")
+	if !good {
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}
+	// Who asks may have gone.
+	_ = json.NewEncoder(w).Encode(body)
+}
+
+// Set replaces the checks. Ports of checks that are gone are closed; one that
+// cannot be opened is returned by its Service, and tried again with the next Set.
+func (s *Server) Set(checks []Check) map[Check]error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	wanted := make(map[uint16]bool, len(checks))
+	failed := make(map[Check]error)
+	for _, c := range checks {
+		if wanted[c.Port] {
+			failed[c] = errors.New("another Service has the same healthCheckNodePort")
+			continue
+		}
+		wanted[c.Port] = true
+		if have := s.checks[c.Port]; have != nil {
+			have.Check = c
+			continue
+		}
+		if err := s.open(c); err != nil {
+			failed[c] = err
+		}
+	}
+	for port, c := range s.checks {
+		if !wanted[port] {
+			c.server.Close()
+			delete(s.checks, port)
+		}
+	}
+	return failed
+}
+
+func (s *Server) open(c Check) error {
+	l, err := net.Listen("tcp", ":"+strconv.Itoa(int(c.Port)))
+	if err != nil {
+		return err
+	}
+	srv := newServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { s.answerCheck(w, c.Port) }))
+	s.checks[c.Port] = &check{c, srv}
+	// It ends when it is closed.
+	go func() { _ = srv.Serve(l) }()
+	return nil
+}
+
+func (s *Server) answerCheck(w http.ResponseWriter, port uint16) {
+	s.mu.Lock()
+	have := s.checks[port]
+	var c Check
+	if have != nil {
+		c = have.Check
+	}
+	s.mu.Unlock()
+	st := s.state()
+	type name struct {
+		Namespace string `json:"namespace"`
+		Name      string `json:"name"`
+	}
+	w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.Itoa(c.Endpoints))
+	reply(w, st.Healthy && c.Endpoints > 0, struct {
+		Service             name `json:"service"`
+		LocalEndpoints      int  `json:"localEndpoints"`
+		ServiceProxyHealthy bool `json:"serviceProxyHealthy"`
+	}{name{c.Namespace, c.Name}, c.Endpoints, st.Healthy})
+}
+
+func (s *Server) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for port, c := range s.checks {
+		c.server.Close()
+		delete(s.checks, port)
+	}
+}

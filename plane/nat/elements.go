@@ -1,0 +1,328 @@
+package nat
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/pentad/pentad/service"
+)
+
+// set names one set or map of the table, for one family.
+type set struct {
+	name setName
+	v4   bool
+}
+
+type setName uint8
+
+// The sets and maps. Keys and data are concatenations of fields of four bytes or
+// sixteen; a listener is address, protocol and port.
+const (
+	setServices setName = iota // listener -> verdict, for packets from elsewhere
+	setGuestsTo                // listener -> verdict, for packets of guests
+	setSlots                   // listener and slot -> backend
+	setAlive                   // listener and backend, of services with affinity
+	setSources                 // listener and ranges of addresses: who may come
+	setLocal                   // addresses of backends on this host
+	setHairpin                 // the same address twice, of backends on this host
+	setGuests                  // ranges of addresses of guests
+	setAffinity                // client and listener -> backend, written by the kernel
+	setNameEnd
+)
+
+// element is one element of a set or map, as the kernel holds it.
+type element struct {
+	in   set
+	key  string
+	data string // of maps; the name of a chain where the map is of verdicts
+}
+
+// guestSlots is added to slots that guests choose from where they have other
+// backends than the world.
+const guestSlots = 1 << 16
+
+// maxSlots bounds the slots of a service whose backends have unequal weights.
+const maxSlots = 256
+
+// chain describes a chain that leads to a backend: what its name says.
+type chain struct {
+	v4       bool
+	guests   bool // slots from guestSlots on
+	slots    int
+	affinity time.Duration
+	guarded  bool
+}
+
+// name is unique for what the chain does.
+func (c chain) name() string {
+	name := fmt.Sprintf("backend%d-%d", family(c.v4), c.slots)
+	if c.guests {
+		name += "-guests"
+	}
+	if c.affinity > 0 {
+		name += fmt.Sprintf("-affinity-%d", c.affinity/time.Second)
+	}
+	if c.guarded {
+		name += "-guarded"
+	}
+	return name
+}
+
+// The chains for services without a backend.
+const (
+	chainRefuse = "refuse"
+	chainDrop   = "drop"
+)
+
+func family(v4 bool) int {
+	if v4 {
+		return 4
+	}
+	return 6
+}
+
+// elementsOf is all that a service puts into the sets, except what concerns its
+// backends' addresses alone. It is pure. chains gets the chains that it needs.
+func elementsOf(s *service.Service, chains map[string]chain) []element {
+	var all []element
+	slots := [2][]netip.AddrPort{slotsOf(s, false), slotsOf(s, true)}
+	for _, l := range s.Listeners {
+		world, guests := l.From.Has(service.FromWorld), l.From.Has(service.FromGuests)
+		if !world && !guests {
+			continue
+		}
+		v4 := l.Address.Addr().Is4()
+		at := slots[index(v4)]
+		key := listenerKey(l)
+		c := chain{v4: v4, guests: !world, slots: len(at), affinity: s.Affinity, guarded: l.Guarded}
+		verdict := c.name()
+		switch {
+		case len(at) > 0:
+			chains[verdict] = c
+		case s.Elsewhere:
+			verdict = chainDrop
+		default:
+			verdict = chainRefuse
+		}
+		if world {
+			all = append(all, element{set{setServices, v4}, key, verdict})
+		}
+		if guests {
+			all = append(all, element{set{setGuestsTo, v4}, key, verdict})
+		}
+		first := uint32(0)
+		if c.guests {
+			first = guestSlots
+		}
+		for i, b := range at {
+			all = append(all, element{set{setSlots, v4}, key + native(first+uint32(i)), target(b)})
+		}
+		if s.Affinity > 0 {
+			for _, b := range unique(at) {
+				all = append(all, element{set{setAlive, v4}, key + target(b), ""})
+			}
+		}
+		if l.Guarded {
+			all = appendSources(all, key, s.Sources, v4)
+		}
+	}
+	return all
+}
+
+func appendSources(all []element, key string, sources []netip.Prefix, v4 bool) []element {
+	for _, p := range merged(sources, v4) {
+		first, last := bounds(p)
+		all = append(all, element{set{setSources, v4}, key + first + key + last, ""})
+	}
+	return all
+}
+
+// merged returns the prefixes of a family without those that lie in others: an
+// interval set holds no two that overlap.
+func merged(sources []netip.Prefix, v4 bool) []netip.Prefix {
+	var all []netip.Prefix
+	for _, p := range sources {
+		if p.Addr().Is4() == v4 && !slices.ContainsFunc(all, func(o netip.Prefix) bool { return o.Contains(p.Addr()) }) {
+			all = append(all, p) // sorted: a wider one that begins here comes first
+		}
+	}
+	return all
+}
+
+// bounds returns the first and the last address of a prefix.
+func bounds(p netip.Prefix) (first, last string) {
+	low := p.Masked().Addr().AsSlice()
+	high := slices.Clone(low)
+	for i := p.Bits(); i < len(high)*8; i++ {
+		high[i/8] |= 0x80 >> (i % 8)
+	}
+	return string(low), string(high)
+}
+
+func index(v4 bool) int {
+	if v4 {
+		return 1
+	}
+	return 0
+}
+
+// slotsOf returns the backends of the group that serves, each as often as its
+// weight says: a slot drawn by lot is a backend drawn by weight.
+func slotsOf(s *service.Service, v4 bool) []netip.AddrPort {
+	group, ok := s.ServingGroup(v4)
+	if !ok {
+		return nil
+	}
+	var serving []service.Backend
+	even := true
+	for _, b := range s.Backends {
+		if b.Address.Addr().Is4() == v4 && b.Usable() && b.Group == group {
+			even = even && (len(serving) == 0 || serving[0].Weight == b.Weight)
+			serving = append(serving, b)
+		}
+	}
+	counts := make([]int, len(serving))
+	for i := range counts {
+		counts[i] = 1
+	}
+	if !even {
+		counts = apportion(serving)
+	}
+	var slots []netip.AddrPort
+	for i, b := range serving {
+		for range counts[i] {
+			slots = append(slots, b.Address)
+		}
+	}
+	return slots
+}
+
+// apportion divides slots by weight with the method of largest remainders; every
+// backend has one at least.
+func apportion(serving []service.Backend) []int {
+	total, divisor := 0, 0
+	for _, b := range serving {
+		total += int(b.Weight)
+		divisor = gcd(divisor, int(b.Weight))
+	}
+	slots := max(min(total/divisor, maxSlots), len(serving))
+	counts := make([]int, len(serving))
+	order := make([]int, len(serving))
+	left := slots
+	for i, b := range serving {
+		counts[i] = max(1, slots*int(b.Weight)/total)
+		left -= counts[i]
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(a, b int) int {
+		return cmp.Compare(slots*int(serving[b].Weight)%total, slots*int(serving[a].Weight)%total)
+	})
+	for i := 0; left > 0; i, left = i+1, left-1 {
+		counts[order[i%len(order)]]++
+	}
+	return counts
+}
+
+func gcd(a, b int) int {
+	for b != 0 {
+		a, b = b, a%b
+	}
+	return a
+}
+
+// unique returns the backends of slots, each once; equal ones stand together.
+func unique(slots []netip.AddrPort) []netip.AddrPort { return slices.Compact(slices.Clone(slots)) }
+
+// listenerKey is a listener as three fields.
+func listenerKey(l service.Listener) string {
+	return string(l.Address.Addr().AsSlice()) + string([]byte{byte(l.Protocol), 0, 0, 0}) + port(l.Address.Port())
+}
+
+// target is the address of a backend as two fields.
+func target(b netip.AddrPort) string { return string(b.Addr().AsSlice()) + port(b.Port()) }
+
+// port is in network byte order, padded to a field.
+func port(p uint16) string { return string([]byte{byte(p >> 8), byte(p), 0, 0}) }
+
+// native is a number as a register holds it.
+func native(n uint32) string { return string(binary.NativeEndian.AppendUint32(nil, n)) }
+
+// splitListener and splitTarget are the way back.
+func splitListener(key string, v4 bool) (l service.Listener, rest string) {
+	n := addressLength(v4)
+	addr, _ := netip.AddrFromSlice([]byte(key[:n]))
+	l.Protocol = service.Protocol(key[n])
+	l.Address = netip.AddrPortFrom(addr, uint16(key[n+4])<<8|uint16(key[n+5]))
+	return l, key[n+8:]
+}
+
+func splitTarget(data string, v4 bool) netip.AddrPort {
+	n := addressLength(v4)
+	addr, _ := netip.AddrFromSlice([]byte(data[:n]))
+	return netip.AddrPortFrom(addr, uint16(data[n])<<8|uint16(data[n+1]))
+}
+
+func addressLength(v4 bool) int {
+	if v4 {
+		return 4
+	}
+	return 16
+}
+
+// change is what has to be removed from the kernel and what added, in this order.
+type change struct {
+	remove, add []element
+}
+
+func (c *change) empty() bool { return len(c.remove)+len(c.add) == 0 }
+
+// differ adds what makes one list of elements the other.
+func (c *change) differ(have, want []element) {
+	type place struct {
+		in  set
+		key string
+	}
+	old := make(map[place]string, len(have))
+	for _, e := range have {
+		old[place{e.in, e.key}] = e.data
+	}
+	for _, e := range want {
+		at := place{e.in, e.key}
+		data, there := old[at]
+		delete(old, at)
+		if there && data == e.data {
+			continue
+		}
+		if there {
+			c.remove = append(c.remove, element{e.in, e.key, data})
+		}
+		c.add = append(c.add, e)
+	}
+	for _, e := range have {
+		if data, left := old[place{e.in, e.key}]; left {
+			delete(old, place{e.in, e.key})
+			c.remove = append(c.remove, element{e.in, e.key, data})
+		}
+	}
+}
+
+// settle drops what is both removed by one service and added by another.
+func (c *change) settle() {
+	if len(c.remove) == 0 || len(c.add) == 0 {
+		return
+	}
+	added := make(map[element]bool, len(c.add))
+	for _, e := range c.add {
+		added[e] = true
+	}
+	both := make(map[element]bool)
+	c.remove = slices.DeleteFunc(c.remove, func(e element) bool {
+		both[e] = added[e]
+		return added[e]
+	})
+	c.add = slices.DeleteFunc(c.add, func(e element) bool { return both[e] })
+}

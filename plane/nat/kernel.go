@@ -1,0 +1,317 @@
+package nat
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// kernel is one conversation with nf_tables.
+type kernel struct {
+	conn  *nftables.Conn
+	table *nftables.Table
+	sets  map[set]*nftables.Set
+}
+
+// bufferSize is room for the largest transaction: the kernel takes a transaction
+// in one piece (nfnetlink_rcv_batch) and answers each of its messages.
+const bufferSize = 64 << 20
+
+func dial() (*kernel, error) {
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
+		func(c *netlink.Conn) error { return c.SetWriteBuffer(bufferSize) },
+		func(c *netlink.Conn) error { return c.SetReadBuffer(bufferSize) },
+	))
+	if err != nil {
+		return nil, err
+	}
+	k := &kernel{conn: conn, table: &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}}
+	k.sets = make(map[set]*nftables.Set)
+	for _, s := range allSets() {
+		k.sets[s] = s.definition(k.table)
+	}
+	return k, nil
+}
+
+// close ends the conversation; there is nothing to be done about an error.
+func (k *kernel) close() { _ = k.conn.CloseLasting() }
+
+// found is a table that is there.
+type found struct {
+	sound  bool     // this layout, and nothing is missing
+	chains []string // of backends
+}
+
+// inspect looks at the table without its elements; nil when there is none.
+func (k *kernel) inspect() (*found, error) {
+	_, err := k.conn.ListTableOfFamily(TableName, nftables.TableFamilyINet)
+	if isMissing(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	chains, err := k.conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return nil, err
+	}
+	f := &found{sound: true}
+	there := make(map[string]*nftables.Chain)
+	for _, c := range chains {
+		if c.Table.Name == TableName {
+			there[c.Name] = c
+		}
+	}
+	for _, c := range fixedChains(k.table) {
+		f.sound = f.sound && k.whole(there[c.chain.Name], len(c.rules))
+		delete(there, c.chain.Name)
+	}
+	for name, c := range there {
+		f.chains = append(f.chains, name)
+		f.sound = f.sound && k.whole(c, rulesIn(name))
+	}
+	sets, err := k.conn.GetSets(k.table)
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[string]bool, len(sets))
+	for _, s := range sets {
+		names[s.Name] = true
+	}
+	for s := range k.sets {
+		f.sound = f.sound && names[s.String()]
+	}
+	return f, nil
+}
+
+// isMissing reports whether an error says that there is no such table, or nothing
+// in the kernel that could have one. The library has no sentinel for the first.
+func isMissing(err error) bool {
+	return err != nil && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) ||
+		strings.Contains(err.Error(), "not found"))
+}
+
+// whole reports whether a chain is there with as many rules as it should have.
+func (k *kernel) whole(c *nftables.Chain, rules int) bool {
+	if c == nil {
+		return false
+	}
+	have, err := k.conn.GetRules(k.table, c)
+	return err == nil && len(have) == rules
+}
+
+// rulesIn returns how many rules a chain of backends has, by its name.
+func rulesIn(name string) int {
+	n := 2
+	if strings.Contains(name, "-affinity-") {
+		n++
+	}
+	if strings.HasSuffix(name, "-guarded") {
+		n++
+	}
+	return n
+}
+
+// create makes the table with nothing in it, and replace the same in place of
+// what is there, as soon as the rest of the transaction is.
+func (k *kernel) create() error {
+	k.build()
+	return k.conn.Flush()
+}
+
+func (k *kernel) replace() {
+	k.conn.DelTable(k.table)
+	k.build()
+}
+
+func (k *kernel) build() {
+	k.conn.AddTable(k.table)
+	for _, s := range allSets() {
+		// What it can complain about depends on the definition alone.
+		_ = k.conn.AddSet(k.sets[s], nil)
+	}
+	for _, c := range fixedChains(k.table) {
+		k.addRules(c.chain, c.rules)
+	}
+}
+
+func (k *kernel) addRules(c *nftables.Chain, rules [][]expr.Any) {
+	k.conn.AddChain(c)
+	for _, r := range rules {
+		k.conn.AddRule(&nftables.Rule{Table: k.table, Chain: c, Exprs: r})
+	}
+}
+
+func (k *kernel) addChain(name string, c chain) {
+	k.addRules(&nftables.Chain{Table: k.table, Name: name}, c.rules())
+}
+
+func (k *kernel) removeChain(name string) {
+	c := &nftables.Chain{Table: k.table, Name: name}
+	k.conn.FlushChain(c)
+	k.conn.DelChain(c)
+}
+
+// perMessage bounds the elements of a message: the list of them is one attribute,
+// whose length has sixteen bits (netlink(7)), and an element takes up to 150 bytes.
+const perMessage = 300
+
+func (k *kernel) add(all []element) {
+	k.each(all, func(s *nftables.Set, part []nftables.SetElement) { _ = k.conn.SetAddElements(s, part) })
+}
+
+func (k *kernel) remove(all []element) {
+	k.each(all, func(s *nftables.Set, part []nftables.SetElement) { _ = k.conn.SetDeleteElements(s, part) })
+}
+
+// each calls do for the elements of each set in parts; errors of encoding show
+// when the conversation is flushed.
+func (k *kernel) each(all []element, do func(*nftables.Set, []nftables.SetElement)) {
+	bySet := make(map[set][]element)
+	for _, e := range all {
+		bySet[e.in] = append(bySet[e.in], e)
+	}
+	for _, s := range allSets() {
+		for part := range slices.Chunk(bySet[s], perMessage) {
+			encoded := make([]nftables.SetElement, 0, len(part))
+			for _, e := range part {
+				encoded = append(encoded, e.encode()...)
+			}
+			do(k.sets[s], encoded)
+		}
+	}
+}
+
+// encode returns an element as messages have it: an interval of a plain set is
+// two, one of a concatenation has two keys.
+func (e element) encode() []nftables.SetElement {
+	key := []byte(e.key)
+	switch e.in.name {
+	case setServices, setGuestsTo:
+		return []nftables.SetElement{{Key: key, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.data}}}
+	case setSlots:
+		return []nftables.SetElement{{Key: key, Val: []byte(e.data)}}
+	case setSources:
+		half := len(key) / 2
+		return []nftables.SetElement{{Key: key[:half], KeyEnd: key[half:]}}
+	case setGuests:
+		half := len(key) / 2
+		all := []nftables.SetElement{{Key: key[:half]}}
+		if end, ok := after(key[half:]); ok {
+			all = append(all, nftables.SetElement{Key: end, IntervalEnd: true})
+		}
+		return all
+	}
+	return []nftables.SetElement{{Key: key}}
+}
+
+// after returns the next address, and false after the last one.
+func after(address []byte) ([]byte, bool) {
+	next := slices.Clone(address)
+	for i := len(next) - 1; i >= 0; i-- {
+		next[i]++
+		if next[i] != 0 {
+			return next, true
+		}
+	}
+	return nil, false
+}
+
+// before returns the address before one that is not the first.
+func before(address []byte) []byte {
+	last := slices.Clone(address)
+	for i := len(last) - 1; i >= 0; i-- {
+		last[i]--
+		if last[i] != 0xff {
+			break
+		}
+	}
+	return last
+}
+
+// elements reads what this plane has written.
+func (k *kernel) elements() ([]element, error) {
+	var all []element
+	for _, s := range allSets() {
+		if s.name == setAffinity {
+			continue
+		}
+		have, err := k.conn.GetSetElements(k.sets[s])
+		if err != nil {
+			return nil, fmt.Errorf("set %s: %w", s, err)
+		}
+		all = append(all, decode(s, have)...)
+	}
+	return all, nil
+}
+
+func decode(s set, have []nftables.SetElement) []element {
+	if s.name == setGuests {
+		return decodeIntervals(s, have)
+	}
+	all := make([]element, 0, len(have))
+	for _, h := range have {
+		e := element{in: s, key: string(h.Key) + string(h.KeyEnd), data: string(h.Val)}
+		if h.VerdictData != nil {
+			e.data = h.VerdictData.Chain
+		}
+		all = append(all, e)
+	}
+	return all
+}
+
+// decodeIntervals puts the ends of intervals to their beginnings.
+func decodeIntervals(s set, have []nftables.SetElement) []element {
+	slices.SortFunc(have, func(a, b nftables.SetElement) int { return slices.Compare(a.Key, b.Key) })
+	var all []element
+	for i, h := range have {
+		if h.IntervalEnd {
+			continue
+		}
+		last := slices.Repeat([]byte{0xff}, len(h.Key))
+		if i+1 < len(have) {
+			last = before(have[i+1].Key)
+		}
+		all = append(all, element{in: s, key: string(h.Key) + string(last)})
+	}
+	return all
+}
+
+// generation returns the number that the kernel raises with every change of the
+// rule set, whoever makes it (NFT_MSG_GETGEN).
+func generation() (uint32, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	replies, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{
+			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN),
+			Flags: netlink.Request,
+		},
+		Data: []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0}, // struct nfgenmsg
+	})
+	if err != nil {
+		return 0, fmt.Errorf("generation of the rule set: %w", err)
+	}
+	for _, r := range replies {
+		attributes, err := netlink.UnmarshalAttributes(r.Data[4:])
+		if err != nil {
+			return 0, fmt.Errorf("generation of the rule set: %w", err)
+		}
+		for _, a := range attributes {
+			if a.Type == unix.NFTA_GEN_ID && len(a.Data) == 4 {
+				return binary.BigEndian.Uint32(a.Data), nil
+			}
+		}
+	}
+	return 0, errors.New("generation of the rule set: the kernel did not tell")
+}

@@ -1,0 +1,309 @@
+// Package nat serves what arrives at this host from elsewhere, and what guests
+// without sockets of their own here send: it translates the destination of the
+// first packet of a connection with one nftables table, and the kernel's
+// connection tracking does the rest. It has one verb: Apply makes the kernel look
+// like a snapshot.
+//
+// Services are elements of maps. Rules are the same for all services with as many
+// backends, so that a change of a service is a change of elements, in one
+// transaction. Whatever is in the kernel is found by the name of the table, and
+// nothing that packets need is in this process.
+//
+// Facts come from the kernel's net/netfilter/nf_tables_api.c and nft_*.c, and from
+// nft(8).
+package nat
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/pentad/pentad/service"
+)
+
+// Plane is the nat plane of one host, which is the network namespace of this
+// process. Its methods may be called from several goroutines.
+type Plane struct {
+	log *slog.Logger
+
+	mu         sync.Mutex
+	applied    *service.Snapshot  // what is in the kernel; nil: not known
+	chains     map[string]bool    // of backends
+	local      map[netip.Addr]int // backends on this host, by how many services have them
+	generation uint32             // of the rule set when Check saw it last; 0: changed since
+}
+
+// New returns a plane that has not touched the kernel yet.
+func New(log *slog.Logger) *Plane {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Plane{log: log}
+}
+
+// Apply makes the kernel look like the snapshot. It may be called again after any
+// error. While a snapshot is partial it leaves the kernel alone.
+func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := ctx.Err(); err != nil || snap.Partial {
+		return err
+	}
+	err := p.apply(snap)
+	if err != nil {
+		p.applied = nil
+		return fmt.Errorf("table inet %s: %w", TableName, err)
+	}
+	p.applied = snap
+	return nil
+}
+
+func (p *Plane) apply(snap *service.Snapshot) error {
+	k, err := dial()
+	if err != nil {
+		return err
+	}
+	defer k.close()
+	if p.applied == nil {
+		return p.reconcile(k, snap)
+	}
+	if p.applied == snap {
+		return nil
+	}
+	var c change
+	needed := make(map[string]chain)
+	changed, removed := service.Diff(p.applied, snap)
+	for _, s := range removed {
+		p.stage(&c, s, &service.Service{}, needed)
+	}
+	for _, s := range changed {
+		before := p.applied.Find(s.Name)
+		if before == nil {
+			before = &service.Service{}
+		}
+		p.stage(&c, before, s, needed)
+	}
+	c.differ(guestElements(p.applied.Guests), guestElements(snap.Guests))
+	c.settle()
+	return p.commit(k, &c, needed)
+}
+
+// stage adds what makes one service the other.
+func (p *Plane) stage(c *change, before, after *service.Service, needed map[string]chain) {
+	c.differ(elementsOf(before, make(map[string]chain)), elementsOf(after, needed))
+	have, want := p.localElements(before, -1), p.localElements(after, 1)
+	c.remove = append(c.remove, have...)
+	c.add = append(c.add, want...)
+}
+
+// localElements counts the backends of a service that are on this host, and
+// returns the elements of those that came or went thereby.
+func (p *Plane) localElements(s *service.Service, n int) []element {
+	var all []element
+	seen := make(map[netip.Addr]bool)
+	for _, b := range s.Backends {
+		a := b.Address.Addr()
+		if !b.Local || seen[a] {
+			continue
+		}
+		seen[a] = true
+		before := p.local[a]
+		p.local[a] += n
+		if p.local[a] == 0 {
+			delete(p.local, a)
+		}
+		if min(before, p.local[a]) == 0 {
+			all = append(all, onHost(a)...)
+		}
+	}
+	return all
+}
+
+func onHost(a netip.Addr) []element {
+	raw := string(a.AsSlice())
+	return []element{{set{setLocal, a.Is4()}, raw, ""}, {set{setHairpin, a.Is4()}, raw + raw, ""}}
+}
+
+func guestElements(guests []netip.Prefix) []element {
+	var all []element
+	sorted := slices.Clone(guests)
+	slices.SortFunc(sorted, netip.Prefix.Compare)
+	for _, v4 := range []bool{true, false} {
+		for _, p := range merged(sorted, v4) {
+			first, last := bounds(p)
+			all = append(all, element{set{setGuests, v4}, first + last, ""})
+		}
+	}
+	return all
+}
+
+// reconcile reads the kernel and makes it right, whoever made it what it is.
+func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
+	p.local = make(map[netip.Addr]int)
+	p.chains = make(map[string]bool)
+	found, err := k.inspect()
+	if err != nil {
+		return err
+	}
+	needed := make(map[string]chain)
+	var want change
+	for _, s := range snap.Services {
+		p.stage(&want, &service.Service{}, s, needed)
+	}
+	want.add = append(want.add, guestElements(snap.Guests)...)
+	if found == nil {
+		if err := k.create(); err != nil {
+			return err
+		}
+		return p.commit(k, &want, needed)
+	}
+	if !found.sound {
+		p.log.Warn("the table of the nat plane is not what it should be, and is made anew", "table", TableName)
+		k.replace()
+		return p.commitAtOnce(k, &want, needed)
+	}
+	have, err := k.elements()
+	if err != nil {
+		return err
+	}
+	for _, name := range found.chains {
+		p.chains[name] = true
+	}
+	var c change
+	c.differ(have, want.add)
+	if err := p.commit(k, &c, needed); err != nil {
+		return err
+	}
+	return p.removeChains(k, needed)
+}
+
+// removeChains removes the chains to which nothing leads any more.
+func (p *Plane) removeChains(k *kernel, needed map[string]chain) error {
+	for name := range p.chains {
+		if _, used := needed[name]; !used {
+			k.removeChain(name)
+			delete(p.chains, name)
+		}
+	}
+	return p.flush(k)
+}
+
+// perTransaction bounds the elements of one transaction: a hundred thousand at
+// once would take the memory of the agent several times over.
+const perTransaction = 20_000
+
+// commit writes a change. A large one, which is a first one, is divided: what a
+// listener leads to is in the same transaction as the listener, or before.
+func (p *Plane) commit(k *kernel, c *change, needed map[string]chain) error {
+	if len(c.remove)+len(c.add) <= perTransaction {
+		return p.commitAtOnce(k, c, needed)
+	}
+	p.addChains(k, needed)
+	k.remove(c.remove)
+	if err := p.flush(k); err != nil {
+		return err
+	}
+	slices.SortStableFunc(c.add, func(a, b element) int { return order(a) - order(b) })
+	for part := range slices.Chunk(c.add, perTransaction) {
+		k.add(part)
+		if err := p.flush(k); err != nil {
+			return err
+		}
+	}
+	p.forgetStale(c)
+	return nil
+}
+
+// order puts verdicts last.
+func order(e element) int {
+	if e.in.name == setServices || e.in.name == setGuestsTo {
+		return 1
+	}
+	return 0
+}
+
+func (p *Plane) commitAtOnce(k *kernel, c *change, needed map[string]chain) error {
+	p.addChains(k, needed)
+	k.remove(c.remove)
+	k.add(c.add)
+	if err := p.flush(k); err != nil {
+		return err
+	}
+	p.forgetStale(c)
+	return nil
+}
+
+func (p *Plane) addChains(k *kernel, needed map[string]chain) {
+	for name, c := range needed {
+		if !p.chains[name] {
+			k.addChain(name, c)
+			p.chains[name] = true
+		}
+	}
+}
+
+func (p *Plane) flush(k *kernel) error {
+	// To ask for the new number would wait until the kernel has freed what was
+	// removed; the next Check looks at the table instead.
+	p.generation = 0
+	return k.conn.Flush()
+}
+
+// Check reports whether the table is still there and whole. If not, the next Apply
+// makes it so. It is cheap while nobody changes the rule set.
+func (p *Plane) Check() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.applied == nil {
+		return false
+	}
+	now, err := generation()
+	if err == nil && now == p.generation {
+		return true
+	}
+	k, err := dial()
+	if err != nil {
+		return true // it is not known to be wrong
+	}
+	defer k.close()
+	found, err := k.inspect()
+	if err != nil || found != nil && found.sound && len(found.chains) == len(p.chains) {
+		p.generation = now
+		return true
+	}
+	p.applied = nil
+	return false
+}
+
+// Verify makes the next Apply read the kernel again instead of trusting what this
+// process knows of it.
+func (p *Plane) Verify() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.applied = nil
+}
+
+// Remove takes the table out of the kernel, if there is one.
+func Remove() error {
+	k, err := dial()
+	if err != nil {
+		return err
+	}
+	defer k.close()
+	found, err := k.inspect()
+	if err != nil || found == nil {
+		return err
+	}
+	k.conn.DelTable(k.table)
+	if err := k.conn.Flush(); err != nil {
+		return fmt.Errorf("table inet %s: %w", TableName, err)
+	}
+	return nil
+}
+
+// ErrNothingInstalled says that there is no table in the kernel.
+var ErrNothingInstalled = errors.New("nothing is installed for packets from elsewhere")

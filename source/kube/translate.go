@@ -1,0 +1,312 @@
+package kube
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"unique"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/service"
+)
+
+// surroundings are what the translation of every Service depends on.
+type surroundings struct {
+	node      unique.Handle[string]
+	zone      unique.Handle[string]
+	nodePorts []netip.Addr        // where NodePorts are served
+	own       map[netip.Addr]bool // all addresses of this host
+	allowed   []netip.Prefix      // externalIPs for everybody
+}
+
+// translation is what one Service becomes on this node.
+type translation struct {
+	services []*service.Service // one for each port, two or three where policies differ
+	check    *Check
+	problems []string
+	sctp     int // ports that are not served
+}
+
+// translate is pure: the same objects give the same services, in the same order.
+func translate(s *clusterService, all []*slice, at *surroundings) translation {
+	t := translation{problems: s.problems}
+	if s.headless {
+		return t
+	}
+	for _, p := range s.ports {
+		if _, ok := protocols[p.protocol]; !ok {
+			t.sctp++
+			t.problems = append(t.problems, fmt.Sprintf(
+				"port %d/%s is not served: pentad serves TCP and UDP; reach the pods without a ClusterIP (a headless Service)", p.port, p.protocol))
+			continue
+		}
+		t.port(s, p, all, at)
+	}
+	if s.checkPort != 0 {
+		t.check = &Check{s.checkPort, s.Namespace, s.Name, localReady(all, at)}
+	}
+	return t
+}
+
+// A port of a Service may have clients that see different endpoints: those to
+// whom the policy Cluster applies, and those for whom a policy says Local. Each
+// such set is a service of its own.
+func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *surroundings) {
+	endpoints := t.endpoints(p, all)
+	base := fmt.Sprintf("%s/%s:%s", s.Namespace, s.Name, cmp.Or(p.name, strconv.Itoa(int(p.port))))
+	cluster := &service.Service{Name: base}
+	internal := &service.Service{Name: base + "/internal"}
+	external := &service.Service{Name: base + "/external", Elsewhere: len(usableAnywhere(endpoints)) > 0}
+	s.listen(p, at, cluster, internal, external, &t.problems)
+
+	chosen := inCluster(endpoints, at)
+	local := onNode(endpoints, at)
+	for _, x := range []struct {
+		to     *service.Service
+		among  []candidate
+		chosen func(candidate) bool
+	}{{cluster, endpoints, chosen}, {internal, here(endpoints, at), local}, {external, here(endpoints, at), local}} {
+		if len(x.to.Listeners) == 0 {
+			continue
+		}
+		slices.SortFunc(x.to.Listeners, service.Listener.Compare)
+		errs := config.Annotate(s.annotations, x.to)
+		if x.to == cluster || len(cluster.Listeners) == 0 {
+			for _, err := range errs {
+				t.problems = append(t.problems, err.Error()+"; the annotation is ignored")
+			}
+		}
+		x.to.Affinity, x.to.Sources = s.affinity, s.sources
+		x.to.Backends = backends(x.among, x.chosen, at)
+		t.services = append(t.services, x.to)
+	}
+}
+
+// listen adds the listeners of a port to the services whose endpoints they lead to.
+func (s *clusterService) listen(p servicePort, at *surroundings, cluster, internal, external *service.Service, problems *[]string) {
+	add := func(to *service.Service, l service.Listener, a netip.Addr, port uint16) {
+		l.Address, l.Protocol = netip.AddrPortFrom(a, port), protocols[p.protocol]
+		to.Listeners = append(to.Listeners, l)
+	}
+	// What comes from the world goes by the external policy; the sockets and
+	// guests of this node always reach the whole cluster.
+	outside := func(l service.Listener, a netip.Addr, port uint16) {
+		if !s.externalLocal {
+			add(cluster, l, a, port)
+			return
+		}
+		world := l
+		world.From &= service.FromWorld
+		if world.From != 0 {
+			add(external, world, a, port)
+		}
+		if l.From &^= service.FromWorld; l.From != 0 {
+			add(cluster, l, a, port)
+		}
+	}
+	for _, a := range s.clusterIPs {
+		if s.internalLocal {
+			add(internal, service.Listener{From: service.Anywhere}, a, p.port)
+		} else {
+			add(cluster, service.Listener{From: service.Anywhere}, a, p.port)
+		}
+	}
+	if s.nodePorts && p.nodePort != 0 {
+		for _, a := range at.nodePorts {
+			if s.has(a) {
+				outside(service.Listener{From: service.Anywhere, Held: true}, a, p.nodePort)
+			}
+		}
+		for _, a := range loopbacks {
+			if s.has(a) {
+				add(cluster, service.Listener{From: service.FromHost, Held: true}, a, p.nodePort)
+			}
+		}
+	}
+	for _, a := range s.ingress {
+		from, guarded := service.Anywhere, len(s.sources) > 0
+		if guarded {
+			// The address of a pod's socket is not known yet when it connects:
+			// its packets are looked at instead. This node's own is.
+			from = service.FromGuests | service.FromWorld
+			if at.within(s.sources, a.Is4()) {
+				from |= service.FromHost
+			}
+		}
+		outside(service.Listener{From: from, Guarded: guarded}, a, p.port)
+	}
+	for _, a := range s.externalIPs {
+		if slices.Contains(s.ingress, a) {
+			continue
+		}
+		switch {
+		case slices.ContainsFunc(at.allowed, func(r netip.Prefix) bool { return r.Contains(a) }):
+			outside(service.Listener{From: service.Anywhere}, a, p.port)
+		case at.own[a]:
+			*problems = append(*problems, fmt.Sprintf(
+				"externalIPs: %s is an address of this node and not served, because others are reached there; allow it with "+
+					"source.kubernetes.allowExternalIPs, or use a NodePort", a))
+		default:
+			outside(service.Listener{From: service.FromWorld}, a, p.port)
+		}
+	}
+}
+
+// loopbacks are where processes of the host itself reach NodePorts besides, and
+// what a server binds that wants all addresses.
+var loopbacks = []netip.Addr{
+	netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv4Unspecified(), netip.IPv6Loopback(), netip.IPv6Unspecified(),
+}
+
+func (s *clusterService) has(a netip.Addr) bool { return a.Is4() && s.v4 || a.Is6() && s.v6 }
+
+// within reports whether an address of this host lies in one of the ranges.
+func (at *surroundings) within(ranges []netip.Prefix, v4 bool) bool {
+	for _, r := range ranges {
+		for _, a := range at.nodePorts {
+			if a.Is4() == v4 && r.Contains(a) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// candidate is an endpoint with the port that it has for a port of the Service.
+type candidate struct {
+	*endpoint
+	at netip.AddrPort
+}
+
+// endpoints gathers the endpoints of a port, sorted by address. An endpoint that
+// stands in two slices, while it moves from one to the other, is there once:
+// ready if either says so.
+func (t *translation) endpoints(p servicePort, all []*slice) []candidate {
+	var found []candidate
+	for _, sl := range all {
+		i := slices.IndexFunc(sl.ports, func(q slicePort) bool { return q.name == p.name && q.protocol == p.protocol })
+		if i < 0 {
+			continue
+		}
+		for j := range sl.endpoints {
+			e := &sl.endpoints[j]
+			if err := servable(e.address); err != nil {
+				t.problems = append(t.problems, fmt.Sprintf("endpoint %s in EndpointSlice %s is not used: %v", e.address, sl.Name, err))
+				continue
+			}
+			found = append(found, candidate{e, netip.AddrPortFrom(e.address, sl.ports[i].port)})
+		}
+	}
+	slices.SortStableFunc(found, func(a, b candidate) int {
+		return cmp.Or(a.at.Compare(b.at), rank(b.endpoint)-rank(a.endpoint))
+	})
+	return slices.CompactFunc(found, func(a, b candidate) bool { return a.at == b.at })
+}
+
+func rank(e *endpoint) int {
+	switch {
+	case e.ready:
+		return 2
+	case e.serving:
+		return 1
+	}
+	return 0
+}
+
+// lastResort are endpoints that still answer while they end.
+func lastResort(c candidate) bool { return c.serving && c.terminating }
+
+func isReady(c candidate) bool { return c.ready }
+
+func usableAnywhere(all []candidate) []candidate {
+	var usable []candidate
+	for _, c := range all {
+		if c.ready || lastResort(c) {
+			usable = append(usable, c)
+		}
+	}
+	return usable
+}
+
+// inCluster returns which endpoints the policy Cluster uses: ready ones, of these
+// those meant for this node or its zone if hints are complete and name any; only
+// without a ready one those that serve while they terminate.
+func inCluster(all []candidate, at *surroundings) func(candidate) bool {
+	if !slices.ContainsFunc(all, isReady) {
+		return lastResort
+	}
+	forNode := func(c candidate) bool { return slices.Contains(c.nodeHints, at.node) }
+	forZone := func(c candidate) bool { return slices.Contains(c.zoneHints, at.zone) }
+	if hinted(all, func(c candidate) int { return len(c.nodeHints) }, forNode) {
+		return func(c candidate) bool { return c.ready && forNode(c) }
+	}
+	if hinted(all, func(c candidate) int { return len(c.zoneHints) }, forZone) {
+		return func(c candidate) bool { return c.ready && forZone(c) }
+	}
+	return isReady
+}
+
+// hinted reports whether every ready endpoint has hints and any is for us.
+func hinted(all []candidate, hints func(candidate) int, forUs func(candidate) bool) bool {
+	any := false
+	for _, c := range all {
+		if !c.ready {
+			continue
+		}
+		if hints(c) == 0 {
+			return false
+		}
+		any = any || forUs(c)
+	}
+	return any
+}
+
+func here(all []candidate, at *surroundings) []candidate {
+	var mine []candidate
+	for _, c := range all {
+		if c.node == at.node {
+			mine = append(mine, c)
+		}
+	}
+	return mine
+}
+
+// onNode returns which endpoints the policy Local uses of those on this node.
+// Hints mean nothing to it.
+func onNode(all []candidate, at *surroundings) func(candidate) bool {
+	if slices.ContainsFunc(here(all, at), isReady) {
+		return isReady
+	}
+	return lastResort
+}
+
+// backends lists all endpoints: those that are not chosen have no weight, so that
+// they take nothing new and finish what they have. Only what leaves the slices is
+// removed.
+func backends(all []candidate, chosen func(candidate) bool, at *surroundings) []service.Backend {
+	list := make([]service.Backend, len(all))
+	for i, c := range all {
+		list[i] = service.Backend{Address: c.at, Zone: shorten(c.zone.Value()), Local: c.node == at.node}
+		if chosen(c) {
+			list[i].Weight = service.DefaultWeight
+		}
+	}
+	return list
+}
+
+func shorten(zone string) string { return zone[:min(len(zone), service.MaxZone)] }
+
+// localReady counts the ready endpoints of a Service on this node, each once.
+func localReady(all []*slice, at *surroundings) int {
+	seen := make(map[netip.Addr]bool)
+	for _, sl := range all {
+		for _, e := range sl.endpoints {
+			if e.ready && e.node == at.node {
+				seen[e.address] = true
+			}
+		}
+	}
+	return len(seen)
+}

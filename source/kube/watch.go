@@ -1,0 +1,488 @@
+package kube
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	"unique"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/pentad/pentad/service"
+)
+
+// addressesEvery is how often the addresses of the host are looked at.
+const addressesEvery = 5 * time.Second
+
+// byService is the index of slices by their Service.
+const byService = "service"
+
+// notOurs are the labels by which a Service asks not to be served; its slices
+// have them, too.
+const notOurs = "!" + corev1.IsHeadlessService + ",!service.kubernetes.io/service-proxy-name"
+
+// Source watches one cluster for one node.
+type Source struct {
+	opts                    Options
+	log                     *slog.Logger
+	services, slices, nodes cache.SharedIndexInformer
+	registrations           []cache.ResourceEventHandlerRegistration
+
+	mu    sync.Mutex
+	dirty map[types.NamespacedName]bool
+	all   bool // everything has to be translated again
+	away  bool // the API server does not answer
+	wake  chan struct{}
+
+	// Owned by Run.
+	at       surroundings
+	claims   claims
+	entries  map[types.NamespacedName]*entry
+	problems map[types.NamespacedName][]string
+	checks   map[types.NamespacedName]*Check
+	list     []*service.Service // sorted by name
+}
+
+// entry is what became of a Service.
+type entry struct {
+	wanted  []*service.Service // as translated
+	granted []*service.Service // with the listeners that it may have
+}
+
+// Connect returns how to reach the API server: by a kubeconfig, or with the
+// service account of this pod if the path is empty.
+func Connect(kubeconfig string) (*rest.Config, error) {
+	load := rest.InClusterConfig
+	if kubeconfig != "" {
+		load = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", kubeconfig) }
+	}
+	c, err := load()
+	if err != nil {
+		return nil, fmt.Errorf("source.kubernetes: how to reach the API server: %w", err)
+	}
+	c.UserAgent = "pentad"
+	c.ContentType = runtime.ContentTypeProtobuf
+	return c, nil
+}
+
+// New returns a source that has not asked for anything yet.
+func New(client kubernetes.Interface, opts Options, log *slog.Logger) (*Source, error) {
+	s := &Source{
+		opts: opts, log: log, wake: make(chan struct{}, 1), dirty: make(map[types.NamespacedName]bool),
+		claims: make(claims), entries: make(map[types.NamespacedName]*entry),
+		problems: make(map[types.NamespacedName][]string), checks: make(map[types.NamespacedName]*Check),
+	}
+	core, discovery := client.CoreV1().RESTClient(), client.DiscoveryV1().RESTClient()
+	ours := func(o *metav1.ListOptions) { o.LabelSelector = notOurs }
+	self := func(o *metav1.ListOptions) {
+		o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, opts.Node).String()
+	}
+	var err error
+	if s.services, err = s.watch(core, "services", &corev1.Service{}, ours, nil, s.serviceChanged); err != nil {
+		return nil, err
+	}
+	index := cache.Indexers{byService: func(o any) ([]string, error) { return []string{o.(*slice).owner().String()}, nil }}
+	if s.slices, err = s.watch(discovery, "endpointslices", &discoveryv1.EndpointSlice{}, ours, index, s.sliceChanged); err != nil {
+		return nil, err
+	}
+	// Its own Node alone: a watch of all of them from every node would cost the
+	// API server the square of their number.
+	s.nodes, err = s.watch(core, "nodes", &corev1.Node{}, self, nil, s.nodeChanged)
+	return s, err
+}
+
+func (s *Source) watch(client rest.Interface, resource string, kind runtime.Object, selected func(*metav1.ListOptions),
+	index cache.Indexers, changed func(before, after any)) (cache.SharedIndexInformer, error) {
+	lw := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, selected)
+	informer := cache.NewSharedIndexInformer(lw, kind, 0, index)
+	if err := informer.SetTransform(trim); err != nil {
+		return nil, err
+	}
+	if err := informer.SetWatchErrorHandlerWithContext(s.watchFailed); err != nil {
+		return nil, err
+	}
+	registration, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: func(o any) { changed(nil, o) },
+		UpdateFunc: func(before, after any) {
+			if before.(metav1.Object).GetResourceVersion() != after.(metav1.Object).GetResourceVersion() {
+				changed(before, after)
+			}
+		},
+		DeleteFunc: func(o any) {
+			if lost, ok := o.(cache.DeletedFinalStateUnknown); ok {
+				o = lost.Obj
+			}
+			changed(o, nil)
+		},
+	})
+	s.registrations = append(s.registrations, registration)
+	return informer, err
+}
+
+func (s *slice) owner() types.NamespacedName {
+	return types.NamespacedName{Namespace: s.Namespace, Name: s.service}
+}
+
+func (s *Source) serviceChanged(before, after any) {
+	if after == nil {
+		after = before
+	}
+	s.touch(after.(*clusterService).key())
+}
+
+func (s *Source) sliceChanged(before, after any) {
+	for _, o := range []any{before, after} {
+		if o != nil {
+			s.touch(o.(*slice).owner())
+		}
+	}
+}
+
+func (s *Source) nodeChanged(before, after any) {
+	if before != nil && after != nil && before.(*node).equal(after.(*node)) {
+		return
+	}
+	s.touchAll()
+}
+
+func (s *Source) touch(key types.NamespacedName) {
+	s.mu.Lock()
+	s.dirty[key] = true
+	back := s.away
+	s.away = false
+	s.mu.Unlock()
+	if back {
+		s.log.Info("the API server answers again", "source", "kubernetes")
+	}
+	s.notify()
+}
+
+func (s *Source) touchAll() {
+	s.mu.Lock()
+	s.all = true
+	s.mu.Unlock()
+	s.notify()
+}
+
+func (s *Source) notify() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// watchFailed says once that the API server is away; client-go tries again.
+func (s *Source) watchFailed(_ context.Context, _ *cache.Reflector, err error) {
+	s.mu.Lock()
+	first := !s.away
+	s.away = true
+	s.mu.Unlock()
+	if first && !errors.Is(err, context.Canceled) {
+		s.log.Warn("the API server does not answer; services stay as they are", "source", "kubernetes", "error", err)
+	}
+}
+
+// Run emits every state of the cluster until the context ends, the first one once
+// all objects are known. While emit is busy changes gather.
+func (s *Source) Run(ctx context.Context, emit func(Update)) error {
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	for _, informer := range []cache.SharedIndexInformer{s.services, s.slices, s.nodes} {
+		tasks.Go(func() { informer.RunWithContext(ctx) })
+	}
+	for _, r := range s.registrations {
+		if !cache.WaitForCacheSync(ctx.Done(), r.HasSynced) {
+			return nil
+		}
+	}
+	addresses := time.NewTicker(addressesEvery)
+	defer addresses.Stop()
+	s.touchAll()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-addresses.C:
+			if s.moved() {
+				s.touchAll()
+			}
+		case <-s.wake:
+			if u, changed := s.update(); changed {
+				emit(u)
+			}
+		}
+	}
+}
+
+// self returns this node's Node, or nil while there is none.
+func (s *Source) self() *node {
+	for _, o := range s.nodes.GetStore().List() {
+		return o.(*node)
+	}
+	return nil
+}
+
+// moved reports whether the host has other addresses than before.
+func (s *Source) moved() bool {
+	own := s.hostAddresses(s.self())
+	if len(own) != len(s.at.own) {
+		return true
+	}
+	for a := range own {
+		if !s.at.own[a] {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *Source) hostAddresses(n *node) map[netip.Addr]bool {
+	own := make(map[netip.Addr]bool)
+	if n != nil {
+		for _, a := range n.addresses {
+			own[a] = true
+		}
+	}
+	found, err := net.InterfaceAddrs()
+	if err != nil {
+		s.log.Warn("the addresses of this host cannot be read", "source", "kubernetes", "error", err)
+	}
+	for _, f := range found {
+		p, err := netip.ParsePrefix(f.String())
+		if err == nil && servable(p.Addr()) == nil {
+			own[p.Addr().Unmap()] = true
+		}
+	}
+	return own
+}
+
+// look finds out where this node is.
+func (s *Source) look() *node {
+	n := s.self()
+	s.at = surroundings{node: unique.Make(s.opts.Node), own: s.hostAddresses(n), allowed: s.opts.AllowExternalIPs}
+	if n != nil {
+		s.at.zone = unique.Make(n.zone)
+	}
+	if len(s.opts.NodePortAddresses) == 0 {
+		if n != nil {
+			s.at.nodePorts = n.primary
+		}
+		return n
+	}
+	for a := range s.at.own {
+		if slices.ContainsFunc(s.opts.NodePortAddresses, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			s.at.nodePorts = append(s.at.nodePorts, a)
+		}
+	}
+	slices.SortFunc(s.at.nodePorts, netip.Addr.Compare)
+	return n
+}
+
+// update translates what has changed.
+func (s *Source) update() (Update, bool) {
+	s.mu.Lock()
+	dirty, all := s.dirty, s.all
+	s.dirty, s.all = make(map[types.NamespacedName]bool), false
+	s.mu.Unlock()
+	if !all && len(dirty) == 0 {
+		return Update{}, false
+	}
+	n := s.self()
+	if all {
+		n = s.look()
+		for _, key := range s.services.GetStore().ListKeys() {
+			dirty[parseKey(key)] = true
+		}
+		for key := range s.entries {
+			dirty[key] = true
+		}
+	}
+	s.settle(dirty)
+	u := Update{Services: s.list, Checks: s.sortedChecks(), Problems: s.sortedProblems(n)}
+	if n != nil {
+		u.Guests, u.Leaving = n.guests, n.leaving
+	}
+	return u, true
+}
+
+func parseKey(key string) types.NamespacedName {
+	namespace, name, _ := strings.Cut(key, "/")
+	return types.NamespacedName{Namespace: namespace, Name: name}
+}
+
+// settle translates Services and finds out who may have which listener.
+func (s *Source) settle(dirty map[types.NamespacedName]bool) {
+	said := make(map[types.NamespacedName][]string, len(dirty))
+	contested := make(map[types.NamespacedName]bool)
+	for key := range dirty {
+		others, problems := s.retranslate(key)
+		said[key] = problems
+		for _, o := range others {
+			contested[o] = true
+		}
+	}
+	gone, come := make(map[*service.Service]bool), []*service.Service(nil)
+	regrant := func(key types.NamespacedName) {
+		e := s.entries[key]
+		granted, lost := s.claims.grant(key, e.wanted)
+		come = append(come, s.replace(e, granted, gone)...)
+		if _, fresh := said[key]; !fresh {
+			// Only who has what has changed for it.
+			said[key] = withoutLost(s.problems[key])
+		}
+		s.note(key, append(said[key], lost...))
+		if len(e.wanted) == 0 {
+			delete(s.entries, key)
+		}
+	}
+	for key := range dirty {
+		regrant(key)
+	}
+	for key := range contested {
+		if !dirty[key] && s.entries[key] != nil {
+			regrant(key)
+		}
+	}
+	s.list = merge(s.list, gone, come)
+}
+
+// retranslate returns the Services that want the same as this one did or does.
+func (s *Source) retranslate(key types.NamespacedName) (others []types.NamespacedName, problems []string) {
+	e := s.entries[key]
+	if e == nil {
+		e = &entry{}
+		s.entries[key] = e
+	}
+	others = s.claims.remove(key, e.wanted)
+	e.wanted = nil
+	delete(s.checks, key)
+	o, exists, err := s.services.GetStore().GetByKey(key.String())
+	if err != nil || !exists {
+		return others, nil
+	}
+	cs := o.(*clusterService)
+	t := translate(cs, s.slicesOf(key), &s.at)
+	e.wanted = t.services
+	if t.check != nil {
+		s.checks[key] = t.check
+	}
+	return append(others, s.claims.add(cs, e.wanted)...), t.problems
+}
+
+func (s *Source) slicesOf(key types.NamespacedName) []*slice {
+	found, err := s.slices.GetIndexer().ByIndex(byService, key.String())
+	if err != nil {
+		return nil
+	}
+	all := make([]*slice, len(found))
+	for i, o := range found {
+		all[i] = o.(*slice)
+	}
+	slices.SortFunc(all, func(a, b *slice) int { return strings.Compare(a.Name, b.Name) })
+	return all
+}
+
+// replace makes granted what the entry has; what is the same stays the same
+// pointer. It notes what goes and returns what comes.
+func (s *Source) replace(e *entry, granted []*service.Service, gone map[*service.Service]bool) (come []*service.Service) {
+	old := make(map[string]*service.Service, len(e.granted))
+	for _, o := range e.granted {
+		old[o.Name] = o
+	}
+	for i, g := range granted {
+		before := old[g.Name]
+		delete(old, g.Name)
+		if before != nil && before.Equal(g) {
+			granted[i] = before
+			continue
+		}
+		if before != nil {
+			gone[before] = true
+		}
+		come = append(come, g)
+	}
+	for _, o := range old {
+		gone[o] = true
+	}
+	e.granted = granted
+	return come
+}
+
+// merge returns a sorted list without what is gone and with what comes.
+func merge(list []*service.Service, gone map[*service.Service]bool, come []*service.Service) []*service.Service {
+	byName := func(a, b *service.Service) int { return strings.Compare(a.Name, b.Name) }
+	slices.SortFunc(come, byName)
+	next := make([]*service.Service, 0, len(list)+len(come))
+	for _, s := range list {
+		if gone[s] {
+			continue
+		}
+		for len(come) > 0 && come[0].Name < s.Name {
+			next, come = append(next, come[0]), come[1:]
+		}
+		next = append(next, s)
+	}
+	return append(next, come...)
+}
+
+// lostMark tells what claims say from what the translation says.
+const lostMark = "is not served for it:"
+
+func withoutLost(problems []string) []string {
+	return slices.DeleteFunc(slices.Clone(problems), func(p string) bool { return strings.Contains(p, lostMark) })
+}
+
+func (s *Source) note(key types.NamespacedName, problems []string) {
+	if len(problems) == 0 {
+		delete(s.problems, key)
+		return
+	}
+	s.problems[key] = problems
+}
+
+func (s *Source) sortedProblems(n *node) []Problem {
+	var all []Problem
+	if n == nil {
+		all = append(all, Problem{"Node " + s.opts.Node, "there is no such Node, so that this host's addresses, zone and pods are not known: " +
+			"NodePorts are served on the loopback only; set source.kubernetes.node"})
+	}
+	for key, problems := range s.problems {
+		for _, p := range problems {
+			all = append(all, Problem{"Service " + key.String(), p})
+		}
+	}
+	slices.SortFunc(all, func(a, b Problem) int {
+		return cmp.Or(strings.Compare(a.Object, b.Object), strings.Compare(a.Message, b.Message))
+	})
+	return slices.Compact(all)
+}
+
+func (s *Source) sortedChecks() []Check {
+	all := make([]Check, 0, len(s.checks))
+	for _, c := range s.checks {
+		all = append(all, *c)
+	}
+	slices.SortFunc(all, func(a, b Check) int {
+		return cmp.Or(cmp.Compare(a.Port, b.Port), strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
+	})
+	return all
+}
