@@ -51,12 +51,15 @@ type found struct {
 
 // inspect looks at the table without its elements; nil when there is none.
 func (k *kernel) inspect() (*found, error) {
-	_, err := k.conn.ListTableOfFamily(TableName, nftables.TableFamilyINet)
-	if isMissing(err) {
-		return nil, nil
+	tables, err := k.conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil, nil // a kernel without nf_tables has no tables
 	}
 	if err != nil {
 		return nil, err
+	}
+	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName }) {
+		return nil, nil
 	}
 	chains, err := k.conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
 	if err != nil {
@@ -89,13 +92,6 @@ func (k *kernel) inspect() (*found, error) {
 		f.sound = f.sound && names[s.String()]
 	}
 	return f, nil
-}
-
-// isMissing reports whether an error says that there is no such table, or nothing
-// in the kernel that could have one. The library has no sentinel for the first.
-func isMissing(err error) bool {
-	return err != nil && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) ||
-		strings.Contains(err.Error(), "not found"))
 }
 
 // whole reports whether a chain is there with as many rules as it should have.

@@ -387,10 +387,11 @@ static __always_inline __u64 peer_of(struct udp_peers *p, const __be32 *vip, __b
 /*
  * Note the name under which a backend is reached. A backend has one name a
  * socket: the last. Earlier backends of the same VIP keep theirs, because
- * their replies may be under way.
+ * their replies may be under way. A frame of its own: what calls it has little
+ * left of the stack.
  */
-static __always_inline void name_peer(struct udp_peers *p, const __be32 *vip, __be16 vip_port,
-				      const struct backend *b, __u64 ref)
+static __noinline void name_peer(struct udp_peers *p, const __be32 *vip, __be16 vip_port,
+				 const struct backend *b, __u64 ref)
 {
 	__be32 addr[4];
 	__be16 port = b->port;
