@@ -75,23 +75,79 @@ func (h *Host) Route(prefix, via string) error {
 	return nil
 }
 
-// RouteDevice sends what goes to a prefix out of an interface.
-func (h *Host) RouteDevice(prefix, device string) error {
+// RouteDevice sends what goes to a prefix out of an interface; "*" is the only one
+// besides the loopback.
+func (h *Host) RouteDevice(prefix, device string) error { return h.RouteBy(prefix, "", device) }
+
+// RouteBy sends what goes to a prefix out of an interface, as RouteDevice does, to
+// a neighbour there.
+func (h *Host) RouteBy(prefix, via, device string) error {
 	_, to, err := net.ParseCIDR(prefix)
 	if err != nil {
 		return err
 	}
-	l, err := h.handle.LinkByName(device)
+	links, err := h.handle.LinkList()
 	if err != nil {
 		return err
 	}
-	if err := h.handle.RouteAdd(&netlink.Route{Dst: to, LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK}); err != nil {
-		return fmt.Errorf("route %s by %s: %w", prefix, device, err)
+	for _, l := range links {
+		at := l.Attrs()
+		if at.Name != device && (device != "*" || at.Name == "lo") {
+			continue
+		}
+		r := &netlink.Route{Dst: to, LinkIndex: at.Index, Gw: net.ParseIP(via)}
+		if via == "" {
+			r.Scope = netlink.SCOPE_LINK
+		}
+		if err := h.handle.RouteAdd(r); err != nil {
+			return fmt.Errorf("route %s by %s: %w", prefix, at.Name, err)
+		}
+		return nil
 	}
-	return nil
+	return fmt.Errorf("route %s: there is no interface %s", prefix, device)
 }
 
 // Forward makes the host pass packets on, as a router or a node does.
 func (h *Host) Forward() error {
 	return errors.Join(h.sysctl("net/ipv4/ip_forward", "1"), h.sysctl("net/ipv6/conf/all/forwarding", "1"))
 }
+
+// Switch is a layer-2 segment into which hosts are plugged.
+type Switch struct {
+	host *Host
+}
+
+// NewSwitch makes a switch. It needs root.
+func NewSwitch() (*Switch, error) {
+	h, err := NewHost()
+	if err != nil {
+		return nil, err
+	}
+	s := &Switch{h}
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "switch"}}
+	if err := h.handle.LinkAdd(bridge); err != nil {
+		return nil, errors.Join(fmt.Errorf("switch: %w", err), h.Close())
+	}
+	return s, h.handle.LinkSetUp(bridge)
+}
+
+// Plug lays a cable from a host to the switch and gives the host's end addresses.
+// It returns the name of the host's interface.
+func (s *Switch) Plug(h *Host, addresses ...string) (string, error) {
+	name, port, err := Wire(h, addresses, s.host, nil)
+	if err != nil {
+		return "", err
+	}
+	bridge, err := s.host.handle.LinkByName("switch")
+	if err != nil {
+		return "", err
+	}
+	l, err := s.host.handle.LinkByName(port)
+	if err != nil {
+		return "", err
+	}
+	return name, s.host.handle.LinkSetMaster(l, bridge)
+}
+
+// Close takes the switch away.
+func (s *Switch) Close() error { return s.host.Close() }

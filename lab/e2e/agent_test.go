@@ -640,7 +640,7 @@ func TestOutputs(t *testing.T) {
 	if out := w.mustPentad("backend", "list", "-o", "wide"); !strings.Contains(out, "SINCE") || !strings.Contains(out, "10.0.0.2:7000") {
 		t.Errorf("backend list:\n%s", out)
 	}
-	if out := w.mustPentad("status"); !strings.Contains(out, "10 of 10 attached") || !strings.Contains(out, "1 serving, 1 down") || !strings.Contains(out, "MiB") {
+	if out := w.mustPentad("status"); !strings.Contains(out, "12 of 12 attached") || !strings.Contains(out, "1 serving, 1 down") || !strings.Contains(out, "MiB") {
 		t.Errorf("status:\n%s", out)
 	}
 	st, err := os.Stat(filepath.Join(w.Dir, "run", "pentad.sock"))
@@ -664,7 +664,7 @@ func TestOutputs(t *testing.T) {
 	// Without an agent the kernel is read all the same.
 	w.agent.Kill()
 	w.mustPentad("service", "list")
-	if out, err := w.pentad("status"); err == nil || !strings.Contains(out, "no agent is running") || !strings.Contains(out, "10 of 10 attached") {
+	if out, err := w.pentad("status"); err == nil || !strings.Contains(out, "no agent is running") || !strings.Contains(out, "12 of 12 attached") {
 		t.Errorf("status without an agent: %v\n%s", err, out)
 	}
 	if out, err := w.pentad("service", "show", "nope"); err == nil || !strings.Contains(out, "pentad service list") {

@@ -1,0 +1,464 @@
+// Package cluster tests pentad as a cluster has it: a real API server, an agent
+// on each of several nodes, servers in pods, and clients in a pod, on a node and
+// outside of the cluster.
+package cluster
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/kube"
+)
+
+// roleVar makes this test program a server or a client of a test.
+const roleVar = "PENTAD_CLUSTER_ROLE"
+
+// patience bounds every wait for something that should happen soon.
+const patience = 20 * time.Second
+
+// program is the built pentad, binaries are those of Kubernetes.
+var program, binaries string
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(roleVar) {
+	case "serve":
+		exit(serve(os.Args[1], os.Args[2:]))
+	case "ask":
+		exit(answerLines())
+	}
+	os.Exit(buildAndRun(m))
+}
+
+func exit(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func buildAndRun(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		return m.Run() // every test says that it needs root
+	}
+	dir, err := os.MkdirTemp("", "pentad-cluster-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	program = filepath.Join(dir, "pentad")
+	if out, err := exec.Command("go", "build", "-o", program, "github.com/pentad/pentad/cmd/pentad").CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "%v: %s\n", err, out)
+		return 1
+	}
+	if binaries, err = kube.Build(context.Background(), kube.APIServer, kube.ControllerManager); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	code := m.Run()
+	if err := shared.close(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+// serve answers over TCP and UDP with a name and the client's address.
+func serve(name string, addresses []string) error {
+	config := net.ListenConfig{}
+	config.SetMultipathTCP(false)
+	for _, a := range addresses {
+		l, err := config.Listen(context.Background(), "tcp", a)
+		if err != nil {
+			return err
+		}
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer c.Close()
+					fmt.Fprintln(c, name, c.RemoteAddr().(*net.TCPAddr).IP)
+					// Until the client ends.
+					_, _ = io.Copy(io.Discard, c)
+				}()
+			}
+		}()
+		u, err := net.ListenPacket("udp", a)
+		if err != nil {
+			return err
+		}
+		go func() {
+			b := make([]byte, 1500)
+			for {
+				_, from, err := u.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				_, _ = u.WriteTo(fmt.Appendln(nil, name, from.(*net.UDPAddr).IP), from)
+			}
+		}()
+	}
+	fmt.Println("ready")
+	select {}
+}
+
+// answerLines is a client: it reads "tcp ADDRESS:PORT" and writes what the server
+// there says, or "error" and why there is none.
+func answerLines() error {
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		network, address, _ := strings.Cut(lines.Text(), " ")
+		answer, err := askOnce(network, address)
+		if err != nil {
+			fmt.Println("error", strings.ReplaceAll(err.Error(), "\n", " "))
+			continue
+		}
+		fmt.Println(strings.TrimSpace(answer))
+	}
+	return nil
+}
+
+// quickly is how long a client waits for an answer.
+const quickly = 2 * time.Second
+
+func askOnce(network, address string) (string, error) {
+	d := net.Dialer{Timeout: quickly}
+	d.SetMultipathTCP(false)
+	c, err := d.Dial(network, address)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(quickly)); err != nil {
+		return "", err
+	}
+	if network == "udp" {
+		if _, err := c.Write([]byte("?\n")); err != nil {
+			return "", err
+		}
+	}
+	return bufio.NewReader(c).ReadString('\n')
+}
+
+// place is a host from which clients ask.
+type place struct {
+	*lab.Host
+	name string
+
+	mu      sync.Mutex
+	in      io.Writer
+	answers *bufio.Reader
+}
+
+// newPlace starts the client of a place: with the network of h, in the cgroup of
+// the node that it belongs to.
+func newPlace(name string, h, node *lab.Host, cgroup string) (*place, error) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), roleVar+"=ask")
+	in, inside, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	outside, out, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	cmd.Stdin, cmd.Stdout = in, out
+	if _, err := h.StartPod(cmd, node, cgroup); err != nil {
+		return nil, err
+	}
+	in.Close()
+	out.Close()
+	return &place{Host: h, name: name, in: inside, answers: bufio.NewReader(outside)}, nil
+}
+
+// ask returns which server answered and as whom it saw the client.
+func (p *place) ask(network, address string) (server, client string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, err := fmt.Fprintln(p.in, network, address); err != nil {
+		return "", "", err
+	}
+	line, err := p.answers.ReadString('\n')
+	if err != nil {
+		return "", "", err
+	}
+	line = strings.TrimSpace(line)
+	if why, failed := strings.CutPrefix(line, "error "); failed {
+		return "", "", errors.New(why)
+	}
+	server, client, _ = strings.Cut(line, " ")
+	return server, client, nil
+}
+
+// node is a host with an agent.
+type node struct {
+	*place
+	v4, v6 netip.Addr
+	config string
+	agent  *lab.Process
+}
+
+// world is the cluster of the tests:
+//
+//	control plane 10.0.0.1
+//	node a 10.0.0.11, pods a1 10.244.1.2, a2 10.244.1.3; zone a
+//	node b 10.0.0.12, pods b1 10.244.2.2, b2 10.244.2.3; zone b
+//	client 10.0.0.100, which reaches 198.51.100.0/24 by a, 203.0.113.0/24 by b
+//
+// and the same in IPv6: 2001:db8::11, 2001:db8:244:1::2 and so on.
+type world struct {
+	closers []func() error
+	cluster *kube.Cluster
+	a, b    *node
+	pods    map[string]*place
+	outside *place
+	account string // kubeconfig of the agents' service account
+}
+
+// shared is the world of the tests that do no harm to each other.
+var shared = sharedWorld{}
+
+type sharedWorld struct {
+	once sync.Once
+	w    *world
+	err  error
+}
+
+func (s *sharedWorld) close() error {
+	if s.w == nil {
+		return nil
+	}
+	return s.w.close()
+}
+
+// theWorld returns the shared world.
+func theWorld(t *testing.T) *world {
+	t.Helper()
+	lab.Need(t, "etcd")
+	shared.once.Do(func() { shared.w, shared.err = newWorld() })
+	if shared.err != nil {
+		t.Fatal(shared.err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, n := range []*node{shared.w.a, shared.w.b} {
+				log := n.agent.Log.String()
+				t.Logf("agent of %s:\n%s", n.name, lab.Indent(log[max(0, len(log)-6000):]))
+			}
+		}
+	})
+	return shared.w
+}
+
+// ownWorld returns a world for a test that breaks things.
+func ownWorld(t *testing.T) *world {
+	t.Helper()
+	lab.Need(t, "etcd")
+	w, err := newWorld()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := w.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return w
+}
+
+func (w *world) close() error {
+	var errs []error
+	for i := len(w.closers) - 1; i >= 0; i-- {
+		errs = append(errs, w.closers[i]())
+	}
+	return errors.Join(errs...)
+}
+
+func newWorld() (*world, error) {
+	w := &world{pods: make(map[string]*place)}
+	if err := w.build(); err != nil {
+		return nil, errors.Join(err, w.close())
+	}
+	return w, nil
+}
+
+func (w *world) build() error {
+	fabric, err := lab.NewSwitch()
+	if err != nil {
+		return err
+	}
+	w.closers = append(w.closers, fabric.Close)
+	control, err := w.host(fabric, "10.0.0.1/24", "2001:db8::1/64")
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer stop()
+	if w.cluster, err = kube.Start(ctx, binaries, control, "10.0.0.1"); err != nil {
+		return err
+	}
+	if err := w.cluster.StartControllerManager(); err != nil {
+		return err
+	}
+	if err := w.cluster.Apply(ctx, "../../../deploy/kubernetes/base/rbac.yaml", false); err != nil {
+		return err
+	}
+	if w.account, err = w.cluster.AccountKubeconfig(ctx, "kube-system", "pentad"); err != nil {
+		return err
+	}
+	if w.a, err = w.newNode(ctx, fabric, "a", 1); err != nil {
+		return err
+	}
+	if w.b, err = w.newNode(ctx, fabric, "b", 2); err != nil {
+		return err
+	}
+	for _, n := range []struct {
+		*node
+		other string
+		index int
+	}{{w.a, "12", 2}, {w.b, "11", 1}} {
+		err := errors.Join(
+			n.Route(fmt.Sprintf("10.244.%d.0/24", n.index), "10.0.0."+n.other),
+			n.Route(fmt.Sprintf("2001:db8:244:%d::/64", n.index), "2001:db8::"+n.other))
+		if err != nil {
+			return err
+		}
+	}
+	return w.newClient(fabric)
+}
+
+func (w *world) host(fabric *lab.Switch, addresses ...string) (*lab.Host, error) {
+	h, err := lab.NewHost()
+	if err != nil {
+		return nil, err
+	}
+	w.closers = append(w.closers, h.Close)
+	if fabric != nil {
+		_, err = fabric.Plug(h, addresses...)
+	}
+	return h, err
+}
+
+func (w *world) newClient(fabric *lab.Switch) error {
+	h, err := w.host(fabric, "10.0.0.100/24", "2001:db8::100/64")
+	if err != nil {
+		return err
+	}
+	for prefix, via := range map[string]string{
+		"198.51.100.0/24": "10.0.0.11", "203.0.113.0/24": "10.0.0.12", "10.96.0.0/16": "10.0.0.11",
+		"2001:db8:51::/64": "2001:db8::11", "2001:db8:113::/64": "2001:db8::12", "2001:db8:96::/64": "2001:db8::11",
+	} {
+		if err := h.Route(prefix, via); err != nil {
+			return err
+		}
+	}
+	w.outside, err = newPlace("outside", h, h, lab.Outside)
+	return err
+}
+
+func (w *world) newNode(ctx context.Context, fabric *lab.Switch, name string, index int) (*node, error) {
+	v4, v6 := fmt.Sprintf("10.0.0.%d", 10+index), fmt.Sprintf("2001:db8::%d", 10+index)
+	h, err := w.host(fabric, v4+"/24", v6+"/64")
+	if err != nil {
+		return nil, err
+	}
+	if err := h.Forward(); err != nil {
+		return nil, err
+	}
+	n := &node{v4: netip.MustParseAddr(v4), v6: netip.MustParseAddr(v6)}
+	if n.place, err = newPlace(name, h, h, lab.Inside); err != nil {
+		return nil, err
+	}
+	err = w.cluster.AddNode(ctx, name, name, []string{v4, v6},
+		[]string{fmt.Sprintf("10.244.%d.0/24", index), fmt.Sprintf("2001:db8:244:%d::/64", index)})
+	if err != nil {
+		return nil, err
+	}
+	for i := 1; i <= 2; i++ {
+		if err := w.newPod(n, fmt.Sprintf("%s%d", name, i), index, i+1); err != nil {
+			return nil, err
+		}
+	}
+	n.config, err = h.WriteFile("pentad.yaml", fmt.Sprintf(
+		"source: {kubernetes: {kubeconfig: %s, node: %s}}\nscope: {cgroup: %s}\n", w.account, name, h.Scope()))
+	if err != nil {
+		return nil, err
+	}
+	return n, n.start()
+}
+
+// start starts the agent of a node.
+func (n *node) start() (err error) {
+	cmd := exec.Command(program, "--pins", n.Pins, "--run-dir", filepath.Join(n.Dir, "run"), "run", "-c", n.config)
+	n.agent, err = n.Start(cmd, lab.Outside)
+	return err
+}
+
+// pentad runs a command of pentad on a node.
+func (n *node) pentad(args ...string) (string, error) {
+	ctx, stop := context.WithTimeout(context.Background(), patience)
+	defer stop()
+	return n.Run(ctx, lab.Outside, program, append([]string{"--pins", n.Pins, "--run-dir", filepath.Join(n.Dir, "run")}, args...)...)
+}
+
+// newPod makes a pod: a network namespace behind its node, with a server that
+// answers on ports 8080 and 8081.
+func (w *world) newPod(n *node, name string, index, last int) error {
+	h, err := w.host(nil)
+	if err != nil {
+		return err
+	}
+	v4, v6 := podAddresses(index, last)
+	gateway4, gateway6 := "169.254.1.1", "fe80::1"
+	_, at, err := lab.Wire(h, []string{v4 + "/32", v6 + "/128"}, n.Host, []string{gateway4 + "/32", gateway6 + "/64"})
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(
+		h.RouteDevice(gateway4+"/32", "*"), h.Route("0.0.0.0/0", gateway4), h.RouteBy("::/0", gateway6, "*"),
+		n.RouteDevice(v4+"/32", at), n.RouteDevice(v6+"/128", at),
+	); err != nil {
+		return err
+	}
+	if w.pods[name], err = newPlace(name, h, n.Host, lab.Inside); err != nil {
+		return err
+	}
+	return startServer(h, n.Host, name, ":8080", ":8081")
+}
+
+func podAddresses(index, last int) (v4, v6 string) {
+	return fmt.Sprintf("10.244.%d.%d", index, last), fmt.Sprintf("2001:db8:244:%d::%d", index, last)
+}
+
+// startServer starts a server with the network of h and waits for it.
+func startServer(h, node *lab.Host, name string, addresses ...string) error {
+	cmd := exec.Command("/proc/self/exe", append([]string{name}, addresses...)...)
+	cmd.Env = append(os.Environ(), roleVar+"=serve")
+	p, err := h.StartPod(cmd, node, lab.Outside)
+	if err != nil {
+		return err
+	}
+	return lab.Eventually(patience, func() error {
+		if !strings.Contains(p.Log.String(), "ready") {
+			return fmt.Errorf("server %s: %s", name, p.Log)
+		}
+		return nil
+	})
+}

@@ -1,0 +1,59 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/restmapper"
+)
+
+// Apply applies the objects of a file, as `kubectl apply --server-side -f` does.
+// With dryRun the API server checks everything and keeps nothing.
+func (c *Cluster) Apply(ctx context.Context, path string, dryRun bool) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	groups, err := restmapper.GetAPIGroupResources(c.Client.Discovery())
+	if err != nil {
+		return err
+	}
+	mapper := restmapper.NewDiscoveryRESTMapper(groups)
+	client, err := dynamic.NewForConfig(c.Config)
+	if err != nil {
+		return err
+	}
+	opts := metav1.ApplyOptions{FieldManager: "lab", Force: true}
+	if dryRun {
+		opts.DryRun = []string{metav1.DryRunAll}
+	}
+	for decoder := yaml.NewYAMLOrJSONDecoder(f, 4096); ; {
+		var o unstructured.Unstructured
+		err := decoder.Decode(&o)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if len(o.Object) == 0 {
+			continue
+		}
+		kind := o.GroupVersionKind()
+		m, err := mapper.RESTMapping(kind.GroupKind(), kind.Version)
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if _, err := client.Resource(m.Resource).Namespace(o.GetNamespace()).Apply(ctx, o.GetName(), &o, opts); err != nil {
+			return fmt.Errorf("%s: %s %s: %w", path, kind.Kind, o.GetName(), err)
+		}
+	}
+}

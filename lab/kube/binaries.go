@@ -1,0 +1,99 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Version is the Kubernetes that the tests run, as lab/kube/binaries/go.mod has it.
+const Version = "v1.34.2"
+
+// Program is a program of Kubernetes.
+type Program string
+
+// The programs.
+const (
+	APIServer         Program = "kube-apiserver"
+	ControllerManager Program = "kube-controller-manager"
+	Proxy             Program = "kube-proxy"
+	Scheduler         Program = "kube-scheduler"
+	Kubelet           Program = "kubelet"
+)
+
+// Build compiles programs, unless an earlier run has, and returns the directory
+// that holds them. They lie in the user's cache, because a cold build takes
+// minutes: the module binaries names them, and nothing of Kubernetes' own code is
+// a dependency of pentad.
+func Build(ctx context.Context, programs ...Program) (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "pentad", "kubernetes-"+Version+"-"+runtime.GOARCH)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	unlock, err := lock(dir)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	var missing []string
+	for _, p := range programs {
+		if _, err := os.Stat(filepath.Join(dir, string(p))); errors.Is(err, os.ErrNotExist) {
+			missing = append(missing, "k8s.io/kubernetes/cmd/"+string(p))
+		}
+	}
+	if len(missing) == 0 {
+		return dir, nil
+	}
+	module, err := moduleDir()
+	if err != nil {
+		return "", err
+	}
+	next := filepath.Join(dir, "next") + "/"
+	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath",
+		"-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + Version, "-o", next}, missing...)...)
+	cmd.Dir = module
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building %s: %w\n%s", strings.Join(missing, ", "), err, out)
+	}
+	for _, m := range missing {
+		name := filepath.Base(m)
+		if err := os.Rename(next+name, filepath.Join(dir, name)); err != nil {
+			return "", err
+		}
+	}
+	return dir, nil
+}
+
+// lock keeps two test programs from building the same.
+func lock(dir string) (unlock func(), err error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// moduleDir finds the module beside this file.
+func moduleDir() (string, error) {
+	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		return "", fmt.Errorf("where the module lies: %w", err)
+	}
+	return filepath.Join(strings.TrimSpace(string(out)), "lab", "kube", "binaries"), nil
+}
