@@ -685,7 +685,7 @@ func (a *Agent) Status() api.Status {
 		s.Config.Error = a.invalid.Error()
 		s.Problems = append(s.Problems, "the configuration file is not valid and not in force: "+a.invalid.Error())
 	}
-	s.Problems = append(s.Problems, a.clusterProblems()...)
+	a.cluster.addTo(&s)
 	if a.failed != nil {
 		s.Problems = append(s.Problems, "not everything is in the kernel: "+a.failed.Error())
 	}

@@ -10,6 +10,7 @@ import (
 
 	"k8s.io/client-go/kubernetes"
 
+	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/plane/nat"
@@ -44,6 +45,8 @@ type cluster struct {
 	known     bool               // latest came from the cluster
 	merged    []*service.Service // of the file and of the cluster
 	overruled []string           // listeners that both have
+	changed   time.Time          // when latest came
+	count     uint64             // of updates
 	problems  map[kube.Problem]bool
 }
 
@@ -102,7 +105,8 @@ func (a *Agent) takeCluster(ctx context.Context, u kube.Update) error {
 	first := !c.known
 	u.Problems = append(u.Problems, c.openChecks(u.Checks)...)
 	a.mu.Lock()
-	c.latest, c.known = u, true
+	c.latest, c.known, c.changed = u, true, time.Now()
+	c.count++
 	c.merge(a.config.Services)
 	a.mu.Unlock()
 	c.say(a.log)
@@ -199,21 +203,23 @@ func (a *Agent) nodeState() nodehealth.State {
 	return s
 }
 
-// clusterProblems is what status says of the cluster; the caller holds mu.
-func (a *Agent) clusterProblems() []string {
-	if a.cluster == nil {
-		return nil
+// addTo puts the state of the cluster into a status; the caller holds the agent's mu.
+func (c *cluster) addTo(s *api.Status) {
+	if c == nil {
+		return
 	}
-	if !a.cluster.known {
-		return []string{"the API server has not answered yet: services of the cluster stay as the agent before left them"}
+	s.Cluster = &api.Cluster{
+		Node: c.node, Services: len(c.latest.Services), Away: c.source.Away(), Changed: c.changed, Leaving: c.latest.Leaving, Updates: c.count,
 	}
-	var all []string
-	for _, p := range a.cluster.latest.Problems {
-		all = append(all, p.Object+": "+p.Message)
+	if !c.known {
+		s.Problems = append(s.Problems, "the API server has not answered yet: services of the cluster stay as the agent before left them")
 	}
-	all = append(all, a.cluster.overruled...)
-	if forwards, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err == nil && len(forwards) > 0 && forwards[0] == '0' {
-		all = append(all, "this host does not forward packets, so that nobody outside reaches pods: sysctl -w net.ipv4.ip_forward=1")
+	for _, p := range c.latest.Problems {
+		s.Warnings = append(s.Warnings, p.Object+": "+p.Message)
 	}
-	return all
+	s.Warnings = append(s.Warnings, c.overruled...)
+	forwards, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
+	if err == nil && len(forwards) > 0 && forwards[0] == '0' {
+		s.Problems = append(s.Problems, "this host does not forward packets, so that nobody outside reaches pods: sysctl -w net.ipv4.ip_forward=1")
+	}
 }

@@ -35,7 +35,19 @@ type Status struct {
 	Revision uint64    `json:"revision"`
 	Config   Config    `json:"config"`
 	Probes   Probes    `json:"probes"`
+	Cluster  *Cluster  `json:"cluster,omitempty"`  // absent: this host is no node of one
 	Problems []string  `json:"problems,omitempty"` // what is wrong, a sentence each
+	Warnings []string  `json:"warnings,omitempty"` // what makes no sense in the cluster and breaks nothing else
+}
+
+// Cluster is the state of a node of a Kubernetes cluster.
+type Cluster struct {
+	Node     string    `json:"node"`
+	Services int       `json:"services"`      // ports of Services, by traffic policy
+	Away     time.Time `json:"away,omitzero"` // since when the API server has not answered; zero: it does
+	Changed  time.Time `json:"changed"`       // when the last change came from it
+	Leaving  bool      `json:"leaving"`       // the Node is being deleted
+	Updates  uint64    `json:"updates"`       // how many changes came
 }
 
 // Config is the state of the configuration file.

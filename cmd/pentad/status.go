@@ -57,6 +57,7 @@ type statusOut struct {
 	Memory      map[string]uint64 `json:"memory" yaml:"memory"`                         // bytes of kernel memory by map
 	Connections socket.Counters   `json:"connections" yaml:"connections"`
 	Problems    []string          `json:"problems,omitempty" yaml:"problems,omitempty"`
+	Warnings    []string          `json:"warnings,omitempty" yaml:"warnings,omitempty"`
 }
 
 func readStatus(ctx context.Context, at *places) (*statusOut, error) {
@@ -65,7 +66,7 @@ func readStatus(ctx context.Context, at *places) (*statusOut, error) {
 	switch {
 	case err == nil:
 		s.Agent = &running
-		s.Problems = running.Problems
+		s.Problems, s.Warnings = running.Problems, running.Warnings
 	case errors.Is(err, api.ErrNoAgent):
 		s.Problems = append(s.Problems, "no agent is running: backends are not probed and the file is not watched; start it: pentad run")
 	default:
@@ -131,16 +132,36 @@ func (s *statusOut) print(w io.Writer) error {
 			{"configuration", fmt.Sprintf("%s, revision %d, read %s ago", a.Config.File, a.Revision, ago(a.Config.Loaded))},
 			{"probes", fmt.Sprintf("%s, %d done", count(a.Probes.Targets, "backend"), a.Probes.Done)},
 		}
+		if c := a.Cluster; c != nil {
+			rows = append(rows, []string{"cluster", clusterText(c)})
+		}
 	}
 	if s.Installed == "" {
 		rows = append(rows, []string{"kernel", "nothing installed"})
 	} else {
 		rows = append(rows, s.kernelRows()...)
 	}
+	for _, p := range s.Warnings {
+		rows = append(rows, []string{"warning", strings.ReplaceAll(p, "\n", "\n\t")})
+	}
 	for _, p := range s.Problems {
 		rows = append(rows, []string{"PROBLEM", strings.ReplaceAll(p, "\n", "\n\t")})
 	}
 	return table(w, rows)
+}
+
+func clusterText(c *api.Cluster) string {
+	text := fmt.Sprintf("node %s, %s, last change %s ago", c.Node, count(c.Services, "service"), ago(c.Changed))
+	if c.Changed.IsZero() {
+		text = "node " + c.Node
+	}
+	if !c.Away.IsZero() {
+		text += fmt.Sprintf("; the API server has not answered for %s", ago(c.Away))
+	}
+	if c.Leaving {
+		text += "; the node is being deleted"
+	}
+	return text
 }
 
 func (s *statusOut) kernelRows() [][]string {

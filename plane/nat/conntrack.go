@@ -46,7 +46,7 @@ func staleAfter(c *change) stale {
 	s := make(stale)
 	each := func(all []element, do func(service.Listener, netip.AddrPort)) {
 		for _, e := range all {
-			if e.in.name != setSlots {
+			if e.in.name != setSlots && e.in.name != setMembers {
 				continue
 			}
 			if l, _ := splitListener(e.key, e.in.v4); l.Protocol == service.UDP {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"hash/fnv"
 	"net/netip"
 	"slices"
 	"time"
@@ -25,7 +26,8 @@ const (
 	setServices setName = iota // listener -> verdict, for packets from elsewhere
 	setGuestsTo                // listener -> verdict, for packets of guests
 	setSlots                   // listener and slot -> backend
-	setAlive                   // listener and backend, of services with affinity
+	setChoices                 // listener and slot -> number of a backend, of services with affinity
+	setMembers                 // listener and number -> backend, of the same
 	setSources                 // listener and ranges of addresses: who may come
 	setLocal                   // addresses of backends on this host
 	setHairpin                 // the same address twice, of backends on this host
@@ -52,13 +54,20 @@ const maxSlots = 256
 type chain struct {
 	v4       bool
 	guests   bool // slots from guestSlots on
-	slots    int
+	slots    int  // 0: the second half of a chain with affinity
 	affinity time.Duration
 	guarded  bool
 }
 
+// sticks returns the chain to which one with affinity leads: it remembers the
+// backend whose number is known.
+func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity} }
+
 // name is unique for what the chain does.
 func (c chain) name() string {
+	if c.slots == 0 {
+		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second)
+	}
 	name := fmt.Sprintf("backend%d-%d", family(c.v4), c.slots)
 	if c.guests {
 		name += "-guests"
@@ -114,23 +123,57 @@ func elementsOf(s *service.Service, chains map[string]chain) []element {
 		if guests {
 			all = append(all, element{set{setGuestsTo, v4}, key, verdict})
 		}
-		first := uint32(0)
-		if c.guests {
-			first = guestSlots
+		if len(at) > 0 && s.Affinity > 0 {
+			chains[c.sticks().name()] = c.sticks()
 		}
-		for i, b := range at {
-			all = append(all, element{set{setSlots, v4}, key + native(first+uint32(i)), target(b)})
-		}
-		if s.Affinity > 0 {
-			for _, b := range unique(at) {
-				all = append(all, element{set{setAlive, v4}, key + target(b), ""})
-			}
-		}
+		all = appendSlots(all, c, key, at)
 		if l.Guarded {
 			all = appendSources(all, key, s.Sources, v4)
 		}
 	}
 	return all
+}
+
+// appendSlots adds what leads from the slots of a listener to backends.
+func appendSlots(all []element, c chain, key string, at []netip.AddrPort) []element {
+	first := uint32(0)
+	if c.guests {
+		first = guestSlots
+	}
+	if c.affinity == 0 {
+		for i, b := range at {
+			all = append(all, element{set{setSlots, c.v4}, key + native(first+uint32(i)), target(b)})
+		}
+		return all
+	}
+	numbers := numbersOf(at)
+	for i, b := range at {
+		all = append(all, element{set{setChoices, c.v4}, key + native(first+uint32(i)), native(numbers[b])})
+	}
+	for b, n := range numbers {
+		all = append(all, element{set{setMembers, c.v4}, key + native(n), target(b)})
+	}
+	return all
+}
+
+// numbersOf gives backends numbers that depend on their addresses, so that a
+// client that is remembered with one finds its backend also when others have come
+// and gone. Of two with the same number the later one has the next.
+func numbersOf(at []netip.AddrPort) map[netip.AddrPort]uint32 {
+	numbers := make(map[netip.AddrPort]uint32)
+	taken := make(map[uint32]bool)
+	sorted := slices.Clone(at)
+	slices.SortFunc(sorted, netip.AddrPort.Compare)
+	for _, b := range slices.Compact(sorted) {
+		h := fnv.New32a()
+		h.Write([]byte(target(b)))
+		n := h.Sum32()
+		for taken[n] {
+			n++
+		}
+		taken[n], numbers[b] = true, n
+	}
+	return numbers
 }
 
 func appendSources(all []element, key string, sources []netip.Prefix, v4 bool) []element {
@@ -233,9 +276,6 @@ func gcd(a, b int) int {
 	}
 	return a
 }
-
-// unique returns the backends of slots, each once; equal ones stand together.
-func unique(slots []netip.AddrPort) []netip.AddrPort { return slices.Compact(slices.Clone(slots)) }
 
 // listenerKey is a listener as three fields.
 func listenerKey(l service.Listener) string {

@@ -105,9 +105,12 @@ func (k *kernel) whole(c *nftables.Chain, rules int) bool {
 
 // rulesIn returns how many rules a chain of backends has, by its name.
 func rulesIn(name string) int {
-	n := 2
+	if strings.HasPrefix(name, "stick") {
+		return 1
+	}
+	n := 3
 	if strings.Contains(name, "-affinity-") {
-		n++
+		n += 2
 	}
 	if strings.HasSuffix(name, "-guarded") {
 		n++
@@ -149,10 +152,12 @@ func (k *kernel) addChain(name string, c chain) {
 	k.addRules(&nftables.Chain{Table: k.table, Name: name}, c.rules())
 }
 
+func (k *kernel) emptyChain(name string) {
+	k.conn.FlushChain(&nftables.Chain{Table: k.table, Name: name})
+}
+
 func (k *kernel) removeChain(name string) {
-	c := &nftables.Chain{Table: k.table, Name: name}
-	k.conn.FlushChain(c)
-	k.conn.DelChain(c)
+	k.conn.DelChain(&nftables.Chain{Table: k.table, Name: name})
 }
 
 // perMessage bounds the elements of a message: the list of them is one attribute,
@@ -192,7 +197,7 @@ func (e element) encode() []nftables.SetElement {
 	switch e.in.name {
 	case setServices, setGuestsTo:
 		return []nftables.SetElement{{Key: key, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.data}}}
-	case setSlots:
+	case setSlots, setChoices, setMembers:
 		return []nftables.SetElement{{Key: key, Val: []byte(e.data)}}
 	case setSources:
 		half := len(key) / 2

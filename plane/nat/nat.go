@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -183,11 +184,17 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 
 // removeChains removes the chains to which nothing leads any more.
 func (p *Plane) removeChains(k *kernel, needed map[string]chain) error {
-	for name := range p.chains {
-		if _, used := needed[name]; !used {
-			k.removeChain(name)
-			delete(p.chains, name)
-		}
+	unused := slices.DeleteFunc(slices.Collect(maps.Keys(p.chains)), func(name string) bool {
+		_, used := needed[name]
+		return used
+	})
+	// All are emptied before any is removed: some lead to others.
+	for _, name := range unused {
+		k.emptyChain(name)
+	}
+	for _, name := range unused {
+		k.removeChain(name)
+		delete(p.chains, name)
 	}
 	return p.flush(k)
 }
@@ -238,10 +245,13 @@ func (p *Plane) commitAtOnce(k *kernel, c *change, needed map[string]chain) erro
 }
 
 func (p *Plane) addChains(k *kernel, needed map[string]chain) {
-	for name, c := range needed {
-		if !p.chains[name] {
-			k.addChain(name, c)
-			p.chains[name] = true
+	// Chains lead to those that stick.
+	for _, sticks := range []bool{true, false} {
+		for name, c := range needed {
+			if !p.chains[name] && (c.slots == 0) == sticks {
+				k.addChain(name, c)
+				p.chains[name] = true
+			}
 		}
 	}
 }

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -218,4 +221,193 @@ func TestTranslate(t *testing.T) {
 			t.Errorf("%s to a service whose backends are elsewhere: %v, want a time-out", network, err)
 		}
 	}
+}
+
+// The guarded listeners of a service answer its sources alone.
+func TestSources(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	guarded := at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080")
+	for i := range guarded {
+		guarded[i].Guarded = true
+	}
+	svc := func(sources ...string) *service.Snapshot {
+		s := &service.Service{Name: "web", Listeners: guarded, Backends: to(true, "10.1.0.2:80", "[2001:db8:2::2]:80")}
+		for _, p := range sources {
+			s.Sources = append(s.Sources, netip.MustParsePrefix(p))
+		}
+		return of(s)
+	}
+	n.apply(svc("198.51.100.0/24"))
+	for _, network := range []string{"tcp", "udp"} {
+		var timeout net.Error
+		if _, err := n.ask(n.client, network, "10.96.0.1:8080"); !errors.As(err, &timeout) || !timeout.Timeout() {
+			t.Errorf("%s from elsewhere: %v, want a time-out", network, err)
+		}
+	}
+	n.apply(svc("192.0.0.0/16", "192.0.2.0/24", "192.0.2.2/32", "198.51.100.0/24", "2001:db8::/32"))
+	for _, network := range []string{"tcp", "udp"} {
+		n.expect(n.client, network, "10.96.0.1:8080", "guest 192.0.2.2")
+		n.expect(n.client, network, "[2001:db8:96::1]:8080", "guest 2001:db8:1::2")
+	}
+}
+
+// A client keeps its backend, and gets another when that is gone.
+func TestAffinity(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.far, "far", "10.2.0.2:80", "10.2.0.3:80", "[2001:db8:3::2]:80", "[2001:db8:3::3]:80")
+	web := &service.Service{
+		Name: "web", Affinity: time.Minute, Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"),
+		Backends: append(to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")...),
+	}
+	n.apply(of(web))
+	for _, v := range []string{"10.96.0.1:8080", "[2001:db8:96::1]:8080"} {
+		first, err := n.ask(n.client, "tcp", v)
+		n.check(err)
+		for range 20 {
+			n.expect(n.client, "tcp", v, first)
+		}
+	}
+	for range 2 {
+		// One half is taken away, then the other.
+		without := *web
+		without.Backends = web.Backends[:2]
+		n.apply(of(&without))
+		n.expect(n.client, "tcp", "10.96.0.1:8080", "guest 192.0.2.2")
+		n.expect(n.client, "tcp", "[2001:db8:96::1]:8080", "guest 2001:db8:1::2")
+		n.apply(of(web))
+		n.expect(n.client, "tcp", "10.96.0.1:8080", "guest 192.0.2.2")
+		without.Backends = web.Backends[2:]
+		n.apply(of(&without))
+		for range 10 {
+			n.expect(n.client, "tcp", "10.96.0.1:8080", "far 10.2.0.1")
+			n.expect(n.client, "tcp", "[2001:db8:96::1]:8080", "far 2001:db8:3::1")
+		}
+		n.apply(of(web))
+		for range 10 {
+			n.expect(n.client, "tcp", "10.96.0.1:8080", "far 10.2.0.1")
+			n.expect(n.client, "tcp", "[2001:db8:96::1]:8080", "far 2001:db8:3::1")
+		}
+	}
+}
+
+// everything is a snapshot that needs every kind of chain and set.
+func everything(backends ...service.Backend) *service.Snapshot {
+	guarded := at(service.Anywhere, "10.96.0.4:80", "[2001:db8:96::4]:80")
+	for i := range guarded {
+		guarded[i].Guarded = true
+	}
+	sources := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+	uneven := slices.Clone(backends)
+	for i := range uneven {
+		uneven[i].Weight = uint32(i + 1)
+	}
+	return of(
+		&service.Service{Name: "plain", Listeners: at(service.Anywhere, "10.96.0.1:80", "[2001:db8:96::1]:80"), Backends: backends},
+		&service.Service{Name: "none", Listeners: at(service.Anywhere, "10.96.0.2:80", "[2001:db8:96::2]:80")},
+		&service.Service{Name: "affinity", Listeners: at(service.Anywhere, "10.96.0.3:80", "[2001:db8:96::3]:80"),
+			Affinity: time.Hour, Backends: backends},
+		&service.Service{Name: "guarded", Listeners: guarded, Sources: sources, Backends: backends, Affinity: time.Minute},
+		&service.Service{Name: "guests", Listeners: at(service.FromGuests, "10.96.0.5:80", "[2001:db8:96::5]:80"), Backends: uneven},
+		&service.Service{Name: "world", Listeners: at(service.FromWorld, "10.96.0.5:80", "[2001:db8:96::5]:80"), Elsewhere: true},
+	)
+}
+
+// A plane finds what another left as it should be, and changes only what is
+// different; what somebody destroyed is made again.
+func TestAdopt(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	snap := everything(append(to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")...)...)
+	n.apply(snap)
+	ruleset := func() string {
+		out, err := n.node.Run(t.Context(), lab.Outside, "nft", "-a", "list", "table", "inet", nat.TableName)
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return out
+	}
+	first := ruleset()
+	var log lab.Log
+	n.plane = nat.New(slog.New(slog.NewTextHandler(&log, nil)))
+	n.apply(snap)
+	// With handles: what is made again has others.
+	if now := ruleset(); now != first || log.String() != "" {
+		t.Errorf("adopting changed the table: %s\n%s", log.String(), diff(first, now))
+	}
+	if !n.checkTable() {
+		t.Error("the table is whole, and said not to be")
+	}
+	for _, damage := range []string{
+		"flush ruleset", "delete table inet pentad", "flush chain inet pentad prerouting", "flush table inet pentad",
+		"add rule inet pentad prerouting drop", "flush chain inet pentad backend4-2",
+	} {
+		if out, err := n.node.Run(t.Context(), lab.Outside, "nft", damage); err != nil {
+			t.Fatalf("%s: %v: %s", damage, err, out)
+		}
+		if n.checkTable() {
+			t.Errorf("%s: not noticed", damage)
+		}
+		n.apply(snap)
+		if now := withoutHandles(ruleset()); now != withoutHandles(first) {
+			t.Errorf("%s: not repaired:\n%s", damage, diff(withoutHandles(first), now))
+		}
+		if !n.checkTable() {
+			t.Errorf("%s: the table is whole again, and said not to be", damage)
+		}
+	}
+	// What concerns others is not touched and does not matter.
+	if out, err := n.node.Run(t.Context(), lab.Outside, "nft", "add table inet other"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if !n.checkTable() {
+		t.Error("a table of others made this one unsound")
+	}
+	n.apply(of())
+	n.check(n.node.Do(nat.Remove))
+	n.check(n.node.Do(nat.Remove))
+	out, err := n.node.Run(t.Context(), lab.Outside, "nft", "list", "tables")
+	if err != nil || strings.TrimSpace(out) != "table inet other" {
+		t.Errorf("left behind: %v %s", err, out)
+	}
+}
+
+func (n *network) checkTable() (whole bool) {
+	n.check(n.node.Do(func() error {
+		whole = n.plane.Check()
+		return nil
+	}))
+	return whole
+}
+
+var handle = regexp.MustCompile(` # handle \d+`)
+
+// withoutHandles leaves what does not depend on the order of things.
+func withoutHandles(ruleset string) string {
+	words := strings.FieldsFunc(handle.ReplaceAllString(ruleset, ""), func(r rune) bool { return r == '\n' || r == ',' })
+	for i := range words {
+		words[i] = strings.TrimSpace(strings.Trim(strings.TrimSpace(words[i]), "{}"))
+	}
+	slices.Sort(words)
+	return strings.Join(words, "\n")
+}
+
+func diff(a, b string) string {
+	var out []string
+	have := strings.Split(b, "\n")
+	for _, line := range strings.Split(a, "\n") {
+		if !slices.Contains(have, line) {
+			out = append(out, "- "+line)
+		}
+	}
+	was := strings.Split(a, "\n")
+	for _, line := range have {
+		if !slices.Contains(was, line) {
+			out = append(out, "+ "+line)
+		}
+	}
+	return strings.Join(out, "\n")
 }

@@ -18,13 +18,16 @@ import (
 //	    ip daddr . meta l4proto . th dport vmap @guests_to4
 //	}
 //	chain backend4-10 {                                   # services with ten slots
+//	    meta mark set meta mark or 0x4000
 //	    dnat to ip daddr . meta l4proto . th dport . numgen random mod 10 map @slots4
 //	    dnat to ip daddr . meta l4proto . th dport . 0 map @slots4
 //	}
 //	chain postrouting { type nat hook postrouting priority srcnat
-//	    ct status dnat, ct original ip daddr . meta l4proto . ct original proto-dst . 0 @slots4 goto source4
+//	    meta mark and 0x4000 == 0 return
+//	    meta nfproto ipv4 goto source4
 //	}
 //	chain source4 {
+//	    meta mark set meta mark and not 0x4000; meta priority set 0
 //	    ip saddr . ip daddr @hairpin4 masquerade          # a guest that reaches itself
 //	    ip daddr @local4 return                           # replies pass here anyway
 //	    ip saddr @guests4 return                          # these, too
@@ -58,7 +61,7 @@ func reg(n uint32) uint32 { return unix.NFT_REG32_00 + n }
 
 // names of the sets in the table, by setName, without the family.
 var setNames = [setNameEnd]string{
-	setServices: "services", setGuestsTo: "guests_to", setSlots: "slots", setAlive: "alive", setSources: "sources",
+	setServices: "services", setGuestsTo: "guests_to", setSlots: "slots", setChoices: "choices", setMembers: "members", setSources: "sources",
 	setLocal: "local", setHairpin: "hairpin", setGuests: "guests", setAffinity: "affinity",
 }
 
@@ -86,10 +89,15 @@ func (s set) definition(t *nftables.Table) *nftables.Set {
 	case setServices, setGuestsTo:
 		d.IsMap, d.DataType = true, nftables.TypeVerdict
 	case setSlots:
-		key = append(key, nftables.TypeInteger)
+		// A slot is a number; but nft(8) cannot list plain ones in a concatenation.
+		key = append(key, nftables.TypeMark)
 		d.IsMap, d.DataType = true, nftables.MustConcatSetType(backend...)
-	case setAlive:
-		key = append(key, backend...)
+	case setChoices:
+		key = append(key, nftables.TypeMark)
+		d.IsMap, d.DataType = true, nftables.TypeClassID
+	case setMembers:
+		key = append(key, nftables.TypeClassID)
+		d.IsMap, d.DataType = true, nftables.MustConcatSetType(backend...)
 	case setSources:
 		key = append(key, addr)
 		d.Interval = true
@@ -102,7 +110,7 @@ func (s set) definition(t *nftables.Table) *nftables.Set {
 		d.Interval = true
 	case setAffinity:
 		key = append([]nftables.SetDatatype{addr}, key...)
-		d.IsMap, d.DataType = true, nftables.MustConcatSetType(backend...)
+		d.IsMap, d.DataType = true, nftables.TypeClassID
 		d.Dynamic, d.HasTimeout, d.Size = true, true, affinityPlaces
 	}
 	if len(key) == 1 {
@@ -193,9 +201,7 @@ func lookup(in set, from uint32) *expr.Lookup {
 
 func vmapRule(in set) []expr.Any {
 	rule, _ := loadListener(in.v4, 0)
-	l := lookup(in, reg(0))
-	l.DestRegister, l.IsDestRegSet = unix.NFT_REG_VERDICT, true
-	return append(rule, l)
+	return append(rule, lookupTo(in, reg(0), unix.NFT_REG_VERDICT))
 }
 
 func goTo(name string) expr.Any { return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name} }
@@ -214,17 +220,29 @@ func preroutingRules() [][]expr.Any {
 	return rules
 }
 
-// statusDNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
-const statusDNAT = 1 << 5
+// Mark is the bit of the packet's mark that a packet has between its translation
+// and the choice of its source address, on its way through this host. It is
+// kube-proxy's (--iptables-masquerade-bit), which other tools know to leave alone.
+const Mark = 1 << 14
 
-// postroutingRules find what this table has translated: conntrack knows where a
-// connection wanted to go, and the slots know whether that is a service. No mark
-// is used, because others use them.
+// setMark changes the bit and leaves the others.
+func setMark(on bool) []expr.Any {
+	b := &expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+		Mask: binaryutil.NativeEndian.PutUint32(^uint32(Mark)), Xor: make([]byte, 4)}
+	if on {
+		b.Xor = binaryutil.NativeEndian.PutUint32(Mark)
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)}, b,
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0), SourceRegister: true},
+	}
+}
+
 func postroutingRules() [][]expr.Any {
 	rules := [][]expr.Any{{
-		&expr.Ct{Key: expr.CtKeySTATUS, Register: reg(0)},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)},
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(statusDNAT), Xor: make([]byte, 4)},
+			Mask: binaryutil.NativeEndian.PutUint32(Mark), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
 		&expr.Verdict{Kind: expr.VerdictReturn},
 	}}
@@ -233,26 +251,15 @@ func postroutingRules() [][]expr.Any {
 		if v4 {
 			source = chainSource4
 		}
-		for _, slot := range []uint32{0, guestSlots} {
-			w := words(v4)
-			// In a table of family inet the address is sixteen bytes, of which
-			// IPv4 uses four; what follows overwrites the rest.
-			rules = append(rules, append(ofFamily(v4),
-				&expr.Ct{Key: expr.CtKeyDST, Register: reg(0)},
-				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(w)},
-				&expr.Ct{Key: expr.CtKeyPROTODST, Register: reg(w + 1)},
-				&expr.Immediate{Register: reg(w + 2), Data: []byte(native(slot))},
-				toBackend(v4, reg(0), w+3),
-				goTo(source)))
-		}
+		rules = append(rules, append(ofFamily(v4), goTo(source)))
 	}
 	return rules
 }
 
-// toBackend looks a slot up; the backend goes into the registers from n on.
-func toBackend(v4 bool, from, n uint32) expr.Any {
-	l := lookup(set{setSlots, v4}, from)
-	l.DestRegister, l.IsDestRegSet = reg(n), true
+// lookupTo looks a key up in a map; the data goes into the registers from to on.
+func lookupTo(in set, from, to uint32) *expr.Lookup {
+	l := lookup(in, from)
+	l.DestRegister, l.IsDestRegSet = to, true
 	return l
 }
 
@@ -261,6 +268,11 @@ func sourceRules(v4 bool) [][]expr.Any {
 	masquerade := &expr.Masq{FullyRandom: true}
 	leave := &expr.Verdict{Kind: expr.VerdictReturn}
 	return [][]expr.Any{
+		setMark(false),
+		{
+			&expr.Immediate{Register: reg(0), Data: make([]byte, 4)},
+			&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(0)},
+		},
 		{loadSource(v4, reg(0)), loadDestination(v4, reg(w)), lookup(set{setHairpin, v4}, reg(0)), masquerade},
 		{loadDestination(v4, reg(0)), lookup(set{setLocal, v4}, reg(0)), leave},
 		{loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), leave},
@@ -287,76 +299,95 @@ func translate(v4 bool, n uint32) expr.Any {
 	return &expr.NAT{Type: expr.NATTypeDestNAT, Family: proto, RegAddrMin: reg(n), RegProtoMin: reg(n + words(v4)), Specified: true}
 }
 
-// rules returns what a chain of backends does. In a chain with affinity the
-// registers are laid out so that what one look-up writes completes the key of
-// the next: client, listener, backend.
+// rules returns what a chain of backends does.
 func (c chain) rules() [][]expr.Any {
+	if c.slots == 0 {
+		return [][]expr.Any{c.stick()}
+	}
 	var rules [][]expr.Any
-	w := words(c.v4)
 	if c.guarded {
 		key, n := loadListener(c.v4, 0)
 		allowed := lookup(set{setSources, c.v4}, reg(0))
 		allowed.Invert = true
 		rules = append(rules, append(key, loadSource(c.v4, reg(n)), allowed, &expr.Verdict{Kind: expr.VerdictDrop}))
 	}
+	rules = append(rules, setMark(true))
+	if c.affinity > 0 {
+		rules = append(rules, c.again(), c.forget())
+	}
 	first := uint32(0)
 	if c.guests {
 		first = guestSlots
 	}
-	if c.affinity > 0 {
-		rules = append(rules, c.again())
-	}
-	slots := []expr.Any{
-		&expr.Numgen{Register: 0, Modulus: uint32(c.slots), Type: unix.NFT_NG_RANDOM, Offset: first},
-		&expr.Immediate{Data: []byte(native(first))},
-	}
-	for i, slot := range slots {
-		at := uint32(0)
+	_, n := loadListener(c.v4, 0)
+	for _, slot := range []expr.Any{
+		&expr.Numgen{Register: reg(n), Modulus: uint32(c.slots), Type: unix.NFT_NG_RANDOM, Offset: first},
+		&expr.Immediate{Register: reg(n), Data: []byte(native(first))},
+	} {
+		key, n := loadListener(c.v4, 0)
+		rule := append(key, slot)
 		if c.affinity > 0 {
-			at = w
-		}
-		rule, n := loadListener(c.v4, at)
-		if i == 0 {
-			slot.(*expr.Numgen).Register = reg(n)
+			rule = append(rule, c.toNumber(setChoices, n+1)...)
 		} else {
-			slot.(*expr.Immediate).Register = reg(n)
+			rule = append(rule, lookupTo(set{setSlots, c.v4}, reg(0), reg(n+1)), translate(c.v4, n+1))
 		}
-		backend := n + 1
-		if c.affinity > 0 {
-			// The slot stands where the backend comes: the key of affinity is before it.
-			rule = append([]expr.Any{loadSource(c.v4, reg(0))}, rule...)
-			backend = n
-		}
-		rule = append(rule, slot, toBackend(c.v4, reg(at), backend))
-		if c.affinity > 0 {
-			// An update alone leaves the backend that is there, which is gone.
-			rule = append(rule, c.noteClient(opDelete, 0), c.noteClient(unix.NFT_DYNSET_OP_UPDATE, reg(backend)))
-		}
-		rules = append(rules, append(rule, translate(c.v4, backend)))
+		rules = append(rules, rule)
 	}
 	return rules
+}
+
+// With affinity the number of the backend is on its way from one rule to the next
+// in the priority of the packet: nothing else looks at it before the packet is
+// routed, and nft(8) can list it, which it could not if registers led from one
+// look-up to the next.
+
+// toNumber looks the number of a backend up with the key in the first registers
+// and goes on with it. It comes back if there is no such backend any more.
+func (c chain) toNumber(in setName, n uint32) []expr.Any {
+	return []expr.Any{
+		lookupTo(set{in, c.v4}, reg(0), reg(n)),
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)},
+		&expr.Verdict{Kind: expr.VerdictJump, Chain: c.sticks().name()},
+	}
+}
+
+// loadClient puts the source and the destination of a packet into the first
+// registers, and returns the next one.
+func (c chain) loadClient() ([]expr.Any, uint32) {
+	key, n := loadListener(c.v4, words(c.v4))
+	return append([]expr.Any{loadSource(c.v4, reg(0))}, key...), n
+}
+
+// again leads a client where it went before, if that is still there.
+func (c chain) again() []expr.Any {
+	rule, n := c.loadClient()
+	return append(rule, c.toNumber(setAffinity, n)...)
 }
 
 // opDelete is NFT_DYNSET_OP_DELETE of linux/netfilter/nf_tables.h.
 const opDelete = 2
 
-// again leads a client where it went before, if that is still there.
-func (c chain) again() []expr.Any {
-	w := words(c.v4)
-	rule, n := loadListener(c.v4, w)
-	rule = append([]expr.Any{loadSource(c.v4, reg(0))}, rule...)
-	known := lookup(set{setAffinity, c.v4}, reg(0))
-	known.DestRegister, known.IsDestRegSet = reg(n), true
-	return append(rule, known, lookup(set{setAlive, c.v4}, reg(w)),
-		c.noteClient(unix.NFT_DYNSET_OP_UPDATE, reg(n)), translate(c.v4, n))
+// forget is for a client whose backend is gone: what comes after would only
+// prolong what is known.
+func (c chain) forget() []expr.Any {
+	rule, n := c.loadClient()
+	// The kernel wants to be told the data of a map also to delete.
+	return append(rule, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)},
+		&expr.Dynset{SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(), Operation: opDelete})
 }
 
-// noteClient updates or deletes what is known of a client, whose key lies in the
-// first registers.
-func (c chain) noteClient(operation, data uint32) expr.Any {
-	d := &expr.Dynset{SrcRegKey: reg(0), SrcRegData: data, SetName: set{setAffinity, c.v4}.String(), Operation: operation}
-	if data != 0 {
-		d.Timeout = c.affinity
-	}
-	return d
+// stick leads to the backend whose number is the priority of the packet, and
+// remembers it for the client.
+func (c chain) stick() []expr.Any {
+	client, n := c.loadClient()
+	rule := append(client, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)})
+	w := words(c.v4)
+	// The listener and the number in it are the key of the backend.
+	rule = append(rule,
+		lookupTo(set{setMembers, c.v4}, reg(w), reg(n+1)),
+		&expr.Dynset{
+			SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(),
+			Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.affinity,
+		})
+	return append(rule, translate(c.v4, n+1))
 }

@@ -47,8 +47,8 @@ type Source struct {
 
 	mu    sync.Mutex
 	dirty map[types.NamespacedName]bool
-	all   bool // everything has to be translated again
-	away  bool // the API server does not answer
+	all   bool      // everything has to be translated again
+	away  time.Time // since when the API server does not answer; zero: it does
 	wake  chan struct{}
 
 	// Owned by Run.
@@ -165,10 +165,10 @@ func (s *Source) nodeChanged(before, after any) {
 func (s *Source) touch(key types.NamespacedName) {
 	s.mu.Lock()
 	s.dirty[key] = true
-	back := s.away
-	s.away = false
+	away := s.away
+	s.away = time.Time{}
 	s.mu.Unlock()
-	if back {
+	if !away.IsZero() {
 		s.log.Info("the API server answers again", "source", "kubernetes")
 	}
 	s.notify()
@@ -191,12 +191,21 @@ func (s *Source) notify() {
 // watchFailed says once that the API server is away; client-go tries again.
 func (s *Source) watchFailed(_ context.Context, _ *cache.Reflector, err error) {
 	s.mu.Lock()
-	first := !s.away
-	s.away = true
+	first := s.away.IsZero()
+	if first {
+		s.away = time.Now()
+	}
 	s.mu.Unlock()
 	if first && !errors.Is(err, context.Canceled) {
 		s.log.Warn("the API server does not answer; services stay as they are", "source", "kubernetes", "error", err)
 	}
+}
+
+// Away returns since when the API server does not answer, or the zero time.
+func (s *Source) Away() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.away
 }
 
 // Run emits every state of the cluster until the context ends, the first one once

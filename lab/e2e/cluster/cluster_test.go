@@ -119,7 +119,7 @@ func serve(name string, addresses []string) error {
 	select {}
 }
 
-// answerLines is a client: it reads "tcp ADDRESS:PORT" and writes what the server
+// answerLines is a client: it reads "tcp ADDRESS:PORT" (or udp, or bind) and writes what the server
 // there says, or "error" and why there is none.
 func answerLines() error {
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
@@ -138,6 +138,13 @@ func answerLines() error {
 const quickly = 2 * time.Second
 
 func askOnce(network, address string) (string, error) {
+	if network == "bind" {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			return "", err
+		}
+		return "bound", l.Close()
+	}
 	d := net.Dialer{Timeout: quickly}
 	d.SetMultipathTCP(false)
 	c, err := d.Dial(network, address)

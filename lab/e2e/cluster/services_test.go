@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -294,9 +293,25 @@ func TestNodePort(t *testing.T) {
 	s.expect(s.a.place, hostPort("::1", port), seen{"a1 b1", ""})
 	s.expect(s.pods["a1"], hostPort("127.0.0.1", port), seen{"refused", ""})
 	// Nobody on the node binds what would never come to him; a pod may.
-	if err := startServer(s.a.Host, s.a.Host, "thief", hostPort("0.0.0.0", port)); err == nil {
-		t.Error("a process outside of the scope could bind, which is fine, but this one should be inside")
+	for at, bindable := range map[string]bool{"0.0.0.0": false, "::": false, "127.0.0.1": false, a4: false, a6: false, "127.0.0.2": true} {
+		if err := s.binds(s.a.place, hostPort(at, port)); (err == nil) != bindable {
+			t.Errorf("binding %s on the node: %v, want it possible: %v", at, err, bindable)
+		}
 	}
+	if err := s.binds(s.pods["a1"], hostPort("0.0.0.0", port)); err != nil {
+		t.Errorf("binding a NodePort in a pod: %v", err)
+	}
+	s.update(svc, func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeClusterIP })
+	err := lab.Eventually(patience, func() error { return s.binds(s.a.place, hostPort("0.0.0.0", port)) })
+	if err != nil {
+		t.Errorf("the port is no NodePort any more: %v", err)
+	}
+}
+
+// binds has a client bind an address.
+func (s *scene) binds(p *place, address string) error {
+	_, _, err := p.ask("bind", address)
+	return err
 }
 
 func TestExternalTrafficPolicy(t *testing.T) {
@@ -426,19 +441,22 @@ func TestAffinity(t *testing.T) {
 	for _, from := range []*place{s.pods["a2"], s.outside, s.b.place} {
 		for _, ip := range svc.Spec.ClusterIPs {
 			at := hostPort(ip, 80)
-			s.expect(from, at, seen{s.sticksTo(from, at), ""})
+			for _, network := range networks {
+				// Each port has its own.
+				s.expectBy(network, from, at, seen{s.sticksTo(network, from, at), ""})
+			}
 		}
 	}
 }
 
 // sticksTo returns the one server that answers.
-func (s *scene) sticksTo(from *place, address string) string {
+func (s *scene) sticksTo(network string, from *place, address string) string {
 	s.t.Helper()
 	first := ""
 	err := lab.Eventually(patience, func() error {
 		first = ""
 		for range 20 {
-			server, _, err := from.ask("tcp", address)
+			server, _, err := from.ask(network, address)
 			if err != nil {
 				return err
 			}
@@ -454,5 +472,3 @@ func (s *scene) sticksTo(from *place, address string) string {
 	}
 	return first
 }
-
-var _ = time.Second
