@@ -68,6 +68,6 @@ func newRoot() (root *cobra.Command, started *bool) {
 	}
 	root.PersistentFlags().StringVar(&at.pins, "pins", socket.DefaultPins, "directory of the bpf filesystem that holds everything of pentad")
 	root.PersistentFlags().StringVar(&at.runDir, "run-dir", api.DefaultRunDir, "directory of the agent's socket")
-	root.AddCommand(newRun(at), newCheck(), newStatus(at), newService(at), newBackend(at), newFlow(at), newExplain(at), newDown(at), newDemo(), newVersion())
+	root.AddCommand(newRun(at), newController(), newCheck(), newStatus(at), newService(at), newBackend(at), newFlow(at), newExplain(at), newDown(at), newDemo(), newVersion())
 	return root, started
 }

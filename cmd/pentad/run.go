@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"log/slog"
 	"os"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
 
 	"github.com/pentad/pentad/agent"
 	"github.com/pentad/pentad/config"
@@ -32,13 +34,23 @@ func newRun(at *places) *cobra.Command {
 			}
 			// Small before fast: parsing a large file would leave twice as much behind.
 			debug.SetGCPercent(gcPercent)
+			log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+			quietClient(log)
 			return agent.Run(cmd.Context(), agent.Options{
-				ConfigFile: file, Pins: at.pins, RunDir: at.runDir, Version: version,
-				Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
+				ConfigFile: file, Pins: at.pins, RunDir: at.runDir, Version: version, Log: log,
 			})
 		},
 	}
 	cmd.Flags().StringVarP(&file, "config", "c", config.DefaultPath, "configuration file")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log more")
 	return cmd
+}
+
+// quietClient has the client of Kubernetes write to our log, and only with -v: what
+// matters of it is said by those who use it.
+func quietClient(log *slog.Logger) {
+	if !log.Enabled(context.Background(), slog.LevelDebug) {
+		log = slog.New(slog.DiscardHandler)
+	}
+	klog.SetSlogLogger(log)
 }

@@ -1,0 +1,46 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pentad/pentad/controller"
+	"github.com/pentad/pentad/source/kube"
+)
+
+func newController() *cobra.Command {
+	var kubeconfig string
+	var verbose bool
+	var opts controller.Options
+	cmd := &cobra.Command{
+		Use:   "controller",
+		Short: "Run the controller of a cluster",
+		Long: "Run the controller of a Kubernetes cluster: it gives Services of type LoadBalancer their addresses out of\n" +
+			"AddressPools. Several may run; one of them is active, by a Lease, and another takes over when it is gone.\n" +
+			"Which address a Service has stands in its status and changes only when the Service asks for another.",
+		Example: "  pentad controller --kubeconfig /etc/kubernetes/admin.conf",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			level := slog.LevelInfo
+			if verbose {
+				level = slog.LevelDebug
+			}
+			opts.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+			quietClient(opts.Log)
+			config, err := kube.Connect(kubeconfig)
+			if err != nil {
+				return err
+			}
+			return controller.Run(cmd.Context(), config, opts)
+		},
+	}
+	cmd.Flags().StringVar(&kubeconfig, "kubeconfig", "", "how to reach the API server; empty: the service account of this pod")
+	cmd.Flags().StringVar(&opts.Namespace, "namespace", "kube-system", "namespace of the Lease by which one controller is active")
+	cmd.Flags().BoolVar(&opts.RequireClass, "require-class", false,
+		"leave Services without a loadBalancerClass to others; ours is "+controller.LoadBalancerClass)
+	cmd.Flags().DurationVar(&opts.LeaseDuration, "lease", 0, "how long a controller that is silent stays the active one (default 15s)")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log more")
+	return cmd
+}
