@@ -318,8 +318,6 @@ type change struct {
 	remove, add []element
 }
 
-func (c *change) empty() bool { return len(c.remove)+len(c.add) == 0 }
-
 // differ adds what makes one list of elements the other.
 func (c *change) differ(have, want []element) {
 	type place struct {
