@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"k8s.io/client-go/kubernetes"
@@ -27,6 +28,7 @@ type natPlane interface {
 	Apply(context.Context, *service.Snapshot) error
 	Check() bool
 	Verify()
+	Run(context.Context)
 }
 
 // cluster is what makes this host a node of a Kubernetes cluster. It is nil on
@@ -95,7 +97,10 @@ func newCluster(c *config.Kubernetes, log *slog.Logger, state func() nodehealth.
 
 // run works until the context ends.
 func (c *cluster) run(ctx context.Context) error {
-	go c.health.Run(ctx, c.config.Health)
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	tasks.Go(func() { c.health.Run(ctx, c.config.Health) })
+	tasks.Go(func() { c.nat.Run(ctx) })
 	return c.source.Run(ctx, func(u kube.Update) { send(ctx, c.updates, u) })
 }
 

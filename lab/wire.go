@@ -107,6 +107,30 @@ func (h *Host) RouteBy(prefix, via, device string) error {
 	return fmt.Errorf("route %s: there is no interface %s", prefix, device)
 }
 
+// RouteLocal makes every address of a prefix one of the host's own.
+func (h *Host) RouteLocal(prefix string) error {
+	_, to, err := net.ParseCIDR(prefix)
+	if err != nil {
+		return err
+	}
+	lo, err := h.handle.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return h.handle.RouteAdd(&netlink.Route{
+		Dst: to, LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST,
+	})
+}
+
+// RouteReplace is Route for a prefix that may have had another one.
+func (h *Host) RouteReplace(prefix, via string) error {
+	_, to, err := net.ParseCIDR(prefix)
+	if err != nil {
+		return err
+	}
+	return h.handle.RouteReplace(&netlink.Route{Dst: to, Gw: net.ParseIP(via)})
+}
+
 // Forward makes the host pass packets on, as a router or a node does.
 func (h *Host) Forward() error {
 	return errors.Join(h.sysctl("net/ipv4/ip_forward", "1"), h.sysctl("net/ipv6/conf/all/forwarding", "1"))

@@ -1,7 +1,11 @@
 package nat
 
 import (
+	"context"
+	"errors"
 	"net/netip"
+	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -9,80 +13,153 @@ import (
 	"github.com/pentad/pentad/service"
 )
 
-// A UDP client may send for ever from the same port, and conntrack leads it where
-// it went first. When a backend leaves a service, and when a service gets its first
-// one, what conntrack knows of it has to go.
+// Connection tracking leads a connection where it went first. That is right until
+// its backend is gone:
+//
+//   - a UDP client may send from one port for ever, and would be led to nobody;
+//   - what comes on a TCP connection to a backend that was removed must not vanish:
+//     without its entry another backend answers it with a reset, and the client
+//     connects anew;
+//   - a TCP connection that has ended is remembered for a while, and a client that
+//     uses its port again would be led where it went.
 
-// flow is the way of datagrams to a listener. Without a backend they were not
+// flow is the way of packets to a listener. Without a backend they were not
 // translated.
 type flow struct {
+	protocol service.Protocol
 	listener netip.AddrPort
 	backend  netip.AddrPort
 }
 
-// MatchConntrackFlow implements netlink.CustomConntrackFilter for the flows that
-// are stale.
+// stale are flows that must not go on. Those that are false may end by themselves:
+// only what has ended is forgotten.
+type stale map[flow]bool
+
+// States of a TCP connection that has ended or is about to
+// (linux/netfilter/nf_conntrack_tcp.h).
+const (
+	tcpLastAck  = 6
+	tcpTimeWait = 7
+	tcpClose    = 8
+)
+
+// MatchConntrackFlow implements netlink.CustomConntrackFilter.
 func (s stale) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
-	if f.Forward.Protocol != unix.IPPROTO_UDP {
-		return false
-	}
 	to, ok1 := netip.AddrFromSlice(f.Forward.DstIP)
 	by, ok2 := netip.AddrFromSlice(f.Reverse.SrcIP)
 	if !ok1 || !ok2 {
 		return false
 	}
-	at := flow{netip.AddrPortFrom(to.Unmap(), f.Forward.DstPort), netip.AddrPortFrom(by.Unmap(), f.Reverse.SrcPort)}
+	at := flow{
+		service.Protocol(f.Forward.Protocol),
+		netip.AddrPortFrom(to.Unmap(), f.Forward.DstPort), netip.AddrPortFrom(by.Unmap(), f.Reverse.SrcPort),
+	}
 	if at.listener == at.backend {
 		at.backend = netip.AddrPort{}
 	}
-	return s[at]
+	living, known := s[at]
+	if !known || living {
+		return known
+	}
+	tcp, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP)
+	return ok && tcp.State >= tcpLastAck && tcp.State <= tcpClose
 }
 
-// stale are flows that must not go on.
-type stale map[flow]bool
-
-// staleAfter returns the flows that a change makes stale.
-func staleAfter(c *change) stale {
-	s := make(stale)
-	each := func(all []element, do func(service.Listener, netip.AddrPort)) {
-		for _, e := range all {
-			if e.in.name != setSlots && e.in.name != setMembers {
+// between notes the flows that become stale when one service becomes the other.
+func (s stale) between(before, after *service.Service) {
+	for _, l := range before.Listeners {
+		if !l.From.Has(service.FromWorld | service.FromGuests) {
+			continue
+		}
+		v4 := l.Address.Addr().Is4()
+		there := slices.ContainsFunc(after.Listeners, func(o service.Listener) bool { return o.At() == l.At() })
+		was, now := slotsOf(before, v4), slotsOf(after, v4)
+		if !there {
+			now = nil
+		}
+		if l.Protocol == service.UDP && len(was) == 0 && len(now) > 0 {
+			s[flow{l.Protocol, l.Address, netip.AddrPort{}}] = true
+		}
+		for _, b := range before.Backends {
+			if b.Address.Addr().Is4() != v4 || slices.Contains(now, b.Address) {
 				continue
 			}
-			if l, _ := splitListener(e.key, e.in.v4); l.Protocol == service.UDP {
-				do(l, splitTarget(e.data, e.in.v4))
+			left := !slices.ContainsFunc(after.Backends, func(o service.Backend) bool { return o.Address == b.Address })
+			f := flow{l.Protocol, l.Address, b.Address}
+			switch {
+			case l.Protocol == service.UDP, left && there && before.OnDown == service.Reset:
+				s[f] = true
+			case slices.Contains(was, b.Address):
+				s[f] = s[f] || false
 			}
 		}
 	}
-	had := make(map[netip.AddrPort]bool)
-	each(c.remove, func(l service.Listener, b netip.AddrPort) {
-		had[l.Address] = true
-		s[flow{l.Address, b}] = true
-	})
-	each(c.add, func(l service.Listener, b netip.AddrPort) {
-		delete(s, flow{l.Address, b}) // it has another slot
-		if !had[l.Address] {
-			s[flow{listener: l.Address}] = true
-		}
-	})
-	return s
 }
 
-// forgetStale has conntrack forget the flows that a change makes stale. The
-// change is in force already: a datagram that comes now goes the new way.
-func (p *Plane) forgetStale(c *change) {
-	s := staleAfter(c)
+// found notes the flows that elements in the kernel say an earlier agent left.
+func (s stale) found(c *change) {
+	for _, e := range c.remove {
+		if e.in.name != setSlots && e.in.name != setMembers {
+			continue
+		}
+		l, _ := splitListener(e.key, e.in.v4)
+		s[flow{l.Protocol, l.Address, splitTarget(e.data, e.in.v4)}] = l.Protocol == service.UDP
+	}
+	for _, e := range c.add {
+		if e.in.name == setSlots || e.in.name == setMembers {
+			l, _ := splitListener(e.key, e.in.v4)
+			delete(s, flow{l.Protocol, l.Address, splitTarget(e.data, e.in.v4)}) // it has another slot
+		}
+	}
+}
+
+// forget has conntrack forget stale flows. The change that made them so is in
+// force already.
+func (p *Plane) forget(s stale) {
 	if len(s) == 0 {
 		return
 	}
-	for _, f := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		n, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, f, s)
-		if err != nil {
-			p.log.Warn("conntrack keeps UDP flows to backends that are gone", "error", err)
+	p.staleMu.Lock()
+	for f, living := range s {
+		p.stale[f] = p.stale[f] || living
+	}
+	p.staleMu.Unlock()
+	select {
+	case p.staleWake <- struct{}{}:
+	default:
+	}
+}
+
+// forgetEvery bounds how often all that conntrack knows is looked through: on a
+// busy node that is a hundred thousand entries.
+const forgetEvery = time.Second
+
+// Run has conntrack forget what changes make stale, at once after a change that
+// nobody expected and once a second while there are many, until the context ends.
+func (p *Plane) Run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
 			return
+		case <-p.staleWake:
 		}
-		if n > 0 {
-			p.log.Debug("conntrack forgot stale UDP flows", "flows", n)
+		p.staleMu.Lock()
+		s := p.stale
+		p.stale = make(stale)
+		p.staleMu.Unlock()
+		for _, f := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+			_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, f, s)
+			if errors.Is(err, netlink.ErrDumpInterrupted) {
+				p.forget(s) // what changed meanwhile may not have been seen
+			} else if err != nil {
+				p.log.Warn("conntrack keeps flows to backends that are gone", "error", err)
+				break
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(forgetEvery):
 		}
 	}
 }

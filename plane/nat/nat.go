@@ -36,6 +36,10 @@ type Plane struct {
 	chains     map[string]bool    // of backends
 	local      map[netip.Addr]int // backends on this host, by how many services have them
 	generation uint32             // of the rule set when Check saw it last; 0: changed since
+
+	staleMu   sync.Mutex
+	stale     stale // what conntrack has to forget
+	staleWake chan struct{}
 }
 
 // New returns a plane that has not touched the kernel yet.
@@ -43,7 +47,7 @@ func New(log *slog.Logger) *Plane {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Plane{log: log}
+	return &Plane{log: log, stale: make(stale), staleWake: make(chan struct{}, 1)}
 }
 
 // Apply makes the kernel look like the snapshot. It may be called again after any
@@ -77,8 +81,10 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 	}
 	var c change
 	needed := make(map[string]chain)
+	ended := make(stale)
 	changed, removed := service.Diff(p.applied, snap)
 	for _, s := range removed {
+		ended.between(s, &service.Service{})
 		p.stage(&c, s, &service.Service{}, needed)
 	}
 	for _, s := range changed {
@@ -86,11 +92,16 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 		if before == nil {
 			before = &service.Service{}
 		}
+		ended.between(before, s)
 		p.stage(&c, before, s, needed)
 	}
 	c.differ(guestElements(p.applied.Guests), guestElements(snap.Guests))
 	c.settle()
-	return p.commit(k, &c, needed)
+	if err := p.commit(k, &c, needed); err != nil {
+		return err
+	}
+	p.forget(ended)
+	return nil
 }
 
 // stage adds what makes one service the other.
@@ -179,6 +190,9 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 	if err := p.commit(k, &c, needed); err != nil {
 		return err
 	}
+	ended := make(stale)
+	ended.found(&c)
+	p.forget(ended)
 	return p.removeChains(k, needed)
 }
 
@@ -221,7 +235,6 @@ func (p *Plane) commit(k *kernel, c *change, needed map[string]chain) error {
 			return err
 		}
 	}
-	p.forgetStale(c)
 	return nil
 }
 
@@ -237,11 +250,7 @@ func (p *Plane) commitAtOnce(k *kernel, c *change, needed map[string]chain) erro
 	p.addChains(k, needed)
 	k.remove(c.remove)
 	k.add(c.add)
-	if err := p.flush(k); err != nil {
-		return err
-	}
-	p.forgetStale(c)
-	return nil
+	return p.flush(k)
 }
 
 func (p *Plane) addChains(k *kernel, needed map[string]chain) {

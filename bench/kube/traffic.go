@@ -1,0 +1,348 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/pentad/pentad/bench/report"
+	"github.com/pentad/pentad/lab"
+)
+
+// ready starts both proxies, if they do not run yet, and waits until a Service
+// works behind each.
+func (b *bench) ready(ctx context.Context, theirs bool) error {
+	if err := b.ensureService(ctx, "single", singleIP, addressOf(0, 0)); err != nil {
+		return err
+	}
+	type side struct {
+		n     *node
+		start func() error
+	}
+	sides := []side{{b.ours, b.startOurs}}
+	if theirs {
+		sides = append(sides, side{b.theirs, b.startTheirs})
+	}
+	for _, x := range sides {
+		if x.n.proxy == nil {
+			if err := x.start(); err != nil {
+				return err
+			}
+		}
+		w, err := startTalk(x.n.pod, x.n.Host, lab.Inside, "watch")
+		if err != nil {
+			return err
+		}
+		if _, err := w.say(singleIP + ":80 *"); err != nil {
+			return fmt.Errorf("%w\n%s", err, x.n.proxy.Log)
+		}
+		w.in.Close()
+	}
+	return nil
+}
+
+// connects measures connect(2) from a pod to a ClusterIP of the large cluster, in
+// turn.
+func connects(ctx context.Context, b *bench) error {
+	if err := b.fill(ctx); err != nil {
+		return err
+	}
+	if err := b.ready(ctx, true); err != nil {
+		return err
+	}
+	var to strings.Builder
+	for i := range b.services {
+		fmt.Fprintf(&to, "%s:80\n", clusterIP(i))
+	}
+	medians := make(map[*node][]float64)
+	for range 7 {
+		for _, n := range []*node{b.ours, b.theirs} {
+			v, err := b.run(n.pod, n, to.String(), "latency", "5000")
+			if err != nil {
+				return err
+			}
+			medians[n] = append(medians[n], v/1000)
+		}
+	}
+	ours, theirs := middle(medians[b.ours]), middle(medians[b.theirs])
+	b.table.Add(report.Row{What: "TCP connect from a pod to a ClusterIP, 10,000 Services, against kube-proxy", Value: ours / theirs, Limit: 0.8, Below: true,
+		Detail: fmt.Sprintf("%.1f us against %.1f", ours, theirs)})
+	return nil
+}
+
+func middle(all []float64) float64 {
+	slices.Sort(all)
+	return median(all)
+}
+
+// nodePorts measures what comes from outside through a node to an endpoint
+// elsewhere, in turn.
+func nodePorts(ctx context.Context, b *bench) error {
+	if err := b.ready(ctx, true); err != nil {
+		return err
+	}
+	svc, err := b.Client.CoreV1().Services(namespace).Create(ctx, &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "nodeport"},
+		Spec: corev1.ServiceSpec{Type: corev1.ServiceTypeNodePort, Ports: []corev1.ServicePort{
+			{Name: "who", Port: 80, TargetPort: intstr.FromInt32(whoPort)}, {Name: "sink", Port: 81, TargetPort: intstr.FromInt32(sinkPort)},
+		}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return err
+	}
+	for i, p := range svc.Spec.Ports {
+		s := sliceOf("nodeport", p.TargetPort.IntVal, "10.244.255.1", "10.244.255.2", "10.244.255.3")
+		s.Name += fmt.Sprint("-", i)
+		s.Ports[0].Name = &p.Name
+		if _, err := b.Client.DiscoveryV1().EndpointSlices(namespace).Create(ctx, s, metav1.CreateOptions{}); err != nil {
+			return err
+		}
+	}
+	rates, streams := make(map[*node][]float64), make(map[*node][]float64)
+	nodes := []*node{b.ours, b.theirs}
+	for _, n := range nodes {
+		w, err := startTalk(b.client, b.client, lab.Outside, "watch")
+		if err != nil {
+			return err
+		}
+		if _, err := w.say(fmt.Sprintf("%s:%d *", n.v4, svc.Spec.Ports[0].NodePort)); err != nil {
+			return err
+		}
+		w.in.Close()
+	}
+	for range 5 {
+		for _, n := range nodes {
+			r, err1 := b.run(b.client, n, "", "rate", fmt.Sprintf("%s:%d", n.v4, svc.Spec.Ports[0].NodePort), "8", "2")
+			s, err2 := b.run(b.client, n, "", "stream", fmt.Sprintf("%s:%d", n.v4, svc.Spec.Ports[1].NodePort), "2")
+			if err := errors.Join(err1, err2); err != nil {
+				return err
+			}
+			rates[n], streams[n] = append(rates[n], r), append(streams[n], s)
+		}
+	}
+	r1, r2 := middle(rates[b.ours]), middle(rates[b.theirs])
+	b.table.Add(report.Row{What: "connects/s from outside to a NodePort, against kube-proxy", Value: r1 / r2, Limit: 1,
+		Detail: fmt.Sprintf("%.0f/s against %.0f", r1, r2)})
+	s1, s2 := middle(streams[b.ours]), middle(streams[b.theirs])
+	b.table.Add(report.Row{What: "throughput from outside to a NodePort, against kube-proxy", Value: s1 / s2, Limit: 1,
+		Detail: fmt.Sprintf("%.1f Gbit/s against %.1f", s1, s2)})
+	return nil
+}
+
+// hammers connects without a pause from a pod and from outside until stop is
+// called, which returns how many connections there were, how many failed, and the
+// last failure.
+func (b *bench) hammers(address string) (stop func() (count, failed int, last time.Time, why string, err error), err error) {
+	if err := b.via(b.ours); err != nil {
+		return nil, err
+	}
+	inside, err1 := startTalk(b.ours.pod, b.ours.Host, lab.Inside, "hammer", address)
+	outside, err2 := startTalk(b.client, b.client, lab.Outside, "hammer", address)
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err
+	}
+	return func() (count, failed int, last time.Time, why string, err error) {
+		for _, t := range []*talk{inside, outside} {
+			line, err := t.end()
+			if err != nil {
+				return 0, 0, last, "", err
+			}
+			var c, f int
+			var at int64
+			var reason string
+			if _, err := fmt.Sscan(line, &c, &f, &at, &reason); err != nil {
+				return 0, 0, last, "", err
+			}
+			count, failed = count+c, failed+f
+			if f > 0 && time.Unix(0, at).After(last) {
+				last, why = time.Unix(0, at), reason
+			}
+		}
+		return count, failed, last, why, nil
+	}, nil
+}
+
+// How a pod ends in a rolling update: it is told, goes on for a moment, and is gone.
+const graceOfPods = 200 * time.Millisecond
+
+// rollingUpdate replaces the hundred endpoints of a Service one after another, as a
+// Deployment does, while clients connect.
+func rollingUpdate(ctx context.Context, b *bench) error {
+	if err := b.ready(ctx, false); err != nil {
+		return err
+	}
+	const size = 100
+	old, fresh := make([]string, size), make([]string, size)
+	for i := range size {
+		old[i], fresh[i] = fmt.Sprintf("10.244.240.%d", i+1), fmt.Sprintf("10.244.241.%d", i+1)
+	}
+	serve := func(verb, address string) error {
+		_, err := b.servers.say(fmt.Sprintf("%s %s:%d", verb, address, podPort))
+		return err
+	}
+	for _, a := range old {
+		if err := serve("open", a); err != nil {
+			return err
+		}
+	}
+	const ip = "10.96.8.9"
+	if err := b.ensureService(ctx, "rolling", ip, old...); err != nil {
+		return err
+	}
+	state := sliceOf("rolling", podPort, old...)
+	if _, err := b.setSlice(ctx, state); err != nil {
+		return err
+	}
+	w, err := startTalk(b.ours.pod, b.ours.Host, lab.Inside, "watch")
+	if err != nil {
+		return err
+	}
+	if _, err := w.say(ip + ":80 " + old[size-1]); err != nil {
+		return err
+	}
+	w.in.Close()
+	stop, err := b.hammers(ip + ":80")
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	for i := range size {
+		if err := serve("open", fresh[i]); err != nil {
+			return err
+		}
+		state.Endpoints = append(state.Endpoints, endpoint(fresh[i], true))
+		state.Endpoints[0] = endpoint(old[i], false)
+		if _, err := b.setSlice(ctx, state); err != nil {
+			return err
+		}
+		time.Sleep(graceOfPods)
+		if err := serve("close", old[i]); err != nil {
+			return err
+		}
+		state.Endpoints = state.Endpoints[1:]
+		if _, err := b.setSlice(ctx, state); err != nil {
+			return err
+		}
+	}
+	took := time.Since(began)
+	count, failed, _, why, err := stop()
+	if err != nil {
+		return err
+	}
+	b.table.Add(report.Row{What: "rolling update of 100 endpoints under load: failed connects", Value: float64(failed), Below: true,
+		Detail: fmt.Sprintf("of %d, from a pod and from outside, in %.0f s %s", count, took.Seconds(), why)})
+	return nil
+}
+
+// deletedPod deletes a pod with no grace: its server is gone at once, and the
+// controllers of Kubernetes find out in their own time.
+func deletedPod(ctx context.Context, b *bench) error {
+	if err := b.ready(ctx, false); err != nil {
+		return err
+	}
+	if err := b.StartControllerManager(); err != nil {
+		return err
+	}
+	const ip = "10.96.8.10"
+	labels := map[string]string{"app": "deleted"}
+	_, err := b.Client.CoreV1().Services(namespace).Create(ctx, &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "deleted"},
+		Spec: corev1.ServiceSpec{ClusterIP: ip, Selector: labels,
+			Ports: []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(podPort)}}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return err
+	}
+	var worst float64
+	var details []string
+	for round := range 3 {
+		took, detail, err := b.deleteOne(ctx, ip, labels, round)
+		if err != nil {
+			return err
+		}
+		worst = max(worst, took)
+		details = append(details, detail)
+	}
+	b.table.Add(report.Row{What: "a pod is deleted with no grace: last failing new connection after that, worst", Value: worst, Unit: " s", Limit: 1, Below: true,
+		Detail: strings.Join(details, ", ")})
+	return nil
+}
+
+func (b *bench) deleteOne(ctx context.Context, ip string, labels map[string]string, round int) (float64, string, error) {
+	var names, addresses []string
+	for i := range 3 {
+		name, address := fmt.Sprintf("pod-%d-%d", round, i), fmt.Sprintf("10.244.%d.%d", 242+round, i+1)
+		if _, err := b.servers.say(fmt.Sprintf("open %s:%d", address, podPort)); err != nil {
+			return 0, "", err
+		}
+		if err := b.makePod(ctx, name, address, labels); err != nil {
+			return 0, "", err
+		}
+		names, addresses = append(names, name), append(addresses, address)
+	}
+	for _, a := range addresses {
+		for _, from := range []struct{ h, n *lab.Host }{{b.ours.pod, b.ours.Host}, {b.client, b.client}} {
+			w, err := startTalk(from.h, from.n, lab.Inside, "watch")
+			if err != nil {
+				return 0, "", err
+			}
+			if _, err := w.say(ip + ":80 " + a); err != nil {
+				return 0, "", err
+			}
+			w.in.Close()
+		}
+	}
+	stop, err := b.hammers(ip + ":80")
+	if err != nil {
+		return 0, "", err
+	}
+	time.Sleep(500 * time.Millisecond)
+	now := int64(0)
+	if _, err := b.servers.say(fmt.Sprintf("close %s:%d", addresses[0], podPort)); err != nil {
+		return 0, "", err
+	}
+	deleted := time.Now()
+	if err := b.Client.CoreV1().Pods(namespace).Delete(ctx, names[0], metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
+		return 0, "", err
+	}
+	time.Sleep(2 * time.Second)
+	count, failed, last, why, err := stop()
+	if err != nil {
+		return 0, "", err
+	}
+	for _, n := range names[1:] {
+		if err := b.Client.CoreV1().Pods(namespace).Delete(ctx, n, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
+			return 0, "", err
+		}
+	}
+	took := 0.0
+	if failed > 0 {
+		took = max(0, last.Sub(deleted).Seconds())
+	}
+	return took, fmt.Sprintf("%.3f s (%d of %d failed, %s)", took, failed, count, why), nil
+}
+
+// makePod makes a Pod as a kubelet that runs it reports it.
+func (b *bench) makePod(ctx context.Context, name, address string, labels map[string]string) error {
+	pods := b.Client.CoreV1().Pods(namespace)
+	p, err := pods.Create(ctx, &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels},
+		Spec:       corev1.PodSpec{NodeName: "far", Containers: []corev1.Container{{Name: "web", Image: "web"}}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return err
+	}
+	p.Status = corev1.PodStatus{
+		Phase: corev1.PodRunning, PodIP: address, PodIPs: []corev1.PodIP{{IP: address}},
+		Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}},
+	}
+	_, err = pods.UpdateStatus(ctx, p, metav1.UpdateOptions{})
+	return err
+}
