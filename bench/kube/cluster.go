@@ -222,9 +222,10 @@ func (t *talk) end() (string, error) {
 	return t.read()
 }
 
-// run runs a helper to its end and returns its number.
-func (b *bench) run(h *lab.Host, n *node, input, role string, args ...string) (float64, error) {
-	t, err := startTalk(h, n.Host, lab.Inside, role, args...)
+// run runs a helper with the network of h, in the cgroup of n, to its end and
+// returns its number.
+func (b *bench) run(h, n *lab.Host, input, role string, args ...string) (float64, error) {
+	t, err := startTalk(h, n, lab.Inside, role, args...)
 	if err != nil {
 		return 0, err
 	}

@@ -64,7 +64,7 @@ func connects(ctx context.Context, b *bench) error {
 	medians := make(map[*node][]float64)
 	for range 7 {
 		for _, n := range []*node{b.ours, b.theirs} {
-			v, err := b.run(n.pod, n, to.String(), "latency", "5000")
+			v, err := b.run(n.pod, n.Host, to.String(), "latency", "5000")
 			if err != nil {
 				return err
 			}
@@ -119,8 +119,8 @@ func nodePorts(ctx context.Context, b *bench) error {
 	}
 	for range 5 {
 		for _, n := range nodes {
-			r, err1 := b.run(b.client, n, "", "rate", fmt.Sprintf("%s:%d", n.v4, svc.Spec.Ports[0].NodePort), "8", "2")
-			s, err2 := b.run(b.client, n, "", "stream", fmt.Sprintf("%s:%d", n.v4, svc.Spec.Ports[1].NodePort), "2")
+			r, err1 := b.run(b.client, b.client, "", "rate", fmt.Sprintf("%s:%d", n.v4, svc.Spec.Ports[0].NodePort), "8", "2")
+			s, err2 := b.run(b.client, b.client, "", "stream", fmt.Sprintf("%s:%d", n.v4, svc.Spec.Ports[1].NodePort), "2")
 			if err := errors.Join(err1, err2); err != nil {
 				return err
 			}
@@ -247,7 +247,14 @@ func deletedPod(ctx context.Context, b *bench) error {
 	if err := b.ready(ctx, false); err != nil {
 		return err
 	}
-	if err := b.StartControllerManager(); err != nil {
+	if err := b.StartControllerManager("endpointslice-controller", "serviceaccount-controller"); err != nil {
+		return err
+	}
+	// It makes the service account without which there are no pods.
+	if err := lab.Eventually(30*time.Second, func() error {
+		_, err := b.Client.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
+		return err
+	}); err != nil {
 		return err
 	}
 	const ip = "10.96.8.10"
@@ -334,7 +341,7 @@ func (b *bench) makePod(ctx context.Context, name, address string, labels map[st
 	pods := b.Client.CoreV1().Pods(namespace)
 	p, err := pods.Create(ctx, &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels},
-		Spec:       corev1.PodSpec{NodeName: "far", Containers: []corev1.Container{{Name: "web", Image: "web"}}},
+		Spec:       corev1.PodSpec{NodeName: "theirs", Containers: []corev1.Container{{Name: "web", Image: "web"}}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -153,8 +154,12 @@ func (c *Cluster) KillAPIServer() { c.api.Kill() }
 // Etcd is the process of etcd.
 func (c *Cluster) Etcd() *lab.Process { return c.etcd }
 
-// StartControllerManager starts the controllers of Kubernetes.
-func (c *Cluster) StartControllerManager() error {
+// StartControllerManager starts the controllers of Kubernetes that are named, or
+// all. Those that look after nodes and pods find no kubelet in most labs.
+func (c *Cluster) StartControllerManager(controllers ...string) error {
+	if len(controllers) == 0 {
+		controllers = []string{"*"}
+	}
 	kubeconfig, err := c.Kubeconfig("controller-manager", "system:kube-controller-manager")
 	if err != nil {
 		return err
@@ -162,7 +167,7 @@ func (c *Cluster) StartControllerManager() error {
 	p, err := c.Host.Start(exec.Command(filepath.Join(c.bin, string(ControllerManager)),
 		"--kubeconfig="+kubeconfig, "--use-service-account-credentials=true", "--leader-elect=false",
 		"--service-account-private-key-file="+c.accounts.key, "--root-ca-file="+filepath.Join(c.Host.Dir, "ca.crt"),
-		"--allocate-node-cidrs=false", "--profiling=false"), lab.Outside)
+		"--allocate-node-cidrs=false", "--profiling=false", "--controllers="+strings.Join(controllers, ",")), lab.Outside)
 	c.others = append(c.others, p)
 	return err
 }

@@ -58,6 +58,15 @@ func newNetwork(t *testing.T) *network {
 	n.check(n.node.Route("10.2.0.3/32", "10.2.0.2"))
 	n.check(n.node.Route("2001:db8:3::3/128", "2001:db8:3::2"))
 	n.check(n.node.Forward())
+	for _, h := range []*lab.Host{n.guest, n.far, n.client} {
+		// The neighbours of IPv6 have found each other.
+		n.check(lab.Eventually(10*time.Second, func() error {
+			if _, err := n.ask(h, "tcp", "[2001:db8:3::2]:9"); !errors.Is(err, unix.ECONNREFUSED) {
+				return fmt.Errorf("nobody is reached: %w", err)
+			}
+			return nil
+		}))
+	}
 	return n
 }
 
@@ -410,4 +419,140 @@ func diff(a, b string) string {
 		}
 	}
 	return strings.Join(out, "\n")
+}
+
+// A UDP client that sends from one port for ever goes to a new backend when its own
+// leaves, and to the first one when there was none; a TCP connection whose backend
+// is removed ends at once, one whose backend only takes no more goes on.
+func TestStale(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.far, "far", "10.2.0.2:80", "[2001:db8:3::2]:80")
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		// A thread of its own is in the namespace for as long as this runs.
+		if err := n.node.Do(func() error { n.plane.Run(ctx); return nil }); err != nil {
+			t.Error(err)
+		}
+	}()
+	defer func() { stop(); <-done }()
+	svc := func(b ...service.Backend) *service.Snapshot {
+		return of(&service.Service{Name: "web", Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"), Backends: b})
+	}
+	near, far := to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")
+	for _, vip := range []string{"10.96.0.1:8080", "[2001:db8:96::1]:8080"} {
+		n.apply(svc())
+		c := n.dial(n.client, "udp", vip)
+		if _, err := say(c); err == nil {
+			t.Error("somebody answers for a service without backends")
+		}
+		for _, step := range []struct {
+			backends []service.Backend
+			name     string
+		}{{near, "guest"}, {far, "far"}, {append(drained(far), near...), "guest"}} {
+			n.apply(svc(step.backends...))
+			if err := lab.Eventually(10*time.Second, func() error {
+				answer, err := say(c)
+				if err == nil && !strings.HasPrefix(answer, step.name) {
+					err = fmt.Errorf("%s answers", answer)
+				}
+				return err
+			}); err != nil {
+				t.Errorf("udp %s: want %s: %v", vip, step.name, err)
+			}
+		}
+	}
+	echo := n.echo(n.far, "10.2.0.2:81", "[2001:db8:3::2]:81")
+	defer echo()
+	tcp := func(b ...service.Backend) *service.Snapshot {
+		l := at(service.Anywhere, "10.96.0.2:8080", "[2001:db8:96::2]:8080")
+		return of(&service.Service{Name: "echo", Listeners: l, Backends: b})
+	}
+	wide := to(false, "10.2.0.2:81", "[2001:db8:3::2]:81")
+	for _, vip := range []string{"10.96.0.2:8080", "[2001:db8:96::2]:8080"} {
+		n.apply(tcp(wide...))
+		c := n.dial(n.client, "tcp", vip)
+		n.apply(tcp(append(drained(wide), near...)...))
+		time.Sleep(50 * time.Millisecond)
+		if _, err := say(c); err != nil {
+			t.Errorf("tcp %s: the backend takes no more, and what it has does not go on: %v", vip, err)
+		}
+		n.apply(tcp(near...))
+		if err := lab.Eventually(10*time.Second, func() error {
+			if _, err := say(c); err == nil {
+				return errors.New("it goes on")
+			} else if !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+				return err
+			}
+			return nil
+		}); err != nil {
+			t.Errorf("tcp %s: the backend is removed: %v", vip, err)
+		}
+	}
+}
+
+func drained(all []service.Backend) []service.Backend {
+	all = slices.Clone(all)
+	for i := range all {
+		all[i].Weight = 0
+	}
+	return all
+}
+
+func (n *network) dial(from *lab.Host, network, to string) (c net.Conn) {
+	n.t.Helper()
+	n.check(from.Do(func() (err error) {
+		c, err = net.DialTimeout(network, to, 5*time.Second)
+		return err
+	}))
+	n.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func say(c net.Conn) (string, error) {
+	if err := c.SetDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+		return "", err
+	}
+	if _, err := c.Write([]byte("?")); err != nil {
+		return "", err
+	}
+	b := make([]byte, 100)
+	n, err := c.Read(b)
+	return string(b[:n]), err
+}
+
+// echo answers what is sent, for as long as somebody sends.
+func (n *network) echo(h *lab.Host, addresses ...string) (stop func()) {
+	n.t.Helper()
+	var all []net.Listener
+	for _, a := range addresses {
+		n.check(h.Do(func() error {
+			l, err := net.Listen("tcp", a)
+			if err != nil {
+				return err
+			}
+			all = append(all, l)
+			go func() {
+				for {
+					c, err := l.Accept()
+					if err != nil {
+						return
+					}
+					go func() {
+						defer c.Close()
+						_, _ = io.Copy(c, c)
+					}()
+				}
+			}()
+			return nil
+		}))
+	}
+	return func() {
+		for _, l := range all {
+			l.Close()
+		}
+	}
 }

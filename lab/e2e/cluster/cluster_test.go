@@ -321,7 +321,7 @@ func (w *world) build() error {
 	if w.cluster, err = kube.Start(ctx, binaries, control, "10.0.0.1"); err != nil {
 		return err
 	}
-	if err := w.cluster.StartControllerManager(); err != nil {
+	if err := w.cluster.StartControllerManager("endpointslice-controller", "serviceaccount-controller"); err != nil {
 		return err
 	}
 	if err := w.cluster.Apply(ctx, "../../../deploy/kubernetes/base/rbac.yaml", false); err != nil {

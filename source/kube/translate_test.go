@@ -1,0 +1,328 @@
+package kube
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unique"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/pentad/pentad/service"
+)
+
+func ptr[T any](v T) *T { return &v }
+
+// here is node n1 in zone z1.
+func testSurroundings() *surroundings {
+	return &surroundings{
+		node: unique.Make("n1"), zone: unique.Make("z1"),
+		nodePorts: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("2001:db8::1")},
+		own:       map[netip.Addr]bool{netip.MustParseAddr("10.0.0.1"): true, netip.MustParseAddr("192.0.2.1"): true},
+		allowed:   []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")},
+	}
+}
+
+func testService(change func(*corev1.Service)) *corev1.Service {
+	s := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web"},
+		Spec: corev1.ServiceSpec{
+			Type: corev1.ServiceTypeClusterIP, ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"},
+			Ports: []corev1.ServicePort{{Name: "http", Protocol: corev1.ProtocolTCP, Port: 80, NodePort: 0}},
+		},
+	}
+	if change != nil {
+		change(s)
+	}
+	return s
+}
+
+// testEndpoint is ADDRESS@NODE/ZONE followed by letters: u unready, s serving though
+// unready, t terminating; and hints z:ZONE and n:NODE.
+func testEndpoint(text string) discoveryv1.Endpoint {
+	words := strings.Fields(text)
+	address, where, _ := strings.Cut(words[0], "@")
+	node, zone, _ := strings.Cut(where, "/")
+	e := discoveryv1.Endpoint{Addresses: []string{address}, NodeName: &node, Zone: &zone}
+	ready, serving, terminating := true, true, false
+	for _, w := range words[1:] {
+		key, value, hint := strings.Cut(w, ":")
+		if hint && e.Hints == nil {
+			e.Hints = &discoveryv1.EndpointHints{}
+		}
+		switch {
+		case hint && key == "z":
+			e.Hints.ForZones = append(e.Hints.ForZones, discoveryv1.ForZone{Name: value})
+		case hint:
+			e.Hints.ForNodes = append(e.Hints.ForNodes, discoveryv1.ForNode{Name: value})
+		default:
+			ready = ready && !strings.ContainsAny(w, "ut")
+			serving = !strings.Contains(w, "u") || strings.Contains(w, "s")
+			terminating = strings.Contains(w, "t")
+		}
+	}
+	e.Conditions = discoveryv1.EndpointConditions{Ready: &ready, Serving: &serving, Terminating: &terminating}
+	return e
+}
+
+func testSlice(name string, endpoints ...string) *slice {
+	s := &discoveryv1.EndpointSlice{
+		ObjectMeta:  metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: "web"}},
+		AddressType: discoveryv1.AddressTypeIPv4,
+		Ports: []discoveryv1.EndpointPort{
+			{Name: ptr("http"), Protocol: ptr(corev1.ProtocolTCP), Port: ptr(int32(8080))},
+			{Name: ptr("dns"), Protocol: ptr(corev1.ProtocolUDP), Port: ptr(int32(5353))},
+		},
+	}
+	for _, e := range endpoints {
+		s.Endpoints = append(s.Endpoints, testEndpoint(e))
+	}
+	return trimSlice(s)
+}
+
+// places names the clients of a listener by letters.
+func places(f service.From) string {
+	text := ""
+	for i, letter := range "shgw" {
+		if f&(1<<i) != 0 {
+			text += string(letter)
+		}
+	}
+	return text
+}
+
+// show writes services as a test expects them: name, listeners with their clients,
+// H held and G guarded, and the backends that are chosen; those that are not in
+// parentheses.
+func show(all []*service.Service) string {
+	var lines []string
+	for _, s := range all {
+		words := []string{s.Name}
+		for _, l := range s.Listeners {
+			w := l.String() + "=" + places(l.From)
+			if l.Held {
+				w += "H"
+			}
+			if l.Guarded {
+				w += "G"
+			}
+			words = append(words, w)
+		}
+		words = append(words, "->")
+		for _, b := range s.Backends {
+			w := b.Address.String()
+			if b.Local {
+				w += "*"
+			}
+			if b.Weight == 0 {
+				w = "(" + w + ")"
+			}
+			words = append(words, w)
+		}
+		if s.Elsewhere {
+			words = append(words, "elsewhere")
+		}
+		lines = append(lines, strings.Join(words, " "))
+	}
+	return strings.Join(lines, "\n")
+}
+
+func TestTranslate(t *testing.T) {
+	two := []string{"10.1.0.1@n1/z1", "10.2.0.1@n2/z2"}
+	nodePort := func(s *corev1.Service) {
+		s.Spec.Type, s.Spec.Ports[0].NodePort = corev1.ServiceTypeNodePort, 30080
+	}
+	balancer := func(ingress ...corev1.LoadBalancerIngress) func(*corev1.Service) {
+		return func(s *corev1.Service) {
+			s.Spec.Type, s.Status.LoadBalancer.Ingress = corev1.ServiceTypeLoadBalancer, ingress
+		}
+	}
+	local := func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal }
+	with := func(changes ...func(*corev1.Service)) func(*corev1.Service) {
+		return func(s *corev1.Service) {
+			for _, c := range changes {
+				c(s)
+			}
+		}
+	}
+	for name, c := range map[string]struct {
+		change    func(*corev1.Service)
+		endpoints []string
+		want      string
+		problem   string
+	}{
+		"cluster IP":    {nil, two, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* 10.2.0.1:8080", ""},
+		"no endpoints":  {nil, nil, "shop/web:http 10.96.0.10:80=shgw ->", ""},
+		"headless":      {func(s *corev1.Service) { s.Spec.ClusterIP, s.Spec.ClusterIPs = "None", []string{"None"} }, two, "", ""},
+		"external name": {func(s *corev1.Service) { s.Spec.Type, s.Spec.ClusterIP = corev1.ServiceTypeExternalName, "" }, two, "", ""},
+		"dual stack": {func(s *corev1.Service) { s.Spec.ClusterIPs = []string{"10.96.0.10", "2001:db8:96::a"} },
+			[]string{"10.1.0.1@n1/z1", "2001:db8:1::1@n1/z1"}, "shop/web:http 10.96.0.10:80=shgw [2001:db8:96::a]:80=shgw -> 10.1.0.1:8080* [2001:db8:1::1]:8080*", ""},
+		"two ports": {func(s *corev1.Service) {
+			s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: "dns", Protocol: corev1.ProtocolUDP, Port: 53})
+		}, two[:1], "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080*\nshop/web:dns 10.96.0.10:53/udp=shgw -> 10.1.0.1:5353*", ""},
+		"a port without endpoints": {func(s *corev1.Service) { s.Spec.Ports[0].Name = "other" }, two, "shop/web:other 10.96.0.10:80=shgw ->", ""},
+		"SCTP":                     {func(s *corev1.Service) { s.Spec.Ports[0].Protocol = corev1.ProtocolSCTP }, two, "", "port 80/SCTP is not served"},
+		"node port":                {nodePort, two[1:], "shop/web:http 0.0.0.0:30080=hH 10.0.0.1:30080=shgwH 10.96.0.10:80=shgw 127.0.0.1:30080=hH -> 10.2.0.1:8080", ""},
+		"node port, local": {with(nodePort, local), two,
+			"shop/web:http 0.0.0.0:30080=hH 10.0.0.1:30080=shgH 10.96.0.10:80=shgw 127.0.0.1:30080=hH -> 10.1.0.1:8080* 10.2.0.1:8080\n" +
+				"shop/web:http/external 10.0.0.1:30080=wH -> 10.1.0.1:8080* elsewhere", ""},
+		"local without an endpoint here": {with(balancer(corev1.LoadBalancerIngress{IP: "203.0.113.1"}), local), two[1:],
+			"shop/web:http 10.96.0.10:80=shgw 203.0.113.1:80=shg -> 10.2.0.1:8080\nshop/web:http/external 203.0.113.1:80=w -> elsewhere", ""},
+		"local without any": {with(balancer(corev1.LoadBalancerIngress{IP: "203.0.113.1"}), local), nil,
+			"shop/web:http 10.96.0.10:80=shgw 203.0.113.1:80=shg ->\nshop/web:http/external 203.0.113.1:80=w ->", ""},
+		"load balancer that is a proxy": {balancer(corev1.LoadBalancerIngress{IP: "203.0.113.1", IPMode: ptr(corev1.LoadBalancerIPModeProxy)},
+			corev1.LoadBalancerIngress{IP: "203.0.113.2", IPMode: ptr(corev1.LoadBalancerIPModeVIP)}, corev1.LoadBalancerIngress{Hostname: "lb.example"}),
+			nil, "shop/web:http 10.96.0.10:80=shgw 203.0.113.2:80=shgw ->", ""},
+		"source ranges": {with(balancer(corev1.LoadBalancerIngress{IP: "203.0.113.1"}), func(s *corev1.Service) {
+			s.Spec.LoadBalancerSourceRanges = []string{" 192.0.2.0/24 "}
+		}), nil, "shop/web:http 10.96.0.10:80=shgw 203.0.113.1:80=gwG ->", ""},
+		"source ranges with the node": {with(balancer(corev1.LoadBalancerIngress{IP: "203.0.113.1"}), func(s *corev1.Service) {
+			s.Spec.LoadBalancerSourceRanges = []string{"10.0.0.0/24"}
+		}), nil, "shop/web:http 10.96.0.10:80=shgw 203.0.113.1:80=hgwG ->", ""},
+		"internal policy": {func(s *corev1.Service) {
+			s.Spec.InternalTrafficPolicy = ptr(corev1.ServiceInternalTrafficPolicyLocal)
+			s.Spec.ExternalIPs = []string{"198.51.100.1"}
+		}, two, "shop/web:http 198.51.100.1:80=shgw -> 10.1.0.1:8080* 10.2.0.1:8080\nshop/web:http/internal 10.96.0.10:80=shgw -> 10.1.0.1:8080*", ""},
+		"external IPs": {func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"203.0.113.9", "198.51.100.1"} }, nil,
+			"shop/web:http 10.96.0.10:80=shgw 198.51.100.1:80=shgw 203.0.113.9:80=w ->", ""},
+		"external IP of the node":     {func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"192.0.2.1"} }, nil, "shop/web:http 10.96.0.10:80=shgw ->", "192.0.2.1 is an address of this node"},
+		"external IP on the loopback": {func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"127.0.0.1"} }, nil, "shop/web:http 10.96.0.10:80=shgw ->", "127.0.0.1 is not served: a loopback"},
+		"external IP with leading zeros": {func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"203.000.113.009"} }, nil,
+			"shop/web:http 10.96.0.10:80=shgw 203.0.113.9:80=w ->", ""},
+		"endpoints nobody can reach": {nil, []string{"127.0.0.5@n1/z1", "169.254.1.1@n1/z1", "10.1.0.1@n1/z1"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080*", "127.0.0.5"},
+
+		"not ready":                   {nil, []string{"10.1.0.1@n1/z1 u", "10.1.0.2@n1/z1"}, "shop/web:http 10.96.0.10:80=shgw -> (10.1.0.1:8080*) 10.1.0.2:8080*", ""},
+		"terminating beside ready":    {nil, []string{"10.1.0.1@n1/z1 t", "10.1.0.2@n1/z1"}, "shop/web:http 10.96.0.10:80=shgw -> (10.1.0.1:8080*) 10.1.0.2:8080*", ""},
+		"terminating alone":           {nil, []string{"10.1.0.1@n1/z1 t", "10.1.0.2@n1/z1 u"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* (10.1.0.2:8080*)", ""},
+		"terminating and not serving": {nil, []string{"10.1.0.1@n1/z1 ut"}, "shop/web:http 10.96.0.10:80=shgw -> (10.1.0.1:8080*)", ""},
+		"local, terminating here": {with(nodePort, local), []string{"10.1.0.1@n1/z1 t", "10.2.0.1@n2/z2"},
+			"shop/web:http 0.0.0.0:30080=hH 10.0.0.1:30080=shgH 10.96.0.10:80=shgw 127.0.0.1:30080=hH -> (10.1.0.1:8080*) 10.2.0.1:8080\n" +
+				"shop/web:http/external 10.0.0.1:30080=wH -> 10.1.0.1:8080* elsewhere", ""},
+
+		"zone":                    {nil, []string{"10.1.0.1@n1/z1 z:z1", "10.2.0.1@n2/z2 z:z2"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* (10.2.0.1:8080)", ""},
+		"zone, incomplete":        {nil, []string{"10.1.0.1@n1/z1 z:z1", "10.2.0.1@n2/z2"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* 10.2.0.1:8080", ""},
+		"zone, nobody for us":     {nil, []string{"10.1.0.1@n1/z1 z:z3", "10.2.0.1@n2/z2 z:z2"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* 10.2.0.1:8080", ""},
+		"zone, unready without":   {nil, []string{"10.1.0.1@n1/z1 z:z1", "10.2.0.1@n2/z2 u"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* (10.2.0.1:8080)", ""},
+		"node before zone":        {nil, []string{"10.1.0.1@n1/z1 z:z1 n:n2", "10.2.0.1@n2/z2 z:z2 n:n1"}, "shop/web:http 10.96.0.10:80=shgw -> (10.1.0.1:8080*) 10.2.0.1:8080", ""},
+		"zone when node has none": {nil, []string{"10.1.0.1@n1/z1 z:z1 n:n2", "10.2.0.1@n2/z2 z:z2 n:n2"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* (10.2.0.1:8080)", ""},
+		"local ignores hints": {with(nodePort, local), []string{"10.1.0.1@n1/z1 z:z2", "10.2.0.1@n2/z2 z:z1"},
+			"shop/web:http 0.0.0.0:30080=hH 10.0.0.1:30080=shgH 10.96.0.10:80=shgw 127.0.0.1:30080=hH -> (10.1.0.1:8080*) 10.2.0.1:8080\n" +
+				"shop/web:http/external 10.0.0.1:30080=wH -> 10.1.0.1:8080* elsewhere", ""},
+	} {
+		s := trimService(testService(c.change))
+		var all []*slice
+		for _, e := range c.endpoints {
+			all = append(all, testSlice("web-"+e, e))
+		}
+		got := translate(s, all, testSurroundings())
+		if have := show(got.services); have != c.want {
+			t.Errorf("%s:\n%s\nwant\n%s", name, have, c.want)
+		}
+		if problems := strings.Join(got.problems, "; "); (problems == "") != (c.problem == "") || !strings.Contains(problems, c.problem) {
+			t.Errorf("%s: problems are %q, want %q", name, problems, c.problem)
+		}
+	}
+}
+
+// An endpoint that moves from one slice to another is there once, and ready if
+// either says so.
+func TestMovingEndpoint(t *testing.T) {
+	s := trimService(testService(nil))
+	got := translate(s, []*slice{testSlice("a", "10.1.0.1@n1/z1 u"), testSlice("b", "10.1.0.1@n1/z1")}, testSurroundings())
+	if have := show(got.services); have != "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080*" {
+		t.Error(have)
+	}
+}
+
+func TestTranslateRest(t *testing.T) {
+	s := trimService(testService(func(s *corev1.Service) {
+		s.Spec.Type, s.Spec.HealthCheckNodePort = corev1.ServiceTypeLoadBalancer, 31000
+		s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+		s.Spec.SessionAffinity = corev1.ServiceAffinityClientIP
+		s.Spec.LoadBalancerSourceRanges = []string{"nowhere"}
+		s.Annotations = map[string]string{"pentad.io/balance": "random", "pentad.io/onDown": "sometimes", "other/balance": "x"}
+	}))
+	got := translate(s, []*slice{testSlice("a", "10.1.0.1@n1/z1", "10.1.0.2@n1/z1", "10.2.0.1@n2/z2"), testSlice("b", "10.1.0.1@n1/z1", "10.1.0.3@n1/z1 t")}, testSurroundings())
+	if got.check == nil || *got.check != (Check{31000, "shop", "web", 2}) {
+		t.Errorf("check is %+v", got.check)
+	}
+	first := got.services[0]
+	if first.Affinity != 3*time.Hour || first.Balance != service.Random || first.OnDown != service.Reset {
+		t.Errorf("service is %+v", first)
+	}
+	problems := strings.Join(got.problems, "\n")
+	for _, want := range []string{`"nowhere" is no address range and lets nobody in`, "annotation pentad.io/onDown: want reset or keep"} {
+		if strings.Count(problems, want) != 1 {
+			t.Errorf("problems are %s, want once %s", problems, want)
+		}
+	}
+}
+
+func TestTrimNode(t *testing.T) {
+	n := trimNode(&corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: "n1", Labels: map[string]string{corev1.LabelTopologyZone: "z1"}},
+		Spec:       corev1.NodeSpec{PodCIDRs: []string{"10.1.0.0/24", "2001:db8:1::/64"}, Taints: []corev1.Taint{{Key: toBeDeleted}}},
+		Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
+			{Type: corev1.NodeHostName, Address: "n1"}, {Type: corev1.NodeExternalIP, Address: "203.0.113.1"},
+			{Type: corev1.NodeInternalIP, Address: "10.0.0.1"}, {Type: corev1.NodeInternalIP, Address: "10.0.0.2"}, {Type: corev1.NodeExternalIP, Address: "2001:db8::1"},
+		}},
+	})
+	if fmt.Sprint(n.primary) != "[10.0.0.1 2001:db8::1]" || len(n.addresses) != 4 || n.zone != "z1" || !n.leaving || len(n.guests) != 2 {
+		t.Errorf("node is %+v", n)
+	}
+}
+
+// Of two Services that want the same listener for the same clients the older has
+// it, in whatever order they are heard of; when it goes the other gets it.
+func TestClaims(t *testing.T) {
+	want := func(name string, age int, listeners ...string) (*clusterService, []*service.Service) {
+		s := &clusterService{created: time.Unix(int64(-age), 0)}
+		s.Namespace, s.Name = "shop", name
+		out := &service.Service{Name: "shop/" + name}
+		for _, text := range listeners {
+			address, from, _ := strings.Cut(text, "=")
+			f := service.Anywhere
+			if from == "w" {
+				f = service.FromWorld
+			} else if from == "s" {
+				f = service.FromSockets
+			}
+			out.Listeners = append(out.Listeners, service.Listener{Address: netip.MustParseAddrPort(address), Protocol: service.TCP, From: f})
+		}
+		return s, []*service.Service{out}
+	}
+	old, oldWants := want("old", 3, "10.0.0.1:30080", "10.96.0.1:80")
+	young, youngWants := want("young", 1, "10.0.0.1:30080", "10.96.0.2:80")
+	world, worldWants := want("world", 2, "198.51.100.1:80=w")
+	inside, insideWants := want("inside", 1, "198.51.100.1:80=s")
+	c := make(claims)
+	c.add(young, youngWants)
+	if others := c.add(old, oldWants); !slices.Contains(others, young.key()) {
+		t.Errorf("the other one is not told: %v", others)
+	}
+	c.add(world, worldWants)
+	c.add(inside, insideWants)
+	granted, problems := c.grant(young.key(), youngWants)
+	if len(granted) != 1 || len(granted[0].Listeners) != 1 || len(problems) != 1 || !strings.Contains(problems[0], "older Service shop/old") {
+		t.Errorf("the younger has %s, %v", show(granted), problems)
+	}
+	if granted, problems = c.grant(old.key(), oldWants); granted[0] != oldWants[0] || len(problems) > 0 {
+		t.Errorf("the older has %s, %v", show(granted), problems)
+	}
+	for _, x := range [][]*service.Service{worldWants, insideWants} {
+		if granted, problems = c.grant(world.key(), x); granted[0] != x[0] || len(problems) > 0 {
+			t.Errorf("with other clients: %s, %v", show(granted), problems)
+		}
+	}
+	if others := c.remove(old.key(), oldWants); !slices.Contains(others, young.key()) {
+		t.Errorf("the other one is not told: %v", others)
+	}
+	if granted, problems = c.grant(young.key(), youngWants); granted[0] != youngWants[0] || len(problems) > 0 {
+		t.Errorf("alone it has %s, %v", show(granted), problems)
+	}
+}
