@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -153,6 +154,34 @@ func (c *Cluster) KillAPIServer() { c.api.Kill() }
 
 // Etcd is the process of etcd.
 func (c *Cluster) Etcd() *lab.Process { return c.etcd }
+
+// Compact has etcd forget all but the newest revision: a watch from an older one
+// cannot go on (410 Gone).
+func (c *Cluster) Compact(ctx context.Context) error {
+	etcdctl := func(args ...string) (string, error) {
+		cmd := exec.CommandContext(ctx, "etcdctl", args...)
+		cmd.Env = append(os.Environ(), "ETCDCTL_API=3")
+		p, err := c.Host.Start(cmd, lab.Outside)
+		if err != nil {
+			return "", err
+		}
+		err = p.Wait()
+		return p.Log.String(), err
+	}
+	out, err := etcdctl("put", "/lab/compact", "1", "-w", "fields")
+	if err != nil {
+		return fmt.Errorf("etcdctl: %w: %s", err, out)
+	}
+	for line := range strings.Lines(out) {
+		if revision, ok := strings.CutPrefix(strings.TrimSpace(line), `"Revision" : `); ok {
+			if out, err = etcdctl("compact", revision); err != nil {
+				return fmt.Errorf("etcdctl: %w: %s", err, out)
+			}
+			return nil
+		}
+	}
+	return fmt.Errorf("etcdctl did not tell the revision: %s", out)
+}
 
 // StartControllerManager starts the controllers of Kubernetes that are named, or
 // all. Those that look after nodes and pods find no kubelet in most labs.
