@@ -438,15 +438,22 @@ func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
 	next := &Snapshot{
 		Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services), Guests: s.Guests, Partial: s.Partial,
 	}
-	slices.SortFunc(next.Services, byName)
+	if !s.sorts(next.Services) {
+		slices.SortFunc(next.Services, byName)
+	}
 	same := cgroup == s.Cgroup && len(next.Services) == len(s.Services)
 	i := 0
 	for j, n := range next.Services {
+		if i < len(s.Services) && s.Services[i] == n {
+			i++
+			continue
+		}
 		for i < len(s.Services) && s.Services[i].Name < n.Name {
 			i++
 		}
 		if i < len(s.Services) && s.Services[i].Equal(n) {
 			next.Services[j] = s.Services[i]
+			i++
 			continue
 		}
 		same = false
@@ -455,6 +462,30 @@ func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
 		return s
 	}
 	return next
+}
+
+// sorts reports whether services are sorted by name. Those that follow each other
+// in s as well are not looked at: of ten thousand one has changed.
+func (s *Snapshot) sorts(services []*Service) bool {
+	at := -1 // where the service before is in s, if it is
+	for j, n := range services {
+		if at >= 0 && at+1 < len(s.Services) && s.Services[at+1] == n {
+			at++
+			continue
+		}
+		if j > 0 && services[j-1].Name > n.Name {
+			return false
+		}
+		at = -1
+		if i, found := s.index(n.Name); found && s.Services[i] == n {
+			at = i
+		}
+	}
+	return true
+}
+
+func (s *Snapshot) index(name string) (int, bool) {
+	return slices.BinarySearchFunc(s.Services, name, func(s *Service, name string) int { return strings.Compare(s.Name, name) })
 }
 
 // With returns a snapshot that differs from s in its guests and in whether it is
@@ -471,9 +502,7 @@ func (s *Snapshot) With(guests []netip.Prefix, partial bool) *Snapshot {
 
 // Find returns the service of that name, or nil.
 func (s *Snapshot) Find(name string) *Service {
-	i, ok := slices.BinarySearchFunc(s.Services, name, func(s *Service, name string) int {
-		return strings.Compare(s.Name, name)
-	})
+	i, ok := s.index(name)
 	if !ok {
 		return nil
 	}
@@ -485,6 +514,10 @@ func (s *Snapshot) Find(name string) *Service {
 func Diff(from, to *Snapshot) (changed, removed []*Service) {
 	i := 0
 	for _, n := range to.Services {
+		if i < len(from.Services) && from.Services[i] == n {
+			i++
+			continue
+		}
 		for i < len(from.Services) && from.Services[i].Name < n.Name {
 			removed = append(removed, from.Services[i])
 			i++

@@ -38,6 +38,7 @@ type cluster struct {
 	far, client  *lab.Host
 	servers      *talk
 	filled       bool
+	kept         []*talk // servers end when nobody can talk to them
 }
 
 // node is a node with one pod.
@@ -46,6 +47,7 @@ type node struct {
 	name  string
 	v4    string
 	pod   *lab.Host
+	near  *lab.Host // a pod that has all endpoints, for when they shall be on the node
 	proxy *lab.Process
 }
 
@@ -141,7 +143,34 @@ func (c *cluster) node(ctx context.Context, fabric *lab.Switch, name string, ind
 	if err != nil {
 		return nil, err
 	}
+	if n.near, err = c.nearPod(n); err != nil {
+		return nil, err
+	}
 	return n, c.AddNode(ctx, name, name, []string{n.v4}, []string{fmt.Sprintf("10.245.%d.0/24", index)})
+}
+
+// nearPod makes a pod of a node that answers at every endpoint's address.
+func (c *cluster) nearPod(n *node) (*lab.Host, error) {
+	h, err := c.host(nil)
+	if err != nil {
+		return nil, err
+	}
+	_, at, err := lab.Wire(h, []string{"10.245.0.9/32"}, n.Host, []string{"169.254.1.2/32"})
+	if err != nil {
+		return nil, err
+	}
+	err = errors.Join(n.RouteDevice("10.245.0.9/32", at), h.RouteDevice("169.254.1.2/32", "*"), h.Route("0.0.0.0/0", "169.254.1.2"),
+		h.RouteLocal("10.244.0.0/16"))
+	if err != nil {
+		return nil, err
+	}
+	t, err := startTalk(h, n.Host, lab.Outside, "serve")
+	if err != nil {
+		return nil, err
+	}
+	c.kept = append(c.kept, t)
+	_, err = t.read()
+	return h, err
 }
 
 // startOurs starts pentad on its node.
@@ -171,6 +200,28 @@ func (b *bench) startTheirs() error {
 		"--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0")
 	b.theirs.proxy, err = b.theirs.Start(cmd, lab.Outside)
 	return err
+}
+
+// stop ends a proxy, if it runs, and takes what it made out of the kernel.
+func (b *bench) stop(n *node) error {
+	if n.proxy == nil {
+		return nil
+	}
+	n.proxy.Kill()
+	n.proxy = nil
+	ctx, done := context.WithTimeout(context.Background(), time.Minute)
+	defer done()
+	if n == b.ours {
+		if out, err := n.Run(ctx, lab.Outside, b.program, "--pins", n.Pins, "--run-dir", filepath.Join(n.Dir, "run"), "down"); err != nil {
+			return fmt.Errorf("down: %w: %s", err, out)
+		}
+		return nil
+	}
+	out, err := n.Run(ctx, lab.Outside, "nft", "flush", "ruleset")
+	if err != nil {
+		return fmt.Errorf("nft: %w: %s", err, out)
+	}
+	return nil
 }
 
 // via makes a node the one by which the client reaches ClusterIPs.

@@ -217,9 +217,8 @@ func watch([]string) error {
 			if err == nil && (who == server || server == "*") {
 				break
 			}
-			if err != nil {
-				time.Sleep(time.Millisecond)
-			}
+			// The clients must leave a processor to what they wait for.
+			time.Sleep(500 * time.Microsecond)
 		}
 		fmt.Println(time.Now().UnixNano())
 	}

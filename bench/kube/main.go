@@ -32,6 +32,7 @@ var parts = []struct {
 	{"nodeport", nodePorts},
 	{"start", start},
 	{"change", changes},
+	{"kube-proxy", startTheirsLarge},
 	{"connect", connects},
 }
 

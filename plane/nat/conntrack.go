@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/mdlayher/netlink"
 	conntrack "github.com/vishvananda/netlink"
@@ -19,11 +20,11 @@ import (
 // its backend is gone:
 //
 //   - a UDP client may send from one port for ever, and would be led to nobody;
-//   - what comes on a TCP connection to a backend that was removed must not vanish:
-//     without its entry another backend answers it with a reset, and the client
-//     connects anew;
-//   - a connection that has ended is remembered for up to two minutes, and a client
-//     that uses its port again would be led where it went.
+//   - a TCP connection that has ended is remembered for up to two minutes, and a
+//     client that uses its port again would be led where it went;
+//   - a SYN that nobody answers would be sent again to the same nobody.
+//
+// What is established goes on: a backend that has left a service may well live.
 
 // flow is the way of packets to a listener. What was not translated has the
 // listener for a backend.
@@ -33,11 +34,10 @@ type flow struct {
 	backend  netip.AddrPort
 }
 
-// stale are flows that must not go on.
+// stale are flows that must not go on. Those that are false are right (again).
 type stale map[flow]bool
 
-// between notes the flows that become stale when one service becomes the other. A
-// backend that only takes no more new ones keeps those of TCP.
+// between notes the flows that become stale when one service becomes the other.
 func (s stale) between(before, after *service.Service) {
 	for _, l := range before.Listeners {
 		if !l.From.Has(service.FromWorld | service.FromGuests) {
@@ -46,6 +46,11 @@ func (s stale) between(before, after *service.Service) {
 		v4 := l.Address.Addr().Is4()
 		there := slices.ContainsFunc(after.Listeners, func(o service.Listener) bool { return o.At() == l.At() })
 		now := slotsOf(after, v4)
+		if there {
+			for _, b := range now {
+				s[flow{l.Protocol, l.Address, b}] = false
+			}
+		}
 		if l.Protocol == service.UDP && there && len(now) > 0 && len(slotsOf(before, v4)) == 0 {
 			s[flow{l.Protocol, l.Address, l.Address}] = true
 		}
@@ -54,7 +59,7 @@ func (s stale) between(before, after *service.Service) {
 				continue
 			}
 			left := !slices.ContainsFunc(after.Backends, func(o service.Backend) bool { return o.Address == b.Address })
-			if l.Protocol == service.UDP || left && there && before.OnDown == service.Reset {
+			if l.Protocol == service.UDP || left {
 				s[flow{l.Protocol, l.Address, b.Address}] = true
 			}
 		}
@@ -82,8 +87,13 @@ func (p *Plane) forget(s stale) {
 		return
 	}
 	p.staleMu.Lock()
-	for f := range s {
-		p.stale[f] = true
+	for f, is := range s {
+		if is {
+			p.stale[f] = true
+			continue
+		}
+		delete(p.stale, f)
+		delete(p.later, f)
 	}
 	p.staleMu.Unlock()
 	select {
@@ -92,22 +102,55 @@ func (p *Plane) forget(s stale) {
 	}
 }
 
-// Run has conntrack forget what changes make stale, until the context ends.
+// shaking is how long handshakes have to go on that were under way when their
+// backend was removed: without its entry the answer to a SYN is lost, and the client
+// waits a second.
+const shaking = 500 * time.Millisecond
+
+// Run has conntrack forget what changes make stale, until the context ends: first
+// what has ended, then what could not begin.
 func (p *Plane) Run(ctx context.Context) {
+	rest := time.NewTimer(time.Hour)
+	rest.Stop()
+	defer rest.Stop()
 	for {
+		var s stale
+		all := false
 		select {
 		case <-ctx.Done():
 			return
+		case <-rest.C:
+			s, all = p.take(&p.later), true
 		case <-p.staleWake:
+			if s = p.take(&p.stale); p.postpone(s) {
+				rest.Reset(shaking)
+			}
 		}
-		p.staleMu.Lock()
-		s := p.stale
-		p.stale = make(stale)
-		p.staleMu.Unlock()
-		if err := s.flush(); err != nil {
+		if err := s.flush(all); err != nil {
 			p.log.Warn("conntrack keeps flows to backends that are gone", "error", err)
 		}
 	}
+}
+
+func (p *Plane) take(from *stale) stale {
+	p.staleMu.Lock()
+	defer p.staleMu.Unlock()
+	s := *from
+	*from = make(stale)
+	return s
+}
+
+// postpone notes the flows that may have handshakes under way, and returns whether
+// there are any.
+func (p *Plane) postpone(s stale) bool {
+	p.staleMu.Lock()
+	defer p.staleMu.Unlock()
+	for f := range s {
+		if f.protocol == service.TCP {
+			p.later[f] = true
+		}
+	}
+	return len(p.later) > 0
 }
 
 // manyFlows is from how many flows on all of conntrack is read once, instead of
@@ -116,7 +159,7 @@ const manyFlows = 100
 
 // flush has conntrack forget the flows. A kernel that cannot look for them itself
 // (Linux before 6.8) refuses what it is asked, because it is no whole entry.
-func (s stale) flush() error {
+func (s stale) flush(all bool) error {
 	var left [2]stale // by family, 4 and 6
 	for i := range left {
 		left[i] = make(stale)
@@ -130,51 +173,79 @@ func (s stale) flush() error {
 	}
 	// Of IPv6 the kernel finds all but what it is asked for: it takes equal
 	// addresses for different ones (ctnetlink_filter_match_tuple in Linux 6.18).
-	if n := len(left[0]); n > 0 && n <= manyFlows && left[0].flushEach() == nil {
+	if n := len(left[0]); n > 0 && n <= manyFlows && left[0].flushEach(all) == nil {
 		left[0] = nil
 	}
 	for i, family := range []conntrack.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		if err := left[i].flushByReading(family); err != nil {
+		if err := left[i].flushByReading(family, all); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (s stale) flushByReading(f conntrack.InetFamily) error {
+func (s stale) flushByReading(f conntrack.InetFamily, all bool) error {
 	if len(s) == 0 {
 		return nil
 	}
-	_, err := conntrack.ConntrackDeleteFilters(conntrack.ConntrackTable, f, s)
+	matches := filter{s, all}
+	_, err := conntrack.ConntrackDeleteFilters(conntrack.ConntrackTable, f, matches)
 	for tries := 0; errors.Is(err, conntrack.ErrDumpInterrupted) && tries < 3; tries++ {
 		// What changed meanwhile may not have been seen.
-		_, err = conntrack.ConntrackDeleteFilters(conntrack.ConntrackTable, f, s)
+		_, err = conntrack.ConntrackDeleteFilters(conntrack.ConntrackTable, f, matches)
 	}
 	return err
 }
 
-// MatchConntrackFlow implements conntrack.CustomConntrackFilter.
-func (s stale) MatchConntrackFlow(f *conntrack.ConntrackFlow) bool {
-	to, ok1 := netip.AddrFromSlice(f.Forward.DstIP)
-	by, ok2 := netip.AddrFromSlice(f.Reverse.SrcIP)
-	return ok1 && ok2 && s[flow{
-		service.Protocol(f.Forward.Protocol),
-		netip.AddrPortFrom(to.Unmap(), f.Forward.DstPort), netip.AddrPortFrom(by.Unmap(), f.Reverse.SrcPort),
-	}]
+// filter is stale flows as the library looks for them.
+type filter struct {
+	stale
+	all bool // also handshakes without an answer
 }
 
-// Attributes and flags of linux/netfilter/nfnetlink_conntrack.h and of
-// net/netfilter/nf_conntrack_netlink.c, where the latter are not for others to
+// MatchConntrackFlow implements conntrack.CustomConntrackFilter.
+func (s filter) MatchConntrackFlow(f *conntrack.ConntrackFlow) bool {
+	to, ok1 := netip.AddrFromSlice(f.Forward.DstIP)
+	by, ok2 := netip.AddrFromSlice(f.Reverse.SrcIP)
+	if !ok1 || !ok2 || !s.stale[flow{
+		service.Protocol(f.Forward.Protocol),
+		netip.AddrPortFrom(to.Unmap(), f.Forward.DstPort), netip.AddrPortFrom(by.Unmap(), f.Reverse.SrcPort),
+	}] {
+		return false
+	}
+	tcp, ok := f.ProtoInfo.(*conntrack.ProtoInfoTCP)
+	return !ok || forgettable(tcp.State, s.all)
+}
+
+// States of TCP in linux/netfilter/nf_conntrack_tcp.h.
+const (
+	tcpSynSent = 1
+	tcpFinWait = 4 // and what follows, up to tcpClose: somebody has begun to end it
+	tcpClose   = 8
+)
+
+// forgettable reports whether a connection in this state has no use for its backend;
+// all says that there was time for an answer.
+func forgettable(state uint8, all bool) bool {
+	return state >= tcpFinWait && state <= tcpClose || all && state == tcpSynSent
+}
+
+// Messages, attributes and flags of linux/netfilter/nfnetlink_conntrack.h and of
+// net/netfilter/nf_conntrack_netlink.c, where the flags are not for others to
 // include.
 const (
+	msgGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1 // IPCTNL_MSG_CT_GET
 	msgDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
 
 	attrTupleOrig, attrTupleReply  = 1, 2
+	attrProtoInfo                  = 4
+	attrID                         = 12
+	attrFilter                     = 25
 	attrTupleIP, attrTupleProto    = 1, 2
 	attrIPv4Src, attrIPv4Dst       = 1, 2
 	attrProtoNum                   = 1
 	attrProtoSrc, attrProtoDst     = 2, 3
-	attrFilter                     = 25
+	attrProtoInfoTCP, attrTCPState = 1, 1
 	attrFilterOrig, attrFilterRepl = 1, 2
 
 	byIPSrc, byIPDst     = 1 << 0, 1 << 1
@@ -182,33 +253,104 @@ const (
 	byPortSrc, byPortDst = 1 << 4, 1 << 5
 )
 
+// header is struct nfgenmsg of IPv4.
+var header = []byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0}
+
 // flushEach has the kernel look for the flows, which are of IPv4.
-func (s stale) flushEach() error {
+func (s stale) flushEach(all bool) error {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	for f := range s {
-		data, err := f.filter()
-		if err != nil {
-			return err
-		}
-		_, err = conn.Execute(netlink.Message{
-			Header: netlink.Header{Type: msgDelete, Flags: netlink.Request | netlink.Acknowledge}, Data: data,
-		})
-		if err != nil {
+		if err := f.flush(conn, all); err != nil {
 			return fmt.Errorf("flow %s by %s: %w", f.listener, f.backend, err)
 		}
 	}
 	return nil
 }
 
-// filter is the message that names all entries of a flow: by where they wanted to
-// go and by who answers.
-func (f flow) filter() ([]byte, error) {
+func (f flow) flush(conn *netlink.Conn, all bool) error {
+	data, err := f.message()
+	if err != nil {
+		return err
+	}
+	if f.protocol != service.TCP {
+		_, err := conn.Execute(netlink.Message{
+			Header: netlink.Header{Type: msgDelete, Flags: netlink.Request | netlink.Acknowledge}, Data: data,
+		})
+		return err
+	}
+	found, err := conn.Execute(netlink.Message{Header: netlink.Header{Type: msgGet, Flags: netlink.Request | netlink.Dump}, Data: data})
+	if err != nil {
+		return err
+	}
+	for _, m := range found {
+		e, err := parseEntry(m.Data)
+		if err != nil {
+			return err
+		}
+		if !forgettable(e.state, all) {
+			continue
+		}
+		_, err = conn.Execute(netlink.Message{
+			Header: netlink.Header{Type: msgDelete, Flags: netlink.Request | netlink.Acknowledge}, Data: append(slices.Clone(header), e.name...),
+		})
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return err
+		}
+	}
+	return nil
+}
+
+// entry is one connection of TCP as conntrack knows it.
+type entry struct {
+	name  []byte // the attributes that name it
+	state uint8
+}
+
+func parseEntry(data []byte) (e entry, err error) {
+	ad, err := netlink.NewAttributeDecoder(data[len(header):])
+	if err != nil {
+		return e, err
+	}
+	var name []netlink.Attribute
+	for ad.Next() {
+		switch ad.Type() {
+		case attrTupleOrig:
+			name = append(name, netlink.Attribute{Type: attrTupleOrig | unix.NLA_F_NESTED, Data: ad.Bytes()})
+		case attrID:
+			name = append(name, netlink.Attribute{Type: attrID, Data: ad.Bytes()})
+		case attrProtoInfo:
+			ad.Nested(func(info *netlink.AttributeDecoder) error {
+				for info.Next() {
+					if info.Type() == attrProtoInfoTCP {
+						info.Nested(func(tcp *netlink.AttributeDecoder) error {
+							for tcp.Next() {
+								if tcp.Type() == attrTCPState {
+									e.state = tcp.Uint8()
+								}
+							}
+							return nil
+						})
+					}
+				}
+				return nil
+			})
+		}
+	}
+	if err := ad.Err(); err != nil {
+		return e, err
+	}
+	e.name, err = netlink.MarshalAttributes(name)
+	return e, err
+}
+
+// message names all entries of a flow: by where they wanted to go and by who
+// answers.
+func (f flow) message() ([]byte, error) {
 	ae := netlink.NewAttributeEncoder()
-	ae.ByteOrder = binary.BigEndian
 	tuple := func(attr, ip, port uint16, at netip.AddrPort) {
 		ae.Nested(attr, func(t *netlink.AttributeEncoder) error {
 			t.Nested(attrTupleIP, func(a *netlink.AttributeEncoder) error {
@@ -233,5 +375,5 @@ func (f flow) filter() ([]byte, error) {
 		return nil
 	})
 	attributes, err := ae.Encode()
-	return append([]byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0}, attributes...), err // struct nfgenmsg first
+	return append(slices.Clone(header), attributes...), err
 }

@@ -39,6 +39,7 @@ type Plane struct {
 
 	staleMu   sync.Mutex
 	stale     stale // what conntrack has to forget
+	later     stale // of this, what may be a handshake that is under way
 	staleWake chan struct{}
 }
 
@@ -47,7 +48,7 @@ func New(log *slog.Logger) *Plane {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Plane{log: log, stale: make(stale), staleWake: make(chan struct{}, 1)}
+	return &Plane{log: log, stale: make(stale), later: make(stale), staleWake: make(chan struct{}, 1)}
 }
 
 // Apply makes the kernel look like the snapshot. It may be called again after any

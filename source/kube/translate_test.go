@@ -2,6 +2,7 @@ package kube
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -324,5 +325,41 @@ func TestClaims(t *testing.T) {
 	}
 	if granted, problems = c.grant(young.key(), youngWants); granted[0] != youngWants[0] || len(problems) > 0 {
 		t.Errorf("alone it has %s, %v", show(granted), problems)
+	}
+}
+
+// The list stays sorted and complete through any history of changes.
+func TestMerge(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 300 {
+		var list []*service.Service
+		live := make(map[string]*service.Service)
+		for range 20 {
+			gone, come := make(map[*service.Service]bool), []*service.Service(nil)
+			for range r.IntN(6) {
+				name := fmt.Sprintf("s%02d", r.IntN(30))
+				old := live[name]
+				if old != nil && slices.Contains(come, old) {
+					continue
+				}
+				if old != nil {
+					gone[old] = true
+					delete(live, name)
+				}
+				if r.IntN(3) > 0 {
+					live[name] = &service.Service{Name: name}
+					come = append(come, live[name])
+				}
+			}
+			list = merge(list, gone, come)
+			if len(list) != len(live) || !slices.IsSortedFunc(list, func(a, b *service.Service) int { return strings.Compare(a.Name, b.Name) }) {
+				t.Fatalf("%d of %d: %v", len(list), len(live), list)
+			}
+			for _, s := range list {
+				if live[s.Name] != s {
+					t.Fatalf("%s is an old one", s.Name)
+				}
+			}
+		}
 	}
 }

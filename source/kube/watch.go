@@ -436,21 +436,43 @@ func (s *Source) replace(e *entry, granted []*service.Service, gone map[*service
 	return come
 }
 
-// merge returns a sorted list without what is gone and with what comes.
+// merge returns a sorted list without what is gone and with what comes. Few of many
+// change: they are searched for, and the rest is copied as it is.
 func merge(list []*service.Service, gone map[*service.Service]bool, come []*service.Service) []*service.Service {
-	byName := func(a, b *service.Service) int { return strings.Compare(a.Name, b.Name) }
-	slices.SortFunc(come, byName)
-	next := make([]*service.Service, 0, len(list)+len(come))
-	for _, s := range list {
-		if gone[s] {
-			continue
-		}
-		for len(come) > 0 && come[0].Name < s.Name {
-			next, come = append(next, come[0]), come[1:]
-		}
-		next = append(next, s)
+	type edit struct {
+		at  int // in list
+		add *service.Service
 	}
-	return append(next, come...)
+	find := func(name string) int {
+		i, _ := slices.BinarySearchFunc(list, name, func(s *service.Service, name string) int { return strings.Compare(s.Name, name) })
+		return i
+	}
+	edits := make([]edit, 0, len(gone)+len(come))
+	for s := range gone {
+		edits = append(edits, edit{at: find(s.Name)})
+	}
+	for _, s := range come {
+		edits = append(edits, edit{find(s.Name), s})
+	}
+	slices.SortFunc(edits, func(a, b edit) int {
+		if c := cmp.Compare(a.at, b.at); c != 0 || a.add == nil || b.add == nil {
+			return c
+		}
+		return strings.Compare(a.add.Name, b.add.Name)
+	})
+	next := make([]*service.Service, 0, len(list)+len(come))
+	done := 0
+	for _, e := range edits {
+		next = append(next, list[done:max(done, e.at)]...)
+		done = max(done, e.at)
+		if e.add != nil {
+			next = append(next, e.add)
+		}
+		if done < len(list) && gone[list[done]] {
+			done++
+		}
+	}
+	return append(next, list[done:]...)
 }
 
 // lostMark tells what claims say from what the translation says.
