@@ -13,7 +13,7 @@ GENERATE = $(GO) generate ./plane/... ./bench/... && $(GO) generate ./cmd/...
 GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
 CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')
 
-.PHONY: all build generate format check test bench demo install clean
+.PHONY: all build generate format check test bench bench-kube demo install clean
 
 all: build
 
@@ -44,6 +44,11 @@ check:
 test:
 	scripts/need test
 	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI" $(GO) test -count=1 -timeout 15m ./...
+
+bench-kube: build
+	scripts/need bench-kube
+	$(GO) build -o bin/bench-kube ./bench/kube
+	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" bin/bench-kube -pentad bin/pentad
 
 bench: build
 	scripts/need bench
