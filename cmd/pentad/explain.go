@@ -37,11 +37,16 @@ func newExplain(at *places) *cobra.Command {
 		}
 		all := make([]*flow.Explanation, len(questions))
 		works := true
+		packets, err := readPackets()
+		if err != nil {
+			return err
+		}
 		for i, q := range questions {
 			q.PID = pid
 			if all[i], err = flow.Explain(v, q); err != nil {
 				return err
 			}
+			all[i].AddPackets(q, packets)
 			works = works && all[i].Works
 		}
 		done, err := f.structured(cmd.OutOrStdout(), all)

@@ -84,6 +84,9 @@ type serviceOut struct {
 	SlowStart string        `json:"slowStart,omitempty" yaml:"slowStart,omitempty"`
 	Flows     bool          `json:"flows" yaml:"flows"`
 	Backends  []backendOut  `json:"backends" yaml:"backends"`
+
+	// What packets find that arrive from other hosts and from guests of this one.
+	Packets []packetsOut `json:"packets,omitempty" yaml:"packets,omitempty"`
 }
 
 type keepaliveOut struct {

@@ -3,10 +3,12 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -34,18 +36,29 @@ func newServiceList(at *places) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		packets, err := readPackets()
+		if err != nil {
+			return err
+		}
 		all := make([]serviceOut, len(v.Services))
 		for i, s := range v.Services {
 			all[i] = newServiceOut(v, s)
 		}
+		all = addPackets(all, packets)
 		if done, err := f.structured(cmd.OutOrStdout(), all); done {
 			return err
 		}
-		rows := [][]string{{"SERVICE", "LISTENER", "BALANCE", "BACKENDS", "MAPS TO"}}
+		header := []string{"SERVICE", "LISTENER", "BALANCE", "BACKENDS", "MAPS TO"}
+		var rows [][]string
 		for _, s := range v.Services {
 			rows = append(rows, listenerRows(s, *f == "wide")...)
 		}
-		return table(cmd.OutOrStdout(), rows)
+		if packets != nil {
+			header = append(header, "")
+			copy(header[3:], []string{"FROM", "BACKENDS", "MAPS TO"})
+			rows = withPackets(rows, packets, *f == "wide")
+		}
+		return table(cmd.OutOrStdout(), append([][]string{header}, rows...))
 	}
 	return cmd
 }
@@ -68,16 +81,21 @@ func listenerRows(s *service.Service, wide bool) [][]string {
 				serving = append(serving, b.Address.String())
 			}
 		}
-		to := strings.Join(serving, ", ")
-		if n := len(serving); n > shownBackends && !wide {
-			to = fmt.Sprintf("%s and %d more", strings.Join(serving[:shownBackends], ", "), n-shownBackends)
-		}
-		if len(serving) == 0 {
-			to = "nothing: refused"
-		}
+		to := leadsTo(serving, wide)
 		rows = append(rows, []string{s.Name, l.String(), s.Balance.String(), fmt.Sprintf("%d/%d", len(serving), total), to})
 	}
 	return rows
+}
+
+// leadsTo names the backends that take connections.
+func leadsTo(serving []string, wide bool) string {
+	if len(serving) == 0 {
+		return "nothing: refused"
+	}
+	if n := len(serving); n > shownBackends && !wide {
+		return fmt.Sprintf("%s and %d more", strings.Join(serving[:shownBackends], ", "), n-shownBackends)
+	}
+	return strings.Join(serving, ", ")
 }
 
 func newServiceShow(at *places) *cobra.Command {
@@ -94,14 +112,29 @@ func newServiceShow(at *places) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		s := (&service.Snapshot{Services: v.Services}).Find(args[0])
-		if s == nil {
-			return fmt.Errorf("the kernel has no service %s; `pentad service list` shows those that it has", args[0])
-		}
-		if done, err := f.structured(cmd.OutOrStdout(), newServiceOut(v, s)); done {
+		packets, err := readPackets()
+		if err != nil {
 			return err
 		}
-		return showService(cmd.OutOrStdout(), v, s)
+		packets = slices.DeleteFunc(packets, func(m nat.Mapping) bool { return m.Service != args[0] })
+		s := (&service.Snapshot{Services: v.Services}).Find(args[0])
+		if s == nil && len(packets) == 0 {
+			return fmt.Errorf("the kernel has no service %s; `pentad service list` shows those that it has", args[0])
+		}
+		var all []serviceOut
+		if s != nil {
+			all = append(all, newServiceOut(v, s))
+		}
+		if done, err := f.structured(cmd.OutOrStdout(), addPackets(all, packets)[0]); done {
+			return err
+		}
+		if s != nil {
+			if err := showService(cmd.OutOrStdout(), v, s); err != nil || len(packets) == 0 {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout())
+		}
+		return table(cmd.OutOrStdout(), append([][]string{{"PACKETS TO", "FROM", "MAP TO"}}, packetRows(packets, true)...))
 	}
 	return cmd
 }

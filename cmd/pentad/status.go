@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -56,6 +57,7 @@ type statusOut struct {
 	Backends    map[string]int    `json:"backends" yaml:"backends"`                     // by state
 	Memory      map[string]uint64 `json:"memory" yaml:"memory"`                         // bytes of kernel memory by map
 	Connections socket.Counters   `json:"connections" yaml:"connections"`
+	Packets     bool              `json:"packets" yaml:"packets"` // what arrives from elsewhere is served
 	Problems    []string          `json:"problems,omitempty" yaml:"problems,omitempty"`
 	Warnings    []string          `json:"warnings,omitempty" yaml:"warnings,omitempty"`
 }
@@ -81,6 +83,17 @@ func readStatus(ctx context.Context, at *places) (*statusOut, error) {
 		return nil, err
 	}
 	s.addView(v)
+	there, whole, err := nat.Installed()
+	if err != nil {
+		s.Problems = append(s.Problems, "packets: "+err.Error())
+	}
+	s.Packets = there
+	if there && !whole {
+		s.Problems = append(s.Problems, "the table inet "+nat.TableName+" is damaged: packets from elsewhere may not find services; the agent repairs it")
+	}
+	if !there && s.Agent != nil && s.Agent.Cluster != nil {
+		s.Problems = append(s.Problems, "the table inet "+nat.TableName+" is missing: packets from elsewhere find no services; the agent puts it back")
+	}
 	return s, nil
 }
 
@@ -189,6 +202,9 @@ func (s *statusOut) kernelRows() [][]string {
 		{"backends", strings.Join(states, ", ")},
 		{"connections", fmt.Sprintf("%d open, %d translated, %d refused, %d reset", s.InFlight, s.Connections.Translated, s.Connections.Refused, s.Connections.Reset)},
 		{"kernel memory", bytesText(memory)},
+	}
+	if s.Packets {
+		rows = append(rows, []string{"packets", "from elsewhere are served by the table inet " + nat.TableName})
 	}
 	if n := len(s.Ejected); n > 0 {
 		rows = append(rows, []string{"ejected", fmt.Sprintf("%s by failed connects: %s", count(n, "backend"), firstFew(s.Ejected))})

@@ -41,6 +41,7 @@ type element struct {
 	in   set
 	key  string
 	data string // of maps; the name of a chain where the map is of verdicts
+	note string // with verdicts: the name of the service, for people
 }
 
 // guestSlots is added to slots that guests choose from where they have other
@@ -118,10 +119,10 @@ func elementsOf(s *service.Service, chains map[string]chain) []element {
 			verdict = chainRefuse
 		}
 		if world {
-			all = append(all, element{set{setServices, v4}, key, verdict})
+			all = append(all, element{set{setServices, v4}, key, verdict, s.Name})
 		}
 		if guests {
-			all = append(all, element{set{setGuestsTo, v4}, key, verdict})
+			all = append(all, element{set{setGuestsTo, v4}, key, verdict, s.Name})
 		}
 		if len(at) > 0 && s.Affinity > 0 {
 			chains[c.sticks().name()] = c.sticks()
@@ -142,16 +143,16 @@ func appendSlots(all []element, c chain, key string, at []netip.AddrPort) []elem
 	}
 	if c.affinity == 0 {
 		for i, b := range at {
-			all = append(all, element{set{setSlots, c.v4}, key + native(first+uint32(i)), target(b)})
+			all = append(all, element{set{setSlots, c.v4}, key + native(first+uint32(i)), target(b), ""})
 		}
 		return all
 	}
 	numbers := numbersOf(at)
 	for i, b := range at {
-		all = append(all, element{set{setChoices, c.v4}, key + native(first+uint32(i)), native(numbers[b])})
+		all = append(all, element{set{setChoices, c.v4}, key + native(first+uint32(i)), native(numbers[b]), ""})
 	}
 	for b, n := range numbers {
-		all = append(all, element{set{setMembers, c.v4}, key + native(n), target(b)})
+		all = append(all, element{set{setMembers, c.v4}, key + native(n), target(b), ""})
 	}
 	return all
 }
@@ -179,7 +180,7 @@ func numbersOf(at []netip.AddrPort) map[netip.AddrPort]uint32 {
 func appendSources(all []element, key string, sources []netip.Prefix, v4 bool) []element {
 	for _, p := range merged(sources, v4) {
 		first, last := bounds(p)
-		all = append(all, element{set{setSources, v4}, key + first + key + last, ""})
+		all = append(all, element{set{setSources, v4}, key + first + key + last, "", ""})
 	}
 	return all
 }
@@ -291,6 +292,8 @@ func port(p uint16) string { return string([]byte{byte(p >> 8), byte(p), 0, 0}) 
 // native is a number as a register holds it.
 func native(n uint32) string { return string(binary.NativeEndian.AppendUint32(nil, n)) }
 
+func fromNative(field string) uint32 { return binary.NativeEndian.Uint32([]byte(field)) }
+
 // splitListener and splitTarget are the way back.
 func splitListener(key string, v4 bool) (l service.Listener, rest string) {
 	n := addressLength(v4)
@@ -324,26 +327,26 @@ func (c *change) differ(have, want []element) {
 		in  set
 		key string
 	}
-	old := make(map[place]string, len(have))
+	old := make(map[place]element, len(have))
 	for _, e := range have {
-		old[place{e.in, e.key}] = e.data
+		old[place{e.in, e.key}] = e
 	}
 	for _, e := range want {
 		at := place{e.in, e.key}
-		data, there := old[at]
+		was, there := old[at]
 		delete(old, at)
-		if there && data == e.data {
+		if there && was == e {
 			continue
 		}
 		if there {
-			c.remove = append(c.remove, element{e.in, e.key, data})
+			c.remove = append(c.remove, was)
 		}
 		c.add = append(c.add, e)
 	}
 	for _, e := range have {
-		if data, left := old[place{e.in, e.key}]; left {
+		if _, left := old[place{e.in, e.key}]; left {
 			delete(old, place{e.in, e.key})
-			c.remove = append(c.remove, element{e.in, e.key, data})
+			c.remove = append(c.remove, e)
 		}
 	}
 }

@@ -196,7 +196,7 @@ func (e element) encode() []nftables.SetElement {
 	key := []byte(e.key)
 	switch e.in.name {
 	case setServices, setGuestsTo:
-		return []nftables.SetElement{{Key: key, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.data}}}
+		return []nftables.SetElement{{Key: key, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.data}, Comment: e.note}}
 	case setSlots, setChoices, setMembers:
 		return []nftables.SetElement{{Key: key, Val: []byte(e.data)}}
 	case setSources:
@@ -260,12 +260,27 @@ func decode(s set, have []nftables.SetElement) []element {
 	all := make([]element, 0, len(have))
 	for _, h := range have {
 		e := element{in: s, key: string(h.Key) + string(h.KeyEnd), data: string(h.Val)}
-		if h.VerdictData != nil {
-			e.data = h.VerdictData.Chain
+		if s.name == setServices || s.name == setGuestsTo {
+			e.data, e.note = verdictChain(h.Val), h.Comment
 		}
 		all = append(all, e)
 	}
 	return all
+}
+
+// verdictChain returns where a verdict leads; the library leaves its attributes as
+// they are.
+func verdictChain(raw []byte) string {
+	attributes, err := netlink.UnmarshalAttributes(raw)
+	if err != nil {
+		return ""
+	}
+	for _, a := range attributes {
+		if a.Type == unix.NFTA_VERDICT_CHAIN {
+			return strings.TrimRight(string(a.Data), "\x00")
+		}
+	}
+	return ""
 }
 
 // decodeIntervals puts the ends of intervals to their beginnings.

@@ -15,7 +15,6 @@ package nat
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -138,7 +137,7 @@ func (p *Plane) localElements(s *service.Service, n int) []element {
 
 func onHost(a netip.Addr) []element {
 	raw := string(a.AsSlice())
-	return []element{{set{setLocal, a.Is4()}, raw, ""}, {set{setHairpin, a.Is4()}, raw + raw, ""}}
+	return []element{{in: set{setLocal, a.Is4()}, key: raw}, {in: set{setHairpin, a.Is4()}, key: raw + raw}}
 }
 
 func guestElements(guests []netip.Prefix) []element {
@@ -148,7 +147,7 @@ func guestElements(guests []netip.Prefix) []element {
 	for _, v4 := range []bool{true, false} {
 		for _, p := range merged(sorted, v4) {
 			first, last := bounds(p)
-			all = append(all, element{set{setGuests, v4}, first + last, ""})
+			all = append(all, element{in: set{setGuests, v4}, key: first + last})
 		}
 	}
 	return all
@@ -324,6 +323,3 @@ func Remove() error {
 	}
 	return nil
 }
-
-// ErrNothingInstalled says that there is no table in the kernel.
-var ErrNothingInstalled = errors.New("nothing is installed for packets from elsewhere")

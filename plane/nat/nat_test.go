@@ -369,6 +369,25 @@ func TestAdopt(t *testing.T) {
 			t.Errorf("%s: the table is whole again, and said not to be", damage)
 		}
 	}
+	n.check(n.node.Do(func() error {
+		all, err := nat.Read()
+		text := ""
+		for _, m := range all {
+			text += fmt.Sprintln(m.Service, m.Listener, m.Listener.From, m.Listener.Guarded, m.Dropped, m.Backends)
+		}
+		for _, want := range []string{
+			"plain 10.96.0.1:80 12 false false [{10.1.0.2:80 1} {10.2.0.2:80 1}]\n",
+			"affinity [2001:db8:96::3]:80/udp 12 false false [{[2001:db8:2::2]:80 1} {[2001:db8:3::2]:80 1}]\n",
+			"guarded 10.96.0.4:80 12 true false [{10.1.0.2:80 1} {10.2.0.2:80 1}]\n",
+			"guests 10.96.0.5:80 4 false false [{10.1.0.2:80 1} {10.2.0.2:80 3}]\n",
+			"world 10.96.0.5:80 8 false true []\n", "none 10.96.0.2:80 12 false false []\n",
+		} {
+			if !strings.Contains(text, want) {
+				t.Errorf("the kernel does not show %s%s", want, text)
+			}
+		}
+		return err
+	}))
 	// What concerns others is not touched and does not matter.
 	if out, err := n.node.Run(t.Context(), lab.Outside, "nft", "add table inet other"); err != nil {
 		t.Fatalf("%v: %s", err, out)

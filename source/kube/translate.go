@@ -3,6 +3,7 @@ package kube
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -35,6 +36,8 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 	if s.headless {
 		return t
 	}
+	wrong := make(map[string]int) // annotations, by how many ports refuse them
+	served := 0
 	for _, p := range s.ports {
 		if _, ok := protocols[p.protocol]; !ok {
 			t.sctp++
@@ -42,7 +45,16 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 				"port %d/%s is not served: pentad serves TCP and UDP; reach the pods without a ClusterIP (a headless Service)", p.port, p.protocol))
 			continue
 		}
-		t.port(s, p, all, at)
+		served++
+		for _, err := range t.port(s, p, all, at) {
+			wrong[err.Error()]++
+		}
+	}
+	for _, text := range slices.Sorted(maps.Keys(wrong)) {
+		// What concerns TCP is no mistake beside a port of UDP.
+		if wrong[text] == served {
+			t.problems = append(t.problems, text+"; the annotation is ignored")
+		}
 	}
 	if s.checkPort != 0 {
 		t.check = &Check{s.checkPort, s.Namespace, s.Name, localReady(all, at)}
@@ -52,8 +64,8 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 
 // A port of a Service may have clients that see different endpoints: those to
 // whom the policy Cluster applies, and those for whom a policy says Local. Each
-// such set is a service of its own.
-func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *surroundings) {
+// such set is a service of its own. What is wrong with annotations is returned.
+func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *surroundings) (wrong []error) {
 	endpoints := t.endpoints(p, all)
 	base := fmt.Sprintf("%s/%s:%s", s.Namespace, s.Name, cmp.Or(p.name, strconv.Itoa(int(p.port))))
 	cluster := &service.Service{Name: base}
@@ -72,16 +84,12 @@ func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *s
 			continue
 		}
 		slices.SortFunc(x.to.Listeners, service.Listener.Compare)
-		errs := config.Annotate(s.annotations, x.to)
-		if x.to == cluster || len(cluster.Listeners) == 0 {
-			for _, err := range errs {
-				t.problems = append(t.problems, err.Error()+"; the annotation is ignored")
-			}
-		}
+		wrong = config.Annotate(s.annotations, x.to)
 		x.to.Affinity, x.to.Sources = s.affinity, s.sources
 		x.to.Backends = backends(x.among, x.chosen, at)
 		t.services = append(t.services, x.to)
 	}
+	return wrong
 }
 
 // listen adds the listeners of a port to the services whose endpoints they lead to.

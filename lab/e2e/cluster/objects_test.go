@@ -180,8 +180,8 @@ func TestLargeSlice(t *testing.T) {
 	l.end(t)
 	s.within(patience, func() error {
 		out, err := s.a.pentad("service", "show", s.namespace+"/web:http", "-o", "json")
-		if n := strings.Count(out, "10.246."); err != nil || n != 1000 {
-			return fmt.Errorf("%d backends: %w", n, err)
+		if n := strings.Count(out, `"address": "10.246.`); err != nil || n != 1000 {
+			return fmt.Errorf("%d backends: %v", n, err)
 		}
 		return nil
 	})

@@ -337,6 +337,24 @@ func TestExternalTrafficPolicy(t *testing.T) {
 	s.expect(s.outside, "203.0.113.1:80", seen{"b1", outside4})
 	s.expect(s.pods["a2"], "203.0.113.1:80", seen{"a1 b1", "10.244.1.3"})
 	s.expect(s.b.place, "198.51.100.1:80", seen{"a1 b1", ""})
+	// The commands tell the one from the other.
+	name := s.namespace + "/web:http"
+	for _, c := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"service", "list"}, []string{name + " ", "sockets, guests", name + "/external  198.51.100.1:80", "world"}},
+		{[]string{"service", "show", name + "/external"}, []string{"198.51.100.1:80", "10.244.1.2:8080"}},
+		{[]string{"explain", "198.51.100.1"}, []string{"of other hosts are led to 10.244.1.2:8080 (" + name + "/external)", "of guests are led to 10.244.1.2:8080, 10.244.2.2:8080"}},
+		{[]string{"status"}, []string{"served by the table inet pentad"}},
+	} {
+		out, _ := s.a.pentad(c.args...)
+		for _, want := range c.want {
+			if !strings.Contains(out, want) {
+				t.Errorf("pentad %s does not show %q:\n%s", strings.Join(c.args, " "), want, out)
+			}
+		}
+	}
 }
 
 func TestInternalTrafficPolicy(t *testing.T) {
