@@ -1,0 +1,288 @@
+package cluster
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/kube"
+)
+
+// real is a cluster of one node that is a real one: kubelet, containerd, scheduler
+// and all controllers.
+type real struct {
+	*scene
+	real   *kube.RealNode
+	client *lab.Host
+}
+
+const imageWeb = "docker.io/lab/web:1"
+
+func newReal(t *testing.T) *real {
+	t.Helper()
+	lab.Need(t, "etcd", "containerd", "runc", "unshare")
+	ctx := t.Context()
+	bin, err := kube.Build(ctx, kube.APIServer, kube.ControllerManager, kube.Scheduler, kube.Kubelet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := filepath.Join(t.TempDir(), "web")
+	build := exec.Command("go", "build", "-o", web, "github.com/pentad/pentad/lab/kube/web")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	w := &world{pods: make(map[string]*place)}
+	t.Cleanup(func() {
+		if err := w.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	fabric, err := lab.NewSwitch()
+	check(err)
+	w.closers = append(w.closers, fabric.Close)
+	control, err := w.host(fabric, "10.0.0.1/24")
+	check(err)
+	w.cluster, err = kube.Start(ctx, bin, control, "10.0.0.1")
+	check(err)
+	check(w.cluster.StartControllerManager())
+	check(w.cluster.StartScheduler())
+	check(w.cluster.Apply(ctx, base+"rbac.yaml", false))
+	w.account, err = w.cluster.AccountKubeconfig(ctx, "kube-system", "pentad")
+	check(err)
+	h, err := w.host(fabric, a4+"/24")
+	check(err)
+	check(h.Forward())
+	check(control.Route("10.244.1.0/24", a4))
+	r := &real{}
+	r.real, err = w.cluster.StartNode("a", h, a4, "10.244.1.0/24", imageWeb, map[string]string{imageWeb: web})
+	check(err)
+	// The host goes first, and all that runs there with it.
+	w.closers = append(w.closers[:len(w.closers)-1], r.real.Close, h.Close)
+	r.client, err = w.host(fabric, outside4+"/24")
+	check(err)
+	check(r.client.Route("10.96.0.0/16", a4))
+	check(r.client.Route("198.51.100.0/24", a4))
+	check(r.real.Ready(ctx, w.cluster))
+	w.a = &node{place: &place{Host: h, name: "a"}, v4: netip.MustParseAddr(a4)}
+	w.a.config, err = h.WriteFile("pentad.yaml", fmt.Sprintf(
+		"source: {kubernetes: {kubeconfig: %s, node: a}}\nscope: {cgroup: %s}\n", w.account, h.Scope()))
+	check(err)
+	check(w.a.start())
+	r.scene = newScene(t, w)
+	t.Cleanup(func() {
+		if t.Failed() {
+			log := r.real.Log()
+			t.Logf("node:\n%s\nagent:\n%s", lab.Indent(log[max(0, len(log)-6000):]), lab.Indent(w.a.agent.Log.String()))
+		}
+	})
+	return r
+}
+
+// deployment of the server of the tests. A change of the generation is a rolling
+// update.
+func deployment(generation string, replicas int32) *appsv1.Deployment {
+	labels := map[string]string{"app": "web"}
+	none, all := intstr.FromInt32(0), intstr.FromInt32(1)
+	port := intstr.FromInt32(8081)
+	grace := int64(10)
+	return &appsv1.Deployment{
+		ObjectMeta: metav1.ObjectMeta{Name: "web"},
+		Spec: appsv1.DeploymentSpec{
+			Replicas: &replicas, Selector: &metav1.LabelSelector{MatchLabels: labels},
+			Strategy: appsv1.DeploymentStrategy{RollingUpdate: &appsv1.RollingUpdateDeployment{MaxUnavailable: &none, MaxSurge: &all}},
+			Template: corev1.PodTemplateSpec{
+				ObjectMeta: metav1.ObjectMeta{Labels: labels, Annotations: map[string]string{"generation": generation}},
+				Spec: corev1.PodSpec{TerminationGracePeriodSeconds: &grace, Containers: []corev1.Container{{
+					Name: "web", Image: imageWeb, Args: []string{"serve"}, ImagePullPolicy: corev1.PullNever,
+					ReadinessProbe: &corev1.Probe{
+						ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: port}}, PeriodSeconds: 1, FailureThreshold: 1,
+					},
+				}}},
+			},
+		},
+	}
+}
+
+// talk asks a server of the tests from the client outside.
+func (r *real) talk(address, line string) (answer string, err error) {
+	err = errors.Join(err, r.client.Do(func() error {
+		c, err := net.DialTimeout("tcp", address, quickly)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if err := c.SetDeadline(time.Now().Add(2 * quickly)); err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintln(c, line); err != nil {
+			return err
+		}
+		answer, err = bufio.NewReader(c).ReadString('\n')
+		return err
+	}))
+	return strings.TrimSpace(answer), err
+}
+
+// answers waits until exactly as many pods answer.
+func (r *real) answers(address string, pods int) map[string]bool {
+	r.t.Helper()
+	found := make(map[string]bool)
+	if err := lab.Eventually(time.Minute, func() error {
+		clear(found)
+		for range 30 {
+			answer, err := r.talk(address, "who")
+			if err != nil {
+				return err
+			}
+			name, client, _ := strings.Cut(answer, " ")
+			if client != outside4 {
+				return fmt.Errorf("the client is seen as %s", client)
+			}
+			found[name] = true
+		}
+		if len(found) != pods {
+			return fmt.Errorf("%v answer", found)
+		}
+		return nil
+	}); err != nil {
+		r.t.Fatalf("%s, want %d pods: %v", address, pods, err)
+	}
+	return found
+}
+
+// Real pods behind every type of Service: they reach each other and themselves,
+// readiness counts, and a rolling update loses nothing.
+func TestRealNode(t *testing.T) {
+	r := newReal(t)
+	ctx := t.Context()
+	apps := r.cluster.Client.AppsV1().Deployments(r.namespace)
+	if _, err := apps.Create(ctx, deployment("1", 3), metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	svc, err := r.cluster.Client.CoreV1().Services(r.namespace).Create(ctx, &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "web"},
+		Spec: corev1.ServiceSpec{
+			Type: corev1.ServiceTypeLoadBalancer, Selector: map[string]string{"app": "web"}, ExternalIPs: []string{"198.51.100.8"},
+			Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}},
+		},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.ingress(svc, corev1.LoadBalancerIngress{IP: "198.51.100.7"})
+	ip := hostPort(svc.Spec.ClusterIP, 80)
+	first := r.answers(ip, 3)
+	r.answers(hostPort(a4, svc.Spec.Ports[0].NodePort), 3)
+	r.answers("198.51.100.7:80", 3)
+	r.answers("198.51.100.8:80", 3)
+	// A pod calls its own Service: all answer, itself too.
+	heard := make(map[string]bool)
+	for range 60 {
+		answer, err := r.talk(ip, "ask "+ip)
+		if err != nil || strings.HasPrefix(answer, "error") {
+			t.Fatalf("a pod asks its own Service: %s %v", answer, err)
+		}
+		name, client, _ := strings.Cut(answer, " ")
+		if heard[name] = true; !strings.HasPrefix(client, "10.244.1.") {
+			t.Errorf("a pod is seen as %s", client)
+		}
+	}
+	if len(heard) != 3 {
+		t.Errorf("%v answered a pod, want all of %v", heard, first)
+	}
+
+	if _, err := r.talk(ip, "unready"); err != nil {
+		t.Fatal(err)
+	}
+	r.answers(ip, 2)
+	r.rolls(ip)
+	r.empties()
+}
+
+// rolls updates all pods while clients connect.
+func (r *real) rolls(ip string) {
+	r.t.Helper()
+	ctx, stop := context.WithCancel(r.t.Context())
+	var clients sync.WaitGroup
+	var mu sync.Mutex
+	asked, failed := 0, []string(nil)
+	for _, line := range []string{"who", "ask " + ip} {
+		clients.Go(func() {
+			for ctx.Err() == nil {
+				answer, err := r.talk(ip, line)
+				mu.Lock()
+				if asked++; err != nil || strings.HasPrefix(answer, "error") {
+					failed = append(failed, fmt.Sprintf("%s %q: %s %v", time.Now().Format("15:04:05.000"), line, answer, err))
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	apps := r.cluster.Client.AppsV1().Deployments(r.namespace)
+	if _, err := apps.Update(ctx, deployment("2", 3), metav1.UpdateOptions{}); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := lab.Eventually(2*time.Minute, func() error {
+		d, err := apps.Get(ctx, "web", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if s := d.Status; s.ObservedGeneration < d.Generation || s.UpdatedReplicas != 3 || s.AvailableReplicas != 3 || s.Replicas != 3 {
+			return fmt.Errorf("%+v", s)
+		}
+		pods, err := r.cluster.Client.CoreV1().Pods(r.namespace).List(ctx, metav1.ListOptions{})
+		if err == nil && len(pods.Items) != 3 {
+			err = fmt.Errorf("%d pods are left", len(pods.Items))
+		}
+		return err
+	}); err != nil {
+		r.t.Error(err)
+	}
+	stop()
+	clients.Wait()
+	if len(failed) > 0 || asked < 100 {
+		r.t.Errorf("%d of %d failed during the update: %s", len(failed), asked, strings.Join(failed[:min(3, len(failed))], "; "))
+	}
+	r.t.Logf("%d connections during the update", asked)
+}
+
+// empties takes all pods away, so that nothing of them is left on the machine.
+func (r *real) empties() {
+	r.t.Helper()
+	ctx := r.t.Context()
+	if err := r.cluster.Client.AppsV1().Deployments(r.namespace).Delete(ctx, "web", metav1.DeleteOptions{}); err != nil {
+		r.t.Error(err)
+	}
+	if err := lab.Eventually(time.Minute, func() error {
+		pods, err := r.cluster.Client.CoreV1().Pods(r.namespace).List(ctx, metav1.ListOptions{})
+		if err == nil && len(pods.Items) > 0 {
+			err = fmt.Errorf("%d pods are left", len(pods.Items))
+		}
+		return err
+	}); err != nil {
+		r.t.Error(err)
+	}
+}
