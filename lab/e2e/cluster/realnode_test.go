@@ -32,7 +32,7 @@ type real struct {
 	client *lab.Host
 }
 
-const imageWeb = "docker.io/lab/web:1"
+const imageWeb, imagePentad = "docker.io/lab/web:1", "ghcr.io/pentad/pentad:latest"
 
 func newReal(t *testing.T) *real {
 	t.Helper()
@@ -42,12 +42,7 @@ func newReal(t *testing.T) *real {
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := filepath.Join(t.TempDir(), "web")
-	build := exec.Command("go", "build", "-o", web, "github.com/pentad/pentad/lab/kube/web")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	web := static(t, "web", "github.com/pentad/pentad/lab/kube/web")
 	w := &world{pods: make(map[string]*place)}
 	t.Cleanup(func() {
 		if err := w.close(); err != nil {
@@ -77,7 +72,8 @@ func newReal(t *testing.T) *real {
 	check(h.Forward())
 	check(control.Route("10.244.1.0/24", a4))
 	r := &real{}
-	r.real, err = w.cluster.StartNode("a", h, a4, "10.244.1.0/24", imageWeb, map[string]string{imageWeb: web})
+	images := map[string]string{imageWeb: web, imagePentad: static(t, "pentad", "github.com/pentad/pentad/cmd/pentad")}
+	r.real, err = w.cluster.StartNode("a", h, a4, "10.244.1.0/24", imageWeb, images)
 	check(err)
 	// The host goes first, and all that runs there with it.
 	w.closers = append(w.closers[:len(w.closers)-1], r.real.Close, h.Close)
@@ -90,15 +86,26 @@ func newReal(t *testing.T) *real {
 	w.a.config, err = h.WriteFile("pentad.yaml", fmt.Sprintf(
 		"source: {kubernetes: {kubeconfig: %s, node: a}}\nscope: {cgroup: %s}\n", w.account, h.Scope()))
 	check(err)
-	check(w.a.start())
 	r.scene = newScene(t, w)
 	t.Cleanup(func() {
 		if t.Failed() {
 			log := r.real.Log()
-			t.Logf("node:\n%s\nagent:\n%s", lab.Indent(log[max(0, len(log)-6000):]), lab.Indent(w.a.agent.Log.String()))
+			t.Logf("node:\n%s", lab.Indent(log[max(0, len(log)-6000):]))
 		}
 	})
 	return r
+}
+
+// static builds a program that needs nothing beside it.
+func static(t *testing.T, name, pkg string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	build := exec.Command("go", "build", "-o", path, pkg)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return path
 }
 
 // deployment of the server of the tests. A change of the generation is a rolling
@@ -178,6 +185,9 @@ func (r *real) answers(address string, pods int) map[string]bool {
 func TestRealNode(t *testing.T) {
 	r := newReal(t)
 	ctx := t.Context()
+	if err := r.a.start(); err != nil {
+		t.Fatal(err)
+	}
 	apps := r.cluster.Client.AppsV1().Deployments(r.namespace)
 	if _, err := apps.Create(ctx, deployment("1", 3), metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
@@ -277,7 +287,7 @@ func (r *real) empties() {
 		r.t.Error(err)
 	}
 	if err := lab.Eventually(time.Minute, func() error {
-		pods, err := r.cluster.Client.CoreV1().Pods(r.namespace).List(ctx, metav1.ListOptions{})
+		pods, err := r.cluster.Client.CoreV1().Pods(metav1.NamespaceAll).List(ctx, metav1.ListOptions{})
 		if err == nil && len(pods.Items) > 0 {
 			err = fmt.Errorf("%d pods are left", len(pods.Items))
 		}
@@ -285,4 +295,75 @@ func (r *real) empties() {
 	}); err != nil {
 		r.t.Error(err)
 	}
+}
+
+// The manifests as a user applies them, but for where the API server is and for what
+// keeps this machine's own control groups and pins out of it: the agent and the
+// controllers run in pods, with the capabilities that they are given and no others.
+func TestManifestsRun(t *testing.T) {
+	r := newReal(t)
+	ctx := t.Context()
+	dir := t.TempDir()
+	change := strings.NewReplacer(
+		"https://kubernetes.example:6443", "https://10.0.0.1:6443",
+		"        kubeconfig: /etc/pentad/kubeconfig\n", "        kubeconfig: /etc/pentad/kubeconfig\n    scope: {cgroup: "+r.a.Scope()+"}\n",
+		"args: [run, ", "args: [--pins, "+r.a.Pins+", --run-dir, /run/pentad, run, ",
+		"image: "+imagePentad, "image: "+imagePentad+"\n        imagePullPolicy: Never",
+	)
+	for _, file := range []string{"crd.yaml", "agent.yaml", "controller.yaml"} {
+		text, err := os.ReadFile(base + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, file)
+		if err := os.WriteFile(path, []byte(change.Replace(string(text))), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.cluster.Apply(ctx, path, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.within(time.Minute, func() error {
+		ds, err := r.cluster.Client.AppsV1().DaemonSets("kube-system").Get(ctx, "pentad", metav1.GetOptions{})
+		if err == nil && ds.Status.NumberReady != 1 {
+			err = fmt.Errorf("%+v", ds.Status)
+		}
+		return err
+	})
+	if _, err := r.cluster.Client.AppsV1().Deployments(r.namespace).Create(ctx, deployment("1", 2), metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	svc, err := r.cluster.Client.CoreV1().Services(r.namespace).Create(ctx, &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "web"},
+		Spec:       corev1.ServiceSpec{Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip := hostPort(svc.Spec.ClusterIP, 80)
+	r.answers(ip, 2)
+	if answer, err := r.talk(ip, "ask "+ip); err != nil || strings.HasPrefix(answer, "error") {
+		t.Errorf("a pod asks its own Service: %s %v", answer, err)
+	}
+	// The controllers reach the API server by its Service, which pentad serves.
+	r.within(time.Minute, func() error {
+		d, err := r.cluster.Client.AppsV1().Deployments("kube-system").Get(ctx, "pentad-controller", metav1.GetOptions{})
+		if err == nil && d.Status.ReadyReplicas != 2 {
+			err = fmt.Errorf("%+v", d.Status)
+		}
+		return err
+	})
+	r.within(time.Minute, func() error {
+		_, err := r.cluster.Client.CoordinationV1().Leases("kube-system").Get(ctx, "pentad-controller", metav1.GetOptions{})
+		return err
+	})
+	for _, name := range []string{"pentad-controller"} {
+		if err := r.cluster.Client.AppsV1().Deployments("kube-system").Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := r.cluster.Client.AppsV1().DaemonSets("kube-system").Delete(ctx, "pentad", metav1.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
+	r.empties()
 }
