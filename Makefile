@@ -40,9 +40,11 @@ check:
 	@before=$$(git status --porcelain); $(GENERATE) && after=$$(git status --porcelain) && \
 	[ "$$before" = "$$after" ] || { echo "generated files were not up to date:"; git diff --stat; exit 1; }
 
-# Real kernel, real clients and servers: needs root.
+# Real kernel, real clients and servers: needs root. Kubernetes is compiled first, and
+# once: while tests run it would take their processors.
 test:
 	scripts/need test
+	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" $(GO) test -count=1 -timeout 30m -run '^$$' ./lab/e2e/cluster
 	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI" $(GO) test -count=1 -timeout 15m ./...
 
 bench-kube: build

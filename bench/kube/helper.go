@@ -138,19 +138,22 @@ func latency(args []string) error {
 	return nil
 }
 
-// rate connects to ADDRESS from CLIENTS threads for SECONDS, reads the answer, and
+// rate connects to ADDRESS from CLIENTS threads for a DURATION, reads the answer, and
 // prints how many times it did in a second.
 func rate(args []string) error {
 	to, err := netip.ParseAddrPort(args[0])
 	if err != nil {
 		return err
 	}
-	clients, _ := strconv.Atoi(args[1])
-	seconds, _ := strconv.Atoi(args[2])
+	clients, err1 := strconv.Atoi(args[1])
+	lasts, err2 := time.ParseDuration(args[2])
+	if err := errors.Join(err1, err2); err != nil {
+		return err
+	}
 	var done atomic.Int64
 	var failed atomic.Value
 	var all sync.WaitGroup
-	end := time.Now().Add(time.Duration(seconds) * time.Second)
+	end := time.Now().Add(lasts)
 	for range clients {
 		all.Go(func() {
 			for time.Now().Before(end) {
@@ -166,7 +169,7 @@ func rate(args []string) error {
 	if err, ok := failed.Load().(error); ok {
 		return err
 	}
-	fmt.Println(float64(done.Load()) / float64(seconds))
+	fmt.Println(float64(done.Load()) / lasts.Seconds())
 	return nil
 }
 
@@ -186,9 +189,12 @@ func once(to netip.AddrPort) error {
 	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 }
 
-// stream writes to ADDRESS for SECONDS and prints Gbit/s.
+// stream writes to ADDRESS for a DURATION and prints Gbit/s.
 func stream(args []string) error {
-	seconds, _ := strconv.Atoi(args[1])
+	lasts, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
 	c, err := net.Dial("tcp", args[0])
 	if err != nil {
 		return err
@@ -196,7 +202,7 @@ func stream(args []string) error {
 	defer c.Close()
 	b := make([]byte, 256<<10)
 	n, began := 0, time.Now()
-	for time.Since(began) < time.Duration(seconds)*time.Second {
+	for time.Since(began) < lasts {
 		k, err := c.Write(b)
 		if err != nil {
 			return err

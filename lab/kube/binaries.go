@@ -33,11 +33,30 @@ const (
 // minutes: the module binaries names them, and nothing of Kubernetes' own code is
 // a dependency of pentad.
 func Build(ctx context.Context, programs ...Program) (string, error) {
+	packages := make([]string, len(programs))
+	for i, p := range programs {
+		packages[i] = "k8s.io/kubernetes/cmd/" + string(p)
+	}
+	return compile(ctx, "binaries", "kubernetes-"+Version, "-s -w -X k8s.io/component-base/version.gitVersion="+Version, packages)
+}
+
+// HelmVersion is the Helm that renders the chart, as lab/kube/helm/go.mod has it.
+const HelmVersion = "v3.19.2"
+
+// Helm compiles Helm in the same way and returns its path.
+func Helm(ctx context.Context) (string, error) {
+	dir, err := compile(ctx, "helm", "helm-"+HelmVersion, "-s -w", []string{"helm.sh/helm/v3/cmd/helm"})
+	return filepath.Join(dir, "helm"), err
+}
+
+// compile builds packages of the module beside this file whose programs are missing
+// in a directory of the cache.
+func compile(ctx context.Context, module, name, flags string, packages []string) (string, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cache, "pentad", "kubernetes-"+Version+"-"+runtime.GOARCH)
+	dir := filepath.Join(cache, "pentad", name+"-"+runtime.GOARCH)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
@@ -47,29 +66,26 @@ func Build(ctx context.Context, programs ...Program) (string, error) {
 	}
 	defer unlock()
 	var missing []string
-	for _, p := range programs {
-		if _, err := os.Stat(filepath.Join(dir, string(p))); errors.Is(err, os.ErrNotExist) {
-			missing = append(missing, "k8s.io/kubernetes/cmd/"+string(p))
+	for _, p := range packages {
+		if _, err := os.Stat(filepath.Join(dir, filepath.Base(p))); errors.Is(err, os.ErrNotExist) {
+			missing = append(missing, p)
 		}
 	}
 	if len(missing) == 0 {
 		return dir, nil
 	}
-	module, err := moduleDir()
-	if err != nil {
+	next := filepath.Join(dir, "next") + "/"
+	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath", "-ldflags", flags, "-o", next}, missing...)...)
+	if cmd.Dir, err = moduleDir(module); err != nil {
 		return "", err
 	}
-	next := filepath.Join(dir, "next") + "/"
-	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath",
-		"-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + Version, "-o", next}, missing...)...)
-	cmd.Dir = module
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building %s: %w\n%s", strings.Join(missing, ", "), err, out)
 	}
 	for _, m := range missing {
-		name := filepath.Base(m)
-		if err := os.Rename(next+name, filepath.Join(dir, name)); err != nil {
+		program := filepath.Base(m)
+		if err := os.Rename(next+program, filepath.Join(dir, program)); err != nil {
 			return "", err
 		}
 	}
@@ -89,11 +105,11 @@ func lock(dir string) (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// moduleDir finds the module beside this file.
-func moduleDir() (string, error) {
+// moduleDir finds a module beside this file.
+func moduleDir(name string) (string, error) {
 	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
 	if err != nil {
 		return "", fmt.Errorf("where the module lies: %w", err)
 	}
-	return filepath.Join(strings.TrimSpace(string(out)), "lab", "kube", "binaries"), nil
+	return filepath.Join(strings.TrimSpace(string(out)), "lab", "kube", name), nil
 }

@@ -17,19 +17,13 @@ import (
 
 // RealNode is a host with a kubelet and containerd: pods that are scheduled there
 // run, behind Debian's CNI plugin bridge. Both programs and the pods are in the cgroup
-// lab.Inside of the host, and see a /run of their own, so that Close of the host
-// leaves nothing of them.
+// lab.Inside of the host, and see a /run of their own, so that nothing of them is left
+// once the host is closed.
 type RealNode struct {
 	Name    string
 	Host    *lab.Host
 	process *lab.Process
-	sysctls map[string][]byte // that a kubelet changes, as they were
 }
-
-// changedByKubelet are the parameters of the machine that a kubelet sets
-// (pkg/kubelet/cm, setupKernelTunables).
-var changedByKubelet = []string{"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
-	"kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"}
 
 const containerdConfig = `version = 2
 root = "%[1]s/containerd"
@@ -81,6 +75,13 @@ mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /var/log
 mount -t tmpfs tmpfs /var/lib
 mkdir -p /run/containerd /run/netns
+# What a kubelet would set for the whole machine (setupKernelTunables): it is shown
+# files instead.
+for key in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
+	file=/run/sysctl-$(echo "$key" | tr / -)
+	cat "/proc/sys/$key" >"$file"
+	mount --bind "$file" "/proc/sys/$key"
+done
 mount --make-rshared /
 containerd --config "$1/containerd.toml" &
 until ctr --address /run/containerd/containerd.sock version >/dev/null 2>&1; do sleep 0.1; done
@@ -91,12 +92,7 @@ exec "$2" --config="$1/kubelet.yaml" --kubeconfig="$3" --hostname-override="$4" 
 // StartNode starts a kubelet on a host. Images are files that WriteImage made, by
 // name; the one named sandbox holds the network of pods.
 func (c *Cluster) StartNode(name string, h *lab.Host, address, podCIDR, sandbox string, images map[string]string) (*RealNode, error) {
-	n := &RealNode{Name: name, Host: h, sysctls: make(map[string][]byte)}
-	for _, key := range changedByKubelet {
-		if value, err := os.ReadFile("/proc/sys/" + key); err == nil {
-			n.sysctls[key] = value
-		}
-	}
+	n := &RealNode{Name: name, Host: h}
 	kubeconfig, err := c.Kubeconfig("kubelet-"+name, "system:node:"+name, "system:nodes")
 	if err != nil {
 		return nil, err
@@ -149,13 +145,9 @@ func (n *RealNode) Ready(ctx context.Context, c *Cluster) error {
 	return nil
 }
 
-// Close puts back what the kubelet changed on the machine and removes the control
-// groups of its pods, which have ended with the host.
+// Close removes the control groups of pods that have ended with the host.
 func (n *RealNode) Close() error {
 	var errs []error
-	for key, value := range n.sysctls {
-		errs = append(errs, os.WriteFile("/proc/sys/"+key, value, 0))
-	}
 	ids, err := filepath.Glob("/sys/fs/cgroup/*/*")
 	if err != nil {
 		return err

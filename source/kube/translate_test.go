@@ -278,6 +278,28 @@ func TestTrimNode(t *testing.T) {
 	}
 }
 
+func TestNodePortAddresses(t *testing.T) {
+	own := map[netip.Addr]bool{}
+	for _, a := range []string{"10.0.0.1", "192.0.2.1", "2001:db8::1", "10.9.0.1"} {
+		own[netip.MustParseAddr(a)] = true
+	}
+	n := &node{primary: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
+	for prefixes, want := range map[string]string{
+		"": "[192.0.2.1]", "10.0.0.0/8": "[10.0.0.1 10.9.0.1]", "0.0.0.0/0 ::/0": "[10.0.0.1 10.9.0.1 192.0.2.1 2001:db8::1]", "198.51.100.0/24": "[]",
+	} {
+		var chosen []netip.Prefix
+		for _, p := range strings.Fields(prefixes) {
+			chosen = append(chosen, netip.MustParsePrefix(p))
+		}
+		if have := fmt.Sprint(nodePortAddresses(chosen, own, n)); have != want {
+			t.Errorf("%q: %s, want %s", prefixes, have, want)
+		}
+	}
+	if have := nodePortAddresses(nil, own, nil); len(have) > 0 {
+		t.Errorf("without a Node: %v", have)
+	}
+}
+
 // Of two Services that want the same listener for the same clients the older has
 // it, in whatever order they are heard of; when it goes the other gets it.
 func TestClaims(t *testing.T) {

@@ -291,19 +291,27 @@ func (s *Source) look() *node {
 	if n != nil {
 		s.at.zone = unique.Make(n.zone)
 	}
-	if len(s.opts.NodePortAddresses) == 0 {
-		if n != nil {
-			s.at.nodePorts = n.primary
-		}
-		return n
-	}
-	for a := range s.at.own {
-		if slices.ContainsFunc(s.opts.NodePortAddresses, func(p netip.Prefix) bool { return p.Contains(a) }) {
-			s.at.nodePorts = append(s.at.nodePorts, a)
-		}
-	}
-	slices.SortFunc(s.at.nodePorts, netip.Addr.Compare)
+	s.at.nodePorts = nodePortAddresses(s.opts.NodePortAddresses, s.at.own, n)
 	return n
+}
+
+// nodePortAddresses returns where NodePorts are served: at the addresses of the host
+// that were chosen, or at those that the Node names first.
+func nodePortAddresses(chosen []netip.Prefix, own map[netip.Addr]bool, n *node) []netip.Addr {
+	if len(chosen) == 0 {
+		if n == nil {
+			return nil
+		}
+		return n.primary
+	}
+	var all []netip.Addr
+	for a := range own {
+		if slices.ContainsFunc(chosen, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			all = append(all, a)
+		}
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return all
 }
 
 // update translates what has changed.

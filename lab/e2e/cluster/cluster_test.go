@@ -29,8 +29,8 @@ const roleVar = "PENTAD_CLUSTER_ROLE"
 // patience bounds every wait for something that should happen soon.
 const patience = 20 * time.Second
 
-// program is the built pentad, binaries are those of Kubernetes.
-var program, binaries string
+// program is the built pentad; binaries are those of Kubernetes.
+var program, binaries, helm string
 
 func TestMain(m *testing.M) {
 	switch os.Getenv(roleVar) {
@@ -65,7 +65,11 @@ func buildAndRun(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "%v: %s\n", err, out)
 		return 1
 	}
-	if binaries, err = kube.Build(context.Background(), kube.APIServer, kube.ControllerManager); err != nil {
+	ctx := context.Background()
+	if binaries, err = kube.Build(ctx, kube.APIServer, kube.ControllerManager, kube.Scheduler, kube.Kubelet); err == nil {
+		helm, err = kube.Helm(ctx)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

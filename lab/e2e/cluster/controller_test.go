@@ -3,7 +3,9 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -325,4 +327,60 @@ func TestManifests(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// The chart says the same as the manifests: what it renders is taken by the API
+// server, and gives the same rights.
+func TestChart(t *testing.T) {
+	t.Parallel()
+	c := newControl(t)
+	render := func(args ...string) string {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), helm, append([]string{"template", "pentad", "../../../deploy/helm/pentad", "-n", "kube-system", "--kube-version", kube.Version}, args...)...)
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("helm %v: %v", args, err)
+		}
+		path := filepath.Join(t.TempDir(), "rendered.yaml")
+		if err := os.WriteFile(path, out, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.cluster.Apply(t.Context(), path, true); err != nil {
+			t.Error(err)
+		}
+		return path
+	}
+	path := render("--set", "apiServer=https://192.0.2.1:6443")
+	render("--set", "apiServer=https://192.0.2.1:6443,controller.requireClass=true,kubernetes.node=n1,addressPools.public.addresses={203.0.113.0/28}",
+		"--set-json", `config={"services":[{"name":"own","listen":["192.0.2.9:80"],"backends":[]}]}`)
+	if err := exec.Command(helm, "template", "pentad", "../../../deploy/helm/pentad", "--kube-version", kube.Version).Run(); err == nil {
+		t.Error("it renders without the address of the API server")
+	}
+	wanted := rules(t, base+"rbac.yaml", base+"controller.yaml")
+	have := rules(t, path)
+	if len(wanted) != 3 || fmt.Sprint(have) != fmt.Sprint(wanted) {
+		t.Errorf("rights of the chart:\n%v\nof the manifests:\n%v", have, wanted)
+	}
+	chart, err1 := os.ReadFile("../../../deploy/helm/pentad/crds/addresspools.yaml")
+	manifest, err2 := os.ReadFile(base + "crd.yaml")
+	if err1 != nil || err2 != nil || string(chart) != string(manifest) {
+		t.Errorf("the definition of AddressPools in the chart is another one: %v %v", err1, err2)
+	}
+}
+
+// rules returns the rules of all roles in files, by kind and name.
+func rules(t *testing.T, paths ...string) map[string]any {
+	t.Helper()
+	found := make(map[string]any)
+	for _, path := range paths {
+		if err := kube.Objects(path, func(o *unstructured.Unstructured) error {
+			if r, ok := o.Object["rules"]; ok {
+				found[o.GetKind()+" "+o.GetName()] = r
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return found
 }

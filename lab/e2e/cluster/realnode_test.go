@@ -38,10 +38,6 @@ func newReal(t *testing.T) *real {
 	t.Helper()
 	lab.Need(t, "etcd", "containerd", "runc", "unshare")
 	ctx := t.Context()
-	bin, err := kube.Build(ctx, kube.APIServer, kube.ControllerManager, kube.Scheduler, kube.Kubelet)
-	if err != nil {
-		t.Fatal(err)
-	}
 	web := static(t, "web", "github.com/pentad/pentad/lab/kube/web")
 	w := &world{pods: make(map[string]*place)}
 	t.Cleanup(func() {
@@ -60,7 +56,7 @@ func newReal(t *testing.T) *real {
 	w.closers = append(w.closers, fabric.Close)
 	control, err := w.host(fabric, "10.0.0.1/24")
 	check(err)
-	w.cluster, err = kube.Start(ctx, bin, control, "10.0.0.1")
+	w.cluster, err = kube.Start(ctx, binaries, control, "10.0.0.1")
 	check(err)
 	check(w.cluster.StartControllerManager())
 	check(w.cluster.StartScheduler())
