@@ -492,12 +492,11 @@ func (a *Agent) apply(ctx context.Context) error {
 	}
 	began := time.Now()
 	err := a.applyPlanes(ctx, next)
+	fine := err == nil || isPartial(err)
+	inKernel := fine && (!partial || tableIsWhole())
 	a.mu.Lock()
-	a.snapshot, a.failed = next, err
-	a.inKernel = a.inKernel || !partial
-	if err != nil && !isPartial(err) {
-		a.inKernel = false
-	} else {
+	a.snapshot, a.failed, a.inKernel = next, err, inKernel
+	if fine {
 		a.applied = time.Now()
 	}
 	a.mu.Unlock()
@@ -505,7 +504,11 @@ func (a *Agent) apply(ctx context.Context) error {
 		return err
 	}
 	if next != last {
-		a.log.Info("applied", "revision", next.Revision, "services", len(next.Services),
+		level := slog.LevelInfo
+		if a.cluster != nil && a.cluster.known {
+			level = slog.LevelDebug // a cluster changes all the time
+		}
+		a.log.Log(ctx, level, "applied", "revision", next.Revision, "services", len(next.Services),
 			"took", time.Since(began).Round(10*time.Microsecond))
 	}
 	if a.monitor != nil {

@@ -197,6 +197,13 @@ func (a *Agent) desired() (services []*service.Service, partial bool) {
 	return a.cluster.merged, !a.cluster.known
 }
 
+// tableIsWhole reports whether an earlier agent has left what packets from elsewhere
+// need: then the node serves, though the API server has not answered this agent yet.
+func tableIsWhole() bool {
+	_, whole, err := nat.Installed()
+	return err == nil && whole
+}
+
 // nodeState is what load balancers are told.
 func (a *Agent) nodeState() nodehealth.State {
 	a.mu.Lock()
@@ -215,6 +222,7 @@ func (c *cluster) addTo(s *api.Status) {
 	}
 	s.Cluster = &api.Cluster{
 		Node: c.node, Services: len(c.latest.Services), Away: c.source.Away(), Changed: c.changed, Leaving: c.latest.Leaving, Updates: c.count,
+		Unserved: c.latest.Unserved,
 	}
 	if !c.known {
 		s.Problems = append(s.Problems, "the API server has not answered yet: services of the cluster stay as the agent before left them")

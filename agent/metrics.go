@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -40,6 +41,11 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_backend_rtt_seconds", "gauge", "service,backend", "Smoothed round trip time of handshakes; absent while unknown."},
 	{"pentad_backend_response_seconds", "gauge", "service,backend", "Smoothed time from a request to the first byte of its answer; absent while unknown."},
 	{"pentad_backend_metrics_omitted", "gauge", "", "1 when there are more than 10,000 backends, for which there are no metrics each, else 0."},
+	{"pentad_cluster_services", "gauge", "", "Ports of Services of the Kubernetes cluster, by traffic policy. This and the next ones: on its nodes only."},
+	{"pentad_cluster_updates_total", "counter", "", "Changes that came from the cluster."},
+	{"pentad_cluster_warnings", "gauge", "", "Things in the cluster that make no sense; `pentad status` names them."},
+	{"pentad_cluster_ports_unserved", "gauge", "", "Ports of Services whose protocol is not served: SCTP."},
+	{"pentad_cluster_away_seconds", "gauge", "", "For how long the API server has not answered; 0 while it does."},
 	{"pentad_probes_total", "counter", "", "Probes that ended."},
 	{"pentad_probe_delay_seconds", "gauge", "", "How late the last probe started."},
 }
@@ -101,6 +107,17 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		st := monitor.Stats()
 		counter("pentad_probes_total", st.Probes)
 		gauge("pentad_probe_delay_seconds", st.Late.Seconds())
+	}
+	if s := a.Status(); s.Cluster != nil {
+		gauge("pentad_cluster_services", float64(s.Cluster.Services))
+		counter("pentad_cluster_updates_total", s.Cluster.Updates)
+		gauge("pentad_cluster_warnings", float64(len(s.Warnings)))
+		gauge("pentad_cluster_ports_unserved", float64(s.Cluster.Unserved))
+		away := 0.0
+		if !s.Cluster.Away.IsZero() {
+			away = time.Since(s.Cluster.Away).Seconds()
+		}
+		gauge("pentad_cluster_away_seconds", away)
 	}
 	usage, err := a.socket.Usage()
 	if err != nil {

@@ -48,6 +48,7 @@ type Cluster struct {
 	Changed  time.Time `json:"changed"`       // when the last change came from it
 	Leaving  bool      `json:"leaving"`       // the Node is being deleted
 	Updates  uint64    `json:"updates"`       // how many changes came
+	Unserved int       `json:"unserved"`      // ports of a protocol that is not served
 }
 
 // Config is the state of the configuration file.

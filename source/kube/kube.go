@@ -22,6 +22,7 @@ type Update struct {
 	Problems []Problem          // sorted by object
 	Guests   []netip.Prefix     // addresses of the pods of this node
 	Leaving  bool               // the Node is being deleted or is about to be
+	Unserved int                // ports of a protocol that pentad does not serve (SCTP)
 }
 
 // Check is a health check by which load balancers find out whether this node has

@@ -27,7 +27,7 @@ type translation struct {
 	services []*service.Service // one for each port, two or three where policies differ
 	check    *Check
 	problems []string
-	sctp     int // ports that are not served
+	unserved int // ports of a protocol that is not served
 }
 
 // translate is pure: the same objects give the same services, in the same order.
@@ -40,7 +40,7 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 	served := 0
 	for _, p := range s.ports {
 		if _, ok := protocols[p.protocol]; !ok {
-			t.sctp++
+			t.unserved++
 			t.problems = append(t.problems, fmt.Sprintf(
 				"port %d/%s is not served: pentad serves TCP and UDP; reach the pods without a ClusterIP (a headless Service)", p.port, p.protocol))
 			continue

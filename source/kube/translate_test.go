@@ -224,6 +224,9 @@ func TestTranslate(t *testing.T) {
 		if have := show(got.services); have != c.want {
 			t.Errorf("%s:\n%s\nwant\n%s", name, have, c.want)
 		}
+		if want := strings.Count(c.problem, "SCTP"); got.unserved != want {
+			t.Errorf("%s: %d ports are not served, want %d", name, got.unserved, want)
+		}
 		if problems := strings.Join(got.problems, "; "); (problems == "") != (c.problem == "") || !strings.Contains(problems, c.problem) {
 			t.Errorf("%s: problems are %q, want %q", name, problems, c.problem)
 		}

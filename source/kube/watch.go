@@ -57,7 +57,8 @@ type Source struct {
 	entries  map[types.NamespacedName]*entry
 	problems map[types.NamespacedName][]string
 	checks   map[types.NamespacedName]*Check
-	list     []*service.Service // sorted by name
+	unserved map[types.NamespacedName]int // ports
+	list     []*service.Service           // sorted by name
 }
 
 // entry is what became of a Service.
@@ -88,6 +89,7 @@ func New(client kubernetes.Interface, opts Options, log *slog.Logger) (*Source, 
 		opts: opts, log: log, wake: make(chan struct{}, 1), dirty: make(map[types.NamespacedName]bool),
 		claims: make(claims), entries: make(map[types.NamespacedName]*entry),
 		problems: make(map[types.NamespacedName][]string), checks: make(map[types.NamespacedName]*Check),
+		unserved: make(map[types.NamespacedName]int),
 	}
 	core, discovery := client.CoreV1().RESTClient(), client.DiscoveryV1().RESTClient()
 	ours := func(o *metav1.ListOptions) { o.LabelSelector = notOurs }
@@ -335,6 +337,9 @@ func (s *Source) update() (Update, bool) {
 	}
 	s.settle(dirty)
 	u := Update{Services: s.list, Checks: s.sortedChecks(), Problems: s.sortedProblems(n)}
+	for _, ports := range s.unserved {
+		u.Unserved += ports
+	}
 	if n != nil {
 		u.Guests, u.Leaving = n.guests, n.leaving
 	}
@@ -392,6 +397,7 @@ func (s *Source) retranslate(key types.NamespacedName) (others []types.Namespace
 	others = s.claims.remove(key, e.wanted)
 	e.wanted = nil
 	delete(s.checks, key)
+	delete(s.unserved, key)
 	o, exists, err := s.services.GetStore().GetByKey(key.String())
 	if err != nil || !exists {
 		return others, nil
@@ -401,6 +407,9 @@ func (s *Source) retranslate(key types.NamespacedName) (others []types.Namespace
 	e.wanted = t.services
 	if t.check != nil {
 		s.checks[key] = t.check
+	}
+	if t.unserved > 0 {
+		s.unserved[key] = t.unserved
 	}
 	return append(others, s.claims.add(cs, e.wanted)...), t.problems
 }

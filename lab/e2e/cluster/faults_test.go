@@ -100,6 +100,8 @@ func TestFaults(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
+	// The node serves what the agent before left, and says so.
+	s.healthy(s.a, "/healthz", http.StatusOK)
 	if err := w.cluster.StartAPIServer(); err != nil {
 		t.Fatal(err)
 	}

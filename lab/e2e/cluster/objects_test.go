@@ -79,10 +79,14 @@ func TestAnnotations(t *testing.T) {
 		out, err := s.a.pentad("status")
 		for _, want := range []string{"/web: port 80/SCTP is not served", "/web: annotation pentad.io/breaker: "} {
 			if err != nil || !strings.Contains(out, s.namespace+want) {
-				return fmt.Errorf("%w: %s", err, out)
+				return fmt.Errorf("%v: %s", err, out)
 			}
 		}
-		return nil
+		out, err = s.a.pentad("status", "-o", "json")
+		if err != nil || !strings.Contains(out, `"unserved": 1`) {
+			err = fmt.Errorf("the port of SCTP is not counted: %v: %s", err, out)
+		}
+		return err
 	})
 }
 
