@@ -16,7 +16,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -423,10 +422,6 @@ func keep(last, next []*service.Service) []*service.Service {
 	}
 	return next
 }
-
-// giveBack returns what parsing has left behind to the host, without anybody
-// waiting for it: an agent should be small.
-func giveBack() { go debug.FreeOSMemory() }
 
 // note takes what the probes found out.
 func (a *Agent) note(changes []health.Change) {

@@ -1,0 +1,64 @@
+package agent
+
+import (
+	"bufio"
+	"debug/elf"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// giveBack returns what start-up and parsing have left behind to the host, without
+// anybody waiting for it: an agent should be small.
+func giveBack() {
+	go func() {
+		debug.FreeOSMemory()
+		forgetProgram()
+	}()
+}
+
+// forgetProgram lets go of the pages of the program itself that this process has
+// looked at. The client of Kubernetes alone is tens of megabytes of code and tables,
+// of which most is read once, while it starts; what is needed again comes back from
+// the page cache by itself, because nobody has written to it (madvise(2),
+// MADV_DONTNEED). An error means that they stay.
+func forgetProgram() {
+	program, err := os.Readlink("/proc/self/exe")
+	if err != nil || !isFixed(program) {
+		return
+	}
+	f, err := os.Open("/proc/self/maps")
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	// "00400000-02447000 r-xp 00000000 fe:00 1234  /usr/local/bin/pentad", see proc_pid_maps(5).
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 6 || fields[5] != program || strings.Contains(fields[1], "w") {
+			continue
+		}
+		from, to, _ := strings.Cut(fields[0], "-")
+		first, err1 := strconv.ParseUint(from, 16, 64)
+		last, err2 := strconv.ParseUint(to, 16, 64)
+		if err1 != nil || err2 != nil || last <= first {
+			return
+		}
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(first), uintptr(last-first), unix.MADV_DONTNEED)
+	}
+}
+
+// isFixed reports whether a program is loaded where it was linked for. One that is not
+// (PIE) has had addresses written into pages that are read-only later: those would be
+// lost.
+func isFixed(program string) bool {
+	f, err := elf.Open(program)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return f.Type == elf.ET_EXEC
+}
