@@ -45,21 +45,23 @@ func (s stale) between(before, after *service.Service) {
 		}
 		v4 := l.Address.Addr().Is4()
 		there := slices.ContainsFunc(after.Listeners, func(o service.Listener) bool { return o.At() == l.At() })
-		now := slotsOf(after, v4)
+		was, now := slotsOf(before, v4), slotsOf(after, v4)
 		if there {
 			for _, b := range now {
 				s[flow{l.Protocol, l.Address, b}] = false
 			}
 		}
-		if l.Protocol == service.UDP && there && len(now) > 0 && len(slotsOf(before, v4)) == 0 {
+		if l.Protocol == service.UDP && there && len(now) > 0 && len(was) == 0 {
 			s[flow{l.Protocol, l.Address, l.Address}] = true
 		}
 		for _, b := range before.Backends {
 			if b.Address.Addr().Is4() != v4 || there && slices.Contains(now, b.Address) {
 				continue
 			}
+			// Once when it takes no more, and once more when it is gone: until
+			// then connections have ended.
 			left := !slices.ContainsFunc(after.Backends, func(o service.Backend) bool { return o.Address == b.Address })
-			if l.Protocol == service.UDP || left {
+			if l.Protocol == service.UDP || left || slices.Contains(was, b.Address) {
 				s[flow{l.Protocol, l.Address, b.Address}] = true
 			}
 		}
