@@ -217,17 +217,14 @@ func (p *Plane) removeChains(k *kernel, needed map[string]chain) error {
 // once would take the memory of the agent several times over.
 const perTransaction = 20_000
 
-// commit writes a change. A large one, which is a first one, is divided: what a
-// listener leads to is in the same transaction as the listener, or before.
+// commit writes a change. A large one that only adds, such as the first, is divided:
+// what a listener leads to is in the same transaction as the listener, or before. One
+// that also removes is not, however large: between two parts services would be missing.
 func (p *Plane) commit(k *kernel, c *change, needed map[string]chain) error {
-	if len(c.remove)+len(c.add) <= perTransaction {
+	if len(c.remove) > 0 || len(c.add) <= perTransaction {
 		return p.commitAtOnce(k, c, needed)
 	}
 	p.addChains(k, needed)
-	k.remove(c.remove)
-	if err := p.flush(k); err != nil {
-		return err
-	}
 	slices.SortStableFunc(c.add, func(a, b element) int { return order(a) - order(b) })
 	for part := range slices.Chunk(c.add, perTransaction) {
 		k.add(part)

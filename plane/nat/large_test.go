@@ -1,0 +1,103 @@
+package nat
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+
+	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/service"
+)
+
+// A change of more elements than a first filling has in one transaction takes no
+// listener away, not even for a moment.
+func TestLargeChange(t *testing.T) {
+	lab.Need(t)
+	h, err := lab.NewHost()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	snap := func(third byte) *service.Snapshot {
+		var all []*service.Service
+		for i := range 3000 {
+			s := &service.Service{Name: fmt.Sprintf("s%04d", i), Listeners: []service.Listener{{
+				Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), 80), Protocol: service.TCP,
+			}}}
+			// One more backend changes the chain, so that listeners change as well.
+			for b := range 9 + third {
+				s.Backends = append(s.Backends, service.Backend{
+					Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 200 + third, b, byte(i)}), 8080), Weight: 1,
+				})
+			}
+			all = append(all, s)
+		}
+		return (&service.Snapshot{}).Next("/", all)
+	}
+	if err := h.Do(func() error { return New(nil).Apply(t.Context(), snap(1)) }); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var looks sync.WaitGroup
+	looks.Go(func() {
+		if err := h.Do(func() error {
+			for ctx.Err() == nil {
+				if n, err := listeners(); err != nil {
+					return err
+				} else if n != 3000 {
+					t.Errorf("%d of 3000 listeners", n)
+				}
+				time.Sleep(time.Millisecond)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	})
+	// A plane that has just started finds all of it different.
+	err = h.Do(func() error { return New(nil).Apply(t.Context(), snap(2)) })
+	stop()
+	looks.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// listeners counts what packets find at one moment: a dump that a transaction
+// interrupts is not one, and is made again.
+func listeners() (int, error) {
+	k, err := dial()
+	if err != nil {
+		return 0, err
+	}
+	defer k.close()
+	for {
+		before, err1 := generation()
+		have, err := k.conn.GetSetElements(k.sets[set{setServices, true}])
+		after, err2 := generation()
+		if err1 != nil || err2 != nil {
+			return 0, fmt.Errorf("generation: %v, %v", err1, err2)
+		}
+		if before != after {
+			continue
+		}
+		return countKeys(have), err
+	}
+}
+
+func countKeys(have []nftables.SetElement) int {
+	keys := make(map[string]bool)
+	for _, e := range have {
+		keys[string(e.Key)] = true
+	}
+	return len(keys)
+}
