@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"k8s.io/client-go/kubernetes"
-
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/nodehealth"
@@ -79,11 +77,7 @@ func newCluster(c *config.Kubernetes, log *slog.Logger, state func() nodehealth.
 	if err != nil {
 		return nil, err
 	}
-	client, err := kubernetes.NewForConfig(rest)
-	if err != nil {
-		return nil, fmt.Errorf("source.kubernetes: %w", err)
-	}
-	source, err := kube.New(client, kube.Options{
+	source, err := kube.New(rest, kube.Options{
 		Node: node, NodePortAddresses: c.NodePortAddresses, AllowExternalIPs: c.AllowExternalIPs,
 	}, log)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
@@ -84,19 +85,24 @@ func Connect(kubeconfig string) (*rest.Config, error) {
 }
 
 // New returns a source that has not asked for anything yet.
-func New(client kubernetes.Interface, opts Options, log *slog.Logger) (*Source, error) {
+func New(config *rest.Config, opts Options, log *slog.Logger) (*Source, error) {
 	s := &Source{
 		opts: opts, log: log, wake: make(chan struct{}, 1), dirty: make(map[types.NamespacedName]bool),
 		claims: make(claims), entries: make(map[types.NamespacedName]*entry),
 		problems: make(map[types.NamespacedName][]string), checks: make(map[types.NamespacedName]*Check),
 		unserved: make(map[types.NamespacedName]int),
 	}
+	config = rest.CopyConfig(config)
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return listening{next, s} })
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return nil, err
+	}
 	core, discovery := client.CoreV1().RESTClient(), client.DiscoveryV1().RESTClient()
 	ours := func(o *metav1.ListOptions) { o.LabelSelector = notOurs }
 	self := func(o *metav1.ListOptions) {
 		o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, opts.Node).String()
 	}
-	var err error
 	if s.services, err = s.watch(core, "services", &corev1.Service{}, ours, nil, s.serviceChanged); err != nil {
 		return nil, err
 	}
@@ -167,13 +173,38 @@ func (s *Source) nodeChanged(before, after any) {
 func (s *Source) touch(key types.NamespacedName) {
 	s.mu.Lock()
 	s.dirty[key] = true
+	s.mu.Unlock()
+	s.notify()
+}
+
+// listening hears when the API server does what it is asked: a watch that goes on after
+// it was away may bring nothing for hours.
+type listening struct {
+	next   http.RoundTripper
+	source *Source
+}
+
+// RoundTrip implements http.RoundTripper.
+func (l listening) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := l.next.RoundTrip(r)
+	switch {
+	case err == nil && resp.StatusCode < http.StatusMultipleChoices:
+		l.source.answered()
+	case err != nil && r.Context().Err() == nil:
+		// client-go does not tell of a watch that is refused.
+		l.source.failed(err)
+	}
+	return resp, err
+}
+
+func (s *Source) answered() {
+	s.mu.Lock()
 	away := s.away
 	s.away = time.Time{}
 	s.mu.Unlock()
 	if !away.IsZero() {
-		s.log.Info("the API server answers again", "source", "kubernetes")
+		s.log.Info("the API server answers again", "source", "kubernetes", "away", time.Since(away).Round(time.Millisecond))
 	}
-	s.notify()
 }
 
 func (s *Source) touchAll() {
@@ -191,7 +222,9 @@ func (s *Source) notify() {
 }
 
 // watchFailed says once that the API server is away; client-go tries again.
-func (s *Source) watchFailed(_ context.Context, _ *cache.Reflector, err error) {
+func (s *Source) watchFailed(_ context.Context, _ *cache.Reflector, err error) { s.failed(err) }
+
+func (s *Source) failed(err error) {
 	s.mu.Lock()
 	first := s.away.IsZero()
 	if first {

@@ -100,6 +100,12 @@ func TestFaults(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
+	s.within(patience, func() error {
+		if out, _ := s.b.pentad("status"); !strings.Contains(out, "the API server has not answered for") {
+			return fmt.Errorf("status: %s", out)
+		}
+		return nil
+	})
 	// The node serves what the agent before left, and says so.
 	s.healthy(s.a, "/healthz", http.StatusOK)
 	if err := w.cluster.StartAPIServer(); err != nil {
@@ -108,6 +114,15 @@ func TestFaults(t *testing.T) {
 	if err := w.cluster.Ready(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	// The agent of node b, which has watched all the time, hears that it is back
+	// though nothing has changed.
+	s.within(time.Minute, func() error {
+		out, err := s.b.pentad("status")
+		if err != nil || strings.Contains(out, "has not answered") {
+			return fmt.Errorf("%v: %s", err, out)
+		}
+		return nil
+	})
 	// A change arrives after all that.
 	s.endpoints(svc, pods("a1", "b2")...)
 	s.within(time.Minute, func() error { return s.looksLike("tcp", s.pods["a2"], ip, seen{"a1 b2", ""}) })
