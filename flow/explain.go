@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -69,41 +68,6 @@ func Explain(v *socket.View, q Question) (*Explanation, error) {
 	}
 	e.step("listener", "%s belongs to the service %s", dest, s.Name)
 	return e.service(v, s, dest), nil
-}
-
-// AddPackets says what packets to the destination find that arrive from elsewhere
-// or from guests: those do not pass the hooks.
-func (e *Explanation) AddPackets(q Question, packets []nat.Mapping) {
-	for _, m := range packets {
-		if m.Listener.Address != q.Destination || m.Listener.Protocol != q.Protocol {
-			continue
-		}
-		whose := "of other hosts"
-		switch from := m.Listener.From; {
-		case from.Has(service.FromGuests) && from.Has(service.FromWorld):
-			whose = "of other hosts and of guests"
-		case from.Has(service.FromGuests):
-			whose = "of guests"
-		}
-		if m.Listener.Guarded {
-			whose += ", in the source ranges of the service,"
-		}
-		backends := make([]string, len(m.Backends))
-		for i, b := range m.Backends {
-			backends[i] = b.Address.String()
-		}
-		what := "are led to " + strings.Join(backends, ", ")
-		switch {
-		case len(backends) == 0 && m.Dropped:
-			what = "are dropped, because this host has no backend and others have"
-		case len(backends) == 0:
-			what = "are refused, because there is no usable backend"
-		}
-		e.step("packets", "%s %s (%s)", whose, what, m.Service)
-		if !e.Works && len(backends) > 0 {
-			e.Conclusion = strings.TrimSuffix(e.Conclusion, ".") + fmt.Sprintf("; packets %s %s, though.", whose, what)
-		}
-	}
 }
 
 // process looks whether the process is one for which pentad translates.

@@ -426,6 +426,10 @@ type Snapshot struct {
 	// own: what they are sent passes here. Sorted.
 	Guests []netip.Prefix
 
+	// Reserved are ranges whose addresses only services have: what is sent there
+	// and finds no listener is nobody's. Sorted.
+	Reserved []netip.Prefix
+
 	// Partial says that a source has not told yet what it has: what the kernel
 	// has beyond Services stays.
 	Partial bool
@@ -436,7 +440,8 @@ type Snapshot struct {
 // pointer. When nothing changed at all it returns s itself.
 func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
 	next := &Snapshot{
-		Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services), Guests: s.Guests, Partial: s.Partial,
+		Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services),
+		Guests: s.Guests, Reserved: s.Reserved, Partial: s.Partial,
 	}
 	if !s.sorts(next.Services) {
 		slices.SortFunc(next.Services, byName)
@@ -488,15 +493,15 @@ func (s *Snapshot) index(name string) (int, bool) {
 	return slices.BinarySearchFunc(s.Services, name, func(s *Service, name string) int { return strings.Compare(s.Name, name) })
 }
 
-// With returns a snapshot that differs from s in its guests and in whether it is
-// partial; s itself when it does not.
-func (s *Snapshot) With(guests []netip.Prefix, partial bool) *Snapshot {
-	if partial == s.Partial && slices.Equal(guests, s.Guests) {
+// With returns a snapshot that differs from s in its guests, its reserved ranges
+// and in whether it is partial; s itself when it does not.
+func (s *Snapshot) With(guests, reserved []netip.Prefix, partial bool) *Snapshot {
+	if partial == s.Partial && slices.Equal(guests, s.Guests) && slices.Equal(reserved, s.Reserved) {
 		return s
 	}
 	next := *s
 	next.Revision++
-	next.Guests, next.Partial = guests, partial
+	next.Guests, next.Reserved, next.Partial = guests, reserved, partial
 	return &next
 }
 

@@ -37,7 +37,7 @@ func (s *Service) Tables(v4 bool) [][]Slot {
 	var tables [][]Slot
 	for _, g := range slices.Sorted(maps.Keys(groups)) {
 		if s.Balance == SourceHash && len(tables) == 0 {
-			tables = append(tables, maglevTable(s.Backends, groups[g], maglevSize(configured)))
+			tables = append(tables, maglevTable(s.Backends, groups[g], maglevSize(maglevSizes, configured)))
 		}
 		tables = append(tables, aliasTable(s.Backends, groups[g]))
 	}
@@ -116,21 +116,50 @@ func aliasTable(backends []Backend, members []int) []Slot {
 // Sizes of consistent-hash tables: primes, with at least 256 slots for every
 // backend up to the bound. A service that grows past a bound is distributed
 // anew.
-var maglevSizes = []struct{ backends, slots int }{
-	{16, 4093},
-	{256, 65521},
-	{math.MaxInt, 1048573},
-}
+var maglevSizes = []maglevBound{{16, 4093}, {256, 65521}, {math.MaxInt, 1048573}}
+
+// coarseSizes have at least 15 slots for every backend instead.
+var coarseSizes = []maglevBound{{16, 251}, {256, 4093}, {math.MaxInt, 65521}}
+
+type maglevBound struct{ backends, slots int }
 
 // maglevSize depends on the configured number of backends, not on how many are
 // usable: health must not change the size.
-func maglevSize(configured int) int {
-	for _, s := range maglevSizes {
+func maglevSize(sizes []maglevBound, configured int) int {
+	for _, s := range sizes {
 		if configured <= s.backends {
 			return s.slots
 		}
 	}
-	return maglevSizes[len(maglevSizes)-1].slots
+	return sizes[len(sizes)-1].slots
+}
+
+// CoarseTable is the consistent-hash table of the group that serves a family, as
+// indices into Backends, for places where slots are dear: weights are met to one
+// of 251 slots (16 backends), 4,093 (256) or 65,521. It is nil when no backend is
+// usable.
+func (s *Service) CoarseTable(v4 bool) []int {
+	group, ok := s.ServingGroup(v4)
+	if !ok {
+		return nil
+	}
+	var members []int
+	configured := 0
+	for i, b := range s.Backends {
+		if b.Address.Addr().Is4() != v4 {
+			continue
+		}
+		configured++
+		if b.Usable() && b.Group == group {
+			members = append(members, i)
+		}
+	}
+	slots := maglevTable(s.Backends, members, maglevSize(coarseSizes, configured))
+	table := make([]int, len(slots))
+	for i, slot := range slots {
+		table[i] = slot.First
+	}
+	return table
 }
 
 // maglevTable builds a consistent-hash table (D. E. Eisenbud et al., "Maglev: A

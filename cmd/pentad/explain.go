@@ -4,49 +4,74 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/pentad/pentad/flow"
+	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
 
 func newExplain(at *places) *cobra.Command {
 	var pid int
+	var from string
 	cmd := &cobra.Command{
 		Use:   "explain DEST[:PORT][/tcp|udp]",
 		Short: "Explain what becomes of a connection, step by step",
-		Long: "Walk through the decision for a destination and, with --pid, a process, as the kernel would take it now, and end\n" +
-			"with one sentence that says what happens and, when it is not what people expect, why and what to do. Without a\n" +
+		Long: "Walk through the decision for a destination, and with --pid a process, as the kernel would take it now, and end\n" +
+			"with one sentence that says what happens and, when it is not what people expect, why and what to do. With --from the\n" +
+			"connection is one whose packets arrive from an address: that of another host, or of a guest of this one. Without a\n" +
 			"port every listener of the address is explained. Exit code 0: the connection reaches a backend; 1: it does not.",
-		Example: "  pentad explain 10.96.0.10:3306\n  pentad explain --pid 4711 10.96.0.53:53/udp",
+		Example: "  pentad explain 10.96.0.10:3306\n  pentad explain --pid 4711 10.96.0.53:53/udp\n  pentad explain --from 198.51.100.7 203.0.113.10:443",
 		Args:    cobra.ExactArgs(1),
 	}
 	cmd.Flags().IntVar(&pid, "pid", 0, "the process that connects")
+	cmd.Flags().StringVar(&from, "from", "", "the address from which packets arrive")
+	cmd.MarkFlagsMutuallyExclusive("pid", "from")
 	f := addFormat(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		v, err := socket.Read(at.pins)
+		packets, err := readPackets()
 		if err != nil {
 			return err
 		}
-		questions, err := parseDestination(v, args[0])
+		var explain func(flow.Question) (*flow.Explanation, error)
+		listeners := listenersOf(packets)
+		if from != "" {
+			client, err := netip.ParseAddr(from)
+			if err != nil {
+				return fmt.Errorf("--from %q is no address; want one such as 198.51.100.7", from)
+			}
+			explain = func(q flow.Question) (*flow.Explanation, error) {
+				return flow.ExplainPackets(packets, client.Unmap(), q), nil
+			}
+		} else {
+			v, err := socket.Read(at.pins)
+			if err != nil {
+				return err
+			}
+			listeners = append(listeners, socketListeners(v)...)
+			explain = func(q flow.Question) (*flow.Explanation, error) {
+				q.PID = pid
+				e, err := flow.Explain(v, q)
+				if err == nil {
+					e.AddPackets(packets, q)
+				}
+				return e, err
+			}
+		}
+		questions, err := parseDestination(listeners, args[0])
 		if err != nil {
 			return err
 		}
 		all := make([]*flow.Explanation, len(questions))
 		works := true
-		packets, err := readPackets()
-		if err != nil {
-			return err
-		}
 		for i, q := range questions {
-			q.PID = pid
-			if all[i], err = flow.Explain(v, q); err != nil {
+			if all[i], err = explain(q); err != nil {
 				return err
 			}
-			all[i].AddPackets(q, packets)
 			works = works && all[i].Works
 		}
 		done, err := f.structured(cmd.OutOrStdout(), all)
@@ -61,9 +86,27 @@ func newExplain(at *places) *cobra.Command {
 	return cmd
 }
 
+func listenersOf(v *nat.View) []service.Listener {
+	var all []service.Listener
+	for _, m := range v.Mappings {
+		all = append(all, m.Listener.At())
+	}
+	return all
+}
+
+func socketListeners(v *socket.View) []service.Listener {
+	var all []service.Listener
+	for _, s := range v.Services {
+		for _, l := range s.Listeners {
+			all = append(all, l.At())
+		}
+	}
+	return all
+}
+
 // parseDestination reads a destination. An address alone asks for each of its
 // listeners.
-func parseDestination(v *socket.View, text string) ([]flow.Question, error) {
+func parseDestination(listeners []service.Listener, text string) ([]flow.Question, error) {
 	dest, protocol, named := strings.Cut(text, "/")
 	q := flow.Question{Protocol: service.TCP}
 	switch {
@@ -82,12 +125,11 @@ func parseDestination(v *socket.View, text string) ([]flow.Question, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%q is no destination; want ADDRESS:PORT, such as 10.96.0.10:3306 or [2001:db8::10]:53/udp; names are not resolved", text)
 	}
+	slices.SortFunc(listeners, service.Listener.Compare)
 	var all []flow.Question
-	for _, s := range v.Services {
-		for _, l := range s.Listeners {
-			if l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol) {
-				all = append(all, flow.Question{Destination: l.Address, Protocol: l.Protocol})
-			}
+	for _, l := range slices.Compact(listeners) {
+		if l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol) {
+			all = append(all, flow.Question{Destination: l.Address, Protocol: l.Protocol})
 		}
 	}
 	if all == nil {

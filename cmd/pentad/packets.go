@@ -15,18 +15,20 @@ import (
 type packetsOut struct {
 	Listen   string   `json:"listen" yaml:"listen"`
 	From     []string `json:"from" yaml:"from"` // guests, world
+	Balance  string   `json:"balance" yaml:"balance"`
 	Guarded  bool     `json:"guarded" yaml:"guarded"`
-	Dropped  bool     `json:"dropped" yaml:"dropped"` // without backends: dropped, else refused
+	Sources  []string `json:"sources,omitempty" yaml:"sources,omitempty"` // of guarded ones: who may come
+	Dropped  bool     `json:"dropped" yaml:"dropped"`                     // without backends: dropped, else refused
 	Backends []string `json:"backends" yaml:"backends"`
 }
 
-// readPackets reads the table for packets, if there is one.
-func readPackets() ([]nat.Mapping, error) {
-	all, err := nat.Read()
+// readPackets reads the table for packets; without one the view is empty.
+func readPackets() (*nat.View, error) {
+	v, err := nat.Read()
 	if errors.Is(err, nat.ErrNothingInstalled) {
-		return nil, nil
+		return &nat.View{}, nil
 	}
-	return all, err
+	return v, err
 }
 
 func placesOf(f service.From) []string {
@@ -41,7 +43,16 @@ func placesOf(f service.From) []string {
 }
 
 func newPacketsOut(m nat.Mapping) packetsOut {
-	out := packetsOut{Listen: m.Listener.String(), From: placesOf(m.Listener.From), Guarded: m.Listener.Guarded, Dropped: m.Dropped, Backends: []string{}}
+	out := packetsOut{
+		Listen: m.Listener.String(), From: placesOf(m.Listener.From), Balance: service.Random.String(),
+		Guarded: m.Listener.Guarded, Dropped: m.Dropped, Backends: []string{},
+	}
+	if m.Hashed {
+		out.Balance = service.SourceHash.String()
+	}
+	for _, r := range m.Sources {
+		out.Sources = append(out.Sources, r.String())
+	}
 	for _, b := range m.Backends {
 		out.Backends = append(out.Backends, b.Address.String())
 	}
@@ -101,7 +112,7 @@ func withPackets(sockets [][]string, packets []nat.Mapping, wide bool) [][]strin
 			rows[k][3] += ", " + p[1]
 			continue
 		}
-		rows = append(rows, []string{m.Service, p[0], "random", p[1], fmt.Sprint(len(m.Backends)), p[2]})
+		rows = append(rows, []string{m.Service, p[0], newPacketsOut(m).Balance, p[1], fmt.Sprint(len(m.Backends)), p[2]})
 	}
 	slices.SortStableFunc(rows, func(a, b []string) int { return cmp.Or(cmp.Compare(a[0], b[0]), cmp.Compare(a[1], b[1])) })
 	return rows

@@ -36,10 +36,11 @@ func newServiceList(at *places) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		packets, err := readPackets()
+		view, err := readPackets()
 		if err != nil {
 			return err
 		}
+		packets := view.Mappings
 		all := make([]serviceOut, len(v.Services))
 		for i, s := range v.Services {
 			all[i] = newServiceOut(v, s)
@@ -112,11 +113,11 @@ func newServiceShow(at *places) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		packets, err := readPackets()
+		view, err := readPackets()
 		if err != nil {
 			return err
 		}
-		packets = slices.DeleteFunc(packets, func(m nat.Mapping) bool { return m.Service != args[0] })
+		packets := slices.DeleteFunc(view.Mappings, func(m nat.Mapping) bool { return m.Service != args[0] })
 		s := (&service.Snapshot{Services: v.Services}).Find(args[0])
 		if s == nil && len(packets) == 0 {
 			return fmt.Errorf("the kernel has no service %s; `pentad service list` shows those that it has", args[0])

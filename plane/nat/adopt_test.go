@@ -37,7 +37,7 @@ func TestAdoptWritesNothing(t *testing.T) {
 	none := &service.Service{Name: "none", Listeners: []service.Listener{{Address: netip.MustParseAddrPort("10.96.0.3:80"), Protocol: service.TCP}}}
 	snap := (&service.Snapshot{}).Next("/", []*service.Service{s, &plain, none}).With([]netip.Prefix{
 		netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:1::/64"),
-	}, false)
+	}, nil, false)
 	if err := h.Do(func() error {
 		if err := New(nil).Apply(t.Context(), snap); err != nil {
 			return err

@@ -32,6 +32,8 @@ const (
 	setLocal                   // addresses of backends on this host
 	setHairpin                 // the same address twice, of backends on this host
 	setGuests                  // ranges of addresses of guests
+	setTaken                   // addresses of listeners that lie in reserved ranges
+	setReserved                // ranges of addresses that only services have
 	setAffinity                // client and listener -> backend, written by the kernel
 	setNameEnd
 )
@@ -56,6 +58,7 @@ type chain struct {
 	v4       bool
 	guests   bool // slots from guestSlots on
 	slots    int  // 0: the second half of a chain with affinity
+	hashed   bool // the slot is a hash of the client's address
 	affinity time.Duration
 	guarded  bool
 }
@@ -73,14 +76,25 @@ func (c chain) name() string {
 	if c.guests {
 		name += "-guests"
 	}
+	if c.hashed {
+		name += hashedMark
+	}
 	if c.affinity > 0 {
-		name += fmt.Sprintf("-affinity-%d", c.affinity/time.Second)
+		name += fmt.Sprint(affinityMark, int(c.affinity/time.Second))
 	}
 	if c.guarded {
-		name += "-guarded"
+		name += guardedMark
 	}
 	return name
 }
+
+// What is in the names of chains that lead clients by their addresses, that remember
+// them for so many seconds, and that ask who they are.
+const (
+	hashedMark   = "-hashed"
+	affinityMark = "-affinity-"
+	guardedMark  = "-guarded"
+)
 
 // The chains for services without a backend.
 const (
@@ -108,7 +122,7 @@ func elementsOf(s *service.Service, chains map[string]chain) []element {
 		v4 := l.Address.Addr().Is4()
 		at := slots[index(v4)]
 		key := listenerKey(l)
-		c := chain{v4: v4, guests: !world, slots: len(at), affinity: s.Affinity, guarded: l.Guarded}
+		c := chain{v4: v4, guests: !world, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
 		verdict := c.name()
 		switch {
 		case len(at) > 0:
@@ -215,8 +229,16 @@ func index(v4 bool) int {
 }
 
 // slotsOf returns the backends of the group that serves, each as often as its
-// weight says: a slot drawn by lot is a backend drawn by weight.
+// weight says: a slot drawn by lot is a backend drawn by weight. With source-hash
+// they are in an order that hardly changes when one comes or goes.
 func slotsOf(s *service.Service, v4 bool) []netip.AddrPort {
+	if s.Balance == service.SourceHash {
+		var slots []netip.AddrPort
+		for _, i := range s.CoarseTable(v4) {
+			slots = append(slots, s.Backends[i].Address)
+		}
+		return slots
+	}
 	group, ok := s.ServingGroup(v4)
 	if !ok {
 		return nil

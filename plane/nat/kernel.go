@@ -109,10 +109,10 @@ func rulesIn(name string) int {
 		return 1
 	}
 	n := 3
-	if strings.Contains(name, "-affinity-") {
+	if strings.Contains(name, affinityMark) {
 		n += 2
 	}
-	if strings.HasSuffix(name, "-guarded") {
+	if strings.HasSuffix(name, guardedMark) {
 		n++
 	}
 	return n
@@ -202,7 +202,7 @@ func (e element) encode() []nftables.SetElement {
 	case setSources:
 		half := len(key) / 2
 		return []nftables.SetElement{{Key: key[:half], KeyEnd: key[half:]}}
-	case setGuests:
+	case setGuests, setReserved:
 		half := len(key) / 2
 		all := []nftables.SetElement{{Key: key[:half]}}
 		if end, ok := after(key[half:]); ok {
@@ -253,8 +253,22 @@ func (k *kernel) elements() ([]element, error) {
 	return all, nil
 }
 
+// visits reads which clients are remembered, and with which backends.
+func (k *kernel) visits() ([]element, error) {
+	var all []element
+	for _, v4 := range []bool{true, false} {
+		s := set{setAffinity, v4}
+		have, err := k.conn.GetSetElements(k.sets[s])
+		if err != nil {
+			return nil, fmt.Errorf("set %s: %w", s, err)
+		}
+		all = append(all, decode(s, have)...)
+	}
+	return all, nil
+}
+
 func decode(s set, have []nftables.SetElement) []element {
-	if s.name == setGuests {
+	if s.name == setGuests || s.name == setReserved {
 		return decodeIntervals(s, have)
 	}
 	all := make([]element, 0, len(have))

@@ -31,10 +31,11 @@ type Plane struct {
 	log *slog.Logger
 
 	mu         sync.Mutex
-	applied    *service.Snapshot  // what is in the kernel; nil: not known
-	chains     map[string]bool    // of backends
-	local      map[netip.Addr]int // backends on this host, by how many services have them
-	generation uint32             // of the rule set when Check saw it last; 0: changed since
+	applied    *service.Snapshot // what is in the kernel; nil: not known
+	chains     map[string]bool   // of backends
+	local      users             // backends on this host
+	taken      users             // addresses of listeners in reserved ranges
+	generation uint32            // of the rule set when Check saw it last; 0: changed since
 
 	staleMu   sync.Mutex
 	stale     stale // what conntrack has to forget
@@ -73,7 +74,7 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 		return err
 	}
 	defer k.close()
-	if p.applied == nil {
+	if p.applied == nil || !slices.Equal(p.applied.Reserved, snap.Reserved) {
 		return p.reconcile(k, snap)
 	}
 	if p.applied == snap {
@@ -85,7 +86,7 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 	changed, removed := service.Diff(p.applied, snap)
 	for _, s := range removed {
 		ended.between(s, &service.Service{})
-		p.stage(&c, s, &service.Service{}, needed)
+		p.stage(&c, s, &service.Service{}, snap.Reserved, needed)
 	}
 	for _, s := range changed {
 		before := p.applied.Find(s.Name)
@@ -93,9 +94,9 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 			before = &service.Service{}
 		}
 		ended.between(before, s)
-		p.stage(&c, before, s, needed)
+		p.stage(&c, before, s, snap.Reserved, needed)
 	}
-	c.differ(guestElements(p.applied.Guests), guestElements(snap.Guests))
+	c.differ(rangeElements(setGuests, p.applied.Guests), rangeElements(setGuests, snap.Guests))
 	c.settle()
 	if err := p.commit(k, &c, needed); err != nil {
 		return err
@@ -105,34 +106,67 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 }
 
 // stage adds what makes one service the other.
-func (p *Plane) stage(c *change, before, after *service.Service, needed map[string]chain) {
+func (p *Plane) stage(c *change, before, after *service.Service, reserved []netip.Prefix, needed map[string]chain) {
 	c.differ(elementsOf(before, make(map[string]chain)), elementsOf(after, needed))
-	have, want := p.localElements(before, -1), p.localElements(after, 1)
-	c.remove = append(c.remove, have...)
-	c.add = append(c.add, want...)
+	for _, x := range []struct {
+		counted users
+		of      func(*service.Service) []netip.Addr
+		as      func(netip.Addr) []element
+	}{
+		{p.local, localAddresses, onHost},
+		{p.taken, func(s *service.Service) []netip.Addr { return takenAddresses(s, reserved) }, ofService},
+	} {
+		c.remove = append(c.remove, x.counted.change(x.of(before), -1, x.as)...)
+		c.add = append(c.add, x.counted.change(x.of(after), 1, x.as)...)
+	}
 }
 
-// localElements counts the backends of a service that are on this host, and
-// returns the elements of those that came or went thereby.
-func (p *Plane) localElements(s *service.Service, n int) []element {
+// users are addresses by how many services have them.
+type users map[netip.Addr]int
+
+// change counts the addresses of a service, and returns the elements of those that
+// came or went thereby.
+func (u users) change(of []netip.Addr, n int, as func(netip.Addr) []element) []element {
 	var all []element
-	seen := make(map[netip.Addr]bool)
-	for _, b := range s.Backends {
-		a := b.Address.Addr()
-		if !b.Local || seen[a] {
-			continue
+	for _, a := range of {
+		before := u[a]
+		u[a] += n
+		if u[a] == 0 {
+			delete(u, a)
 		}
-		seen[a] = true
-		before := p.local[a]
-		p.local[a] += n
-		if p.local[a] == 0 {
-			delete(p.local, a)
-		}
-		if min(before, p.local[a]) == 0 {
-			all = append(all, onHost(a)...)
+		if min(before, u[a]) == 0 {
+			all = append(all, as(a)...)
 		}
 	}
 	return all
+}
+
+// localAddresses returns where the backends on this host are, each address once.
+func localAddresses(s *service.Service) []netip.Addr {
+	var all []netip.Addr
+	for _, b := range s.Backends {
+		if b.Local {
+			all = append(all, b.Address.Addr())
+		}
+	}
+	return distinct(all)
+}
+
+// takenAddresses returns the addresses of listeners that lie in reserved ranges.
+func takenAddresses(s *service.Service, reserved []netip.Prefix) []netip.Addr {
+	var all []netip.Addr
+	for _, l := range s.Listeners {
+		a := l.Address.Addr()
+		if slices.ContainsFunc(reserved, func(r netip.Prefix) bool { return r.Contains(a) }) {
+			all = append(all, a)
+		}
+	}
+	return distinct(all)
+}
+
+func distinct(all []netip.Addr) []netip.Addr {
+	slices.SortFunc(all, netip.Addr.Compare)
+	return slices.Compact(all)
 }
 
 func onHost(a netip.Addr) []element {
@@ -140,14 +174,19 @@ func onHost(a netip.Addr) []element {
 	return []element{{in: set{setLocal, a.Is4()}, key: raw}, {in: set{setHairpin, a.Is4()}, key: raw + raw}}
 }
 
-func guestElements(guests []netip.Prefix) []element {
+func ofService(a netip.Addr) []element {
+	return []element{{in: set{setTaken, a.Is4()}, key: string(a.AsSlice())}}
+}
+
+// rangeElements are ranges in a set of intervals.
+func rangeElements(name setName, ranges []netip.Prefix) []element {
 	var all []element
-	sorted := slices.Clone(guests)
+	sorted := slices.Clone(ranges)
 	slices.SortFunc(sorted, netip.Prefix.Compare)
 	for _, v4 := range []bool{true, false} {
 		for _, p := range merged(sorted, v4) {
 			first, last := bounds(p)
-			all = append(all, element{in: set{setGuests, v4}, key: first + last})
+			all = append(all, element{in: set{name, v4}, key: first + last})
 		}
 	}
 	return all
@@ -155,7 +194,7 @@ func guestElements(guests []netip.Prefix) []element {
 
 // reconcile reads the kernel and makes it right, whoever made it what it is.
 func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
-	p.local = make(map[netip.Addr]int)
+	p.local, p.taken = make(users), make(users)
 	p.chains = make(map[string]bool)
 	found, err := k.inspect()
 	if err != nil {
@@ -164,9 +203,10 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 	needed := make(map[string]chain)
 	var want change
 	for _, s := range snap.Services {
-		p.stage(&want, &service.Service{}, s, needed)
+		p.stage(&want, &service.Service{}, s, snap.Reserved, needed)
 	}
-	want.add = append(want.add, guestElements(snap.Guests)...)
+	want.add = append(want.add, rangeElements(setGuests, snap.Guests)...)
+	want.add = append(want.add, rangeElements(setReserved, snap.Reserved)...)
 	if found == nil {
 		if err := k.create(); err != nil {
 			return err
@@ -235,10 +275,14 @@ func (p *Plane) commit(k *kernel, c *change, needed map[string]chain) error {
 	return nil
 }
 
-// order puts verdicts last.
+// order puts verdicts behind what they lead to, and what says that an address has
+// no other listeners behind these.
 func order(e element) int {
-	if e.in.name == setServices || e.in.name == setGuestsTo {
+	switch e.in.name {
+	case setServices, setGuestsTo:
 		return 1
+	case setTaken, setReserved:
+		return 2
 	}
 	return 0
 }

@@ -189,7 +189,7 @@ func to(local bool, addresses ...string) []service.Backend {
 func of(services ...*service.Service) *service.Snapshot {
 	return (&service.Snapshot{}).Next("/", services).With([]netip.Prefix{
 		netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:2::/64"),
-	}, false)
+	}, []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("2001:db8:96::/64")}, false)
 }
 
 // Both families and protocols; the client's address is kept where the reply
@@ -263,6 +263,150 @@ func TestSources(t *testing.T) {
 	}
 }
 
+// With source-hash a client's address leads it to the same backend for as long as
+// that is there, and clients are shared out.
+func TestSourceHash(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	far4, far6 := "10.2.0.2:80", "[2001:db8:3::2]:80"
+	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.far, "far", far4, far6)
+	web := &service.Service{
+		Name: "web", Balance: service.SourceHash, Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"),
+		Backends: append(to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, far4, far6)...),
+	}
+	// look returns to which server each client is led.
+	look := func() map[string]string {
+		n.apply(of(web))
+		now := make(map[string]string)
+		for i := range 24 {
+			for vip, client := range map[string]string{
+				"10.96.0.1:8080": fmt.Sprintf("192.0.2.%d", 100+i), "[2001:db8:96::1]:8080": fmt.Sprintf("2001:db8:1::%x", 0x100+i),
+			} {
+				answer, err := n.askAs(client, vip)
+				n.check(err)
+				for range 3 {
+					if again, err := n.askAs(client, vip); err != nil || again != answer {
+						t.Errorf("%s to %s: %s, then %s (%v)", client, vip, answer, again, err)
+					}
+				}
+				now[client], _, _ = strings.Cut(answer, " ")
+			}
+		}
+		return now
+	}
+	n.check(n.node.Route("2001:db8:1::100/120", "2001:db8:1::2"))
+	for i := range 24 {
+		n.check(n.client.AddAddress(fmt.Sprintf("192.0.2.%d/32", 100+i)))
+		n.check(n.client.AddAddress(fmt.Sprintf("2001:db8:1::%x/128", 0x100+i)))
+	}
+	chosen := look()
+	counts := make(map[string]int)
+	for _, server := range chosen {
+		counts[server]++
+	}
+	// 48 clients: that one of two has less than 8 happens once in a million.
+	if counts["guest"] < 8 || counts["far"] < 8 {
+		t.Errorf("not shared out: %v", counts)
+	}
+	// A third one takes clients from both, and hardly anybody else changes: in a
+	// table of 251 places a few do.
+	n.serve(n.far, "third", "10.2.0.3:80", "[2001:db8:3::3]:80")
+	web = &service.Service{
+		Name: "web", Balance: service.SourceHash, Listeners: web.Listeners,
+		Backends: append(slices.Clone(web.Backends), to(false, "10.2.0.3:80", "[2001:db8:3::3]:80")...),
+	}
+	moved, needlessly := 0, 0
+	for client, server := range look() {
+		switch server {
+		case chosen[client]:
+		case "third":
+			moved++
+		default:
+			needlessly++
+		}
+	}
+	if moved < 4 || needlessly > 3 {
+		t.Errorf("of 48 clients %d moved to the third backend, and %d between the others", moved, needlessly)
+	}
+}
+
+// askAs connects from one of the addresses of the client.
+func (n *network) askAs(client, to string) (answer string, err error) {
+	err = errors.Join(err, n.client.Do(func() error {
+		d := net.Dialer{Timeout: 2 * time.Second, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(client), 0))}
+		d.SetMultipathTCP(false)
+		c, err := d.Dial("tcp", to)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+		b, err := io.ReadAll(c)
+		answer = strings.TrimSpace(string(b))
+		return err
+	}))
+	return answer, err
+}
+
+// What is sent to the address of a service, and to no listener, is refused; what is
+// sent to an address that only a service could have is dropped, until one has it.
+func TestReserved(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	// The host itself would reach these by a route that it has.
+	n.serve(n.far, "lost", "10.2.0.2:9000")
+	n.check(n.node.Route("10.96.0.0/16", "10.2.0.2"))
+	n.check(n.node.Route("2001:db8:96::/64", "2001:db8:3::2"))
+	n.check(n.far.RouteLocal("10.96.0.0/16"))
+	n.serve(n.far, "lost", "10.96.0.2:8080", "10.96.0.1:9000")
+	web := &service.Service{Name: "web", Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"),
+		Backends: to(true, "10.1.0.2:80", "[2001:db8:2::2]:80")}
+	outside := &service.Service{Name: "outside", Listeners: at(service.FromWorld, "198.51.100.1:8080"), Backends: to(true, "10.1.0.2:80")}
+	n.apply(of(web, outside))
+	refused := func(from *lab.Host, network, to string) {
+		t.Helper()
+		if answer, err := n.ask(from, network, to); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("%s %s: %s (%v), want connection refused", network, to, answer, err)
+		}
+	}
+	dropped := func(from *lab.Host, network, to string) {
+		t.Helper()
+		var timeout net.Error
+		if answer, err := n.ask(from, network, to); !errors.As(err, &timeout) || !timeout.Timeout() {
+			t.Errorf("%s %s: %s (%v), want a time-out", network, to, answer, err)
+		}
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		for _, from := range []*lab.Host{n.client, n.guest} {
+			refused(from, network, "10.96.0.1:9000")
+			refused(from, network, "[2001:db8:96::1]:9000")
+		}
+		dropped(n.client, network, "10.96.0.2:8080")
+		dropped(n.guest, network, "[2001:db8:96::2]:8080")
+	}
+	// A process of the host: a datagram that is dropped there fails at once.
+	refused(n.node, "tcp", "10.96.0.1:9000")
+	refused(n.node, "tcp", "[2001:db8:96::1]:9000")
+	dropped(n.node, "tcp", "10.96.0.2:8080")
+	if _, err := n.ask(n.node, "udp", "10.96.0.1:9000"); !errors.Is(err, unix.EPERM) {
+		t.Errorf("udp from the host itself: %v, want %v", err, unix.EPERM)
+	}
+	// What an address outside of these ranges has besides is not our business.
+	n.expect(n.node, "tcp", "10.2.0.2:9000", "lost 10.2.0.1")
+	next := *web
+	next.Name, next.Listeners = "next", at(service.Anywhere, "10.96.0.2:8080")
+	n.apply(of(web, outside, &next))
+	n.expect(n.client, "tcp", "10.96.0.2:8080", "guest 192.0.2.2")
+	refused(n.client, "tcp", "10.96.0.2:9000")
+	n.apply(of(web, outside))
+	dropped(n.client, "tcp", "10.96.0.2:8080")
+	// Without the ranges packets go where the host sends them.
+	n.apply(of(web, outside).With(nil, nil, false))
+	n.expect(n.node, "tcp", "10.96.0.1:9000", "lost 10.2.0.1")
+}
+
 // A client keeps its backend, and gets another when that is gone.
 func TestAffinity(t *testing.T) {
 	t.Parallel()
@@ -322,6 +466,7 @@ func everything(backends ...service.Backend) *service.Snapshot {
 			Affinity: time.Hour, Backends: backends},
 		&service.Service{Name: "guarded", Listeners: guarded, Sources: sources, Backends: backends, Affinity: time.Minute},
 		&service.Service{Name: "guests", Listeners: at(service.FromGuests, "10.96.0.5:80", "[2001:db8:96::5]:80"), Backends: uneven},
+		&service.Service{Name: "hashed", Listeners: at(service.Anywhere, "10.96.0.6:80", "[2001:db8:96::6]:80"), Backends: backends, Balance: service.SourceHash},
 		&service.Service{Name: "world", Listeners: at(service.FromWorld, "10.96.0.5:80", "[2001:db8:96::5]:80"), Elsewhere: true},
 	)
 }
@@ -370,17 +515,25 @@ func TestAdopt(t *testing.T) {
 		}
 	}
 	n.check(n.node.Do(func() error {
-		all, err := nat.Read()
+		v, err := nat.Read()
+		if err != nil {
+			return err
+		}
 		text := ""
-		for _, m := range all {
-			text += fmt.Sprintln(m.Service, m.Listener, m.Listener.From, m.Listener.Guarded, m.Dropped, m.Backends)
+		for _, m := range v.Mappings {
+			text += fmt.Sprintln(m.Service, m.Listener, m.Listener.From, m.Sources, m.Affinity, m.Hashed, m.Dropped, m.Backends)
+		}
+		if fmt.Sprint(v.Guests, v.Reserved) != "[10.1.0.0/24 2001:db8:2::/64] [10.96.0.0/16 2001:db8:96::/64]" ||
+			!v.Taken(netip.MustParseAddr("2001:db8:96::4")) || v.Taken(netip.MustParseAddr("10.96.0.9")) {
+			t.Errorf("guests %v, reserved %v", v.Guests, v.Reserved)
 		}
 		for _, want := range []string{
-			"plain 10.96.0.1:80 12 false false [{10.1.0.2:80 1} {10.2.0.2:80 1}]\n",
-			"affinity [2001:db8:96::3]:80/udp 12 false false [{[2001:db8:2::2]:80 1} {[2001:db8:3::2]:80 1}]\n",
-			"guarded 10.96.0.4:80 12 true false [{10.1.0.2:80 1} {10.2.0.2:80 1}]\n",
-			"guests 10.96.0.5:80 4 false false [{10.1.0.2:80 1} {10.2.0.2:80 3}]\n",
-			"world 10.96.0.5:80 8 false true []\n", "none 10.96.0.2:80 12 false false []\n",
+			"plain 10.96.0.1:80 12 [] 0s false false [{10.1.0.2:80 1 true} {10.2.0.2:80 1 false}]\n",
+			"affinity [2001:db8:96::3]:80/udp 12 [] 1h0m0s false false [{[2001:db8:2::2]:80 1 true} {[2001:db8:3::2]:80 1 false}]\n",
+			"guarded 10.96.0.4:80 12 [192.0.2.0/24] 1m0s false false [{10.1.0.2:80 1 true} {10.2.0.2:80 1 false}]\n",
+			"guests 10.96.0.5:80 4 [] 0s false false [{10.1.0.2:80 1 true} {10.2.0.2:80 3 false}]\n",
+			"world 10.96.0.5:80 8 [] 0s false true []\n", "none 10.96.0.2:80 12 [] 0s false false []\n",
+			"hashed 10.96.0.6:80 12 [] 0s true false [{10.1.0.2:80 126 true} {10.2.0.2:80 125 false}]\n",
 		} {
 			if !strings.Contains(text, want) {
 				t.Errorf("the kernel does not show %s%s", want, text)

@@ -12,15 +12,27 @@ import (
 //	chain prerouting { type nat hook prerouting priority dstnat
 //	    ip saddr @guests4 goto guests4                    # what guests send
 //	    ip daddr . meta l4proto . th dport vmap @services4
+//	    meta nfproto ipv4 goto nobody4
 //	    (the same for IPv6)
 //	}
 //	chain guests4 {
 //	    ip daddr . meta l4proto . th dport vmap @guests_to4
+//	    goto nobody4
+//	}
+//	chain nobody4 {                                       # no listener is there
+//	    ip daddr @taken4 goto refuse                      # a service has the address
+//	    ip daddr @reserved4 goto drop                     # one may have it soon
+//	}
+//	chain output { type nat hook output priority dstnat   # what sockets did not translate
+//	    meta nfproto ipv4 goto nobody4
 //	}
 //	chain backend4-10 {                                   # services with ten slots
 //	    meta mark set meta mark or 0x4000
 //	    dnat to ip daddr . meta l4proto . th dport . numgen random mod 10 map @slots4
 //	    dnat to ip daddr . meta l4proto . th dport . 0 map @slots4
+//	}
+//	chain backend4-251-hashed {                           # the same with source-hash
+//	    ... jhash ip saddr mod 251 seed 0x9e3779b9 ...
 //	}
 //	chain postrouting { type nat hook postrouting priority srcnat
 //	    meta mark and 0x4000 == 0 return
@@ -44,14 +56,17 @@ const TableName = "pentad"
 
 // layoutVersion numbers the meaning of chains and sets. A table of another
 // number is replaced, in one transaction.
-const layoutVersion = "layout-1"
+const layoutVersion = "layout-2"
 
 // The chains that are always there.
 const (
 	chainPrerouting  = "prerouting"
+	chainOutput      = "output"
 	chainPostrouting = "postrouting"
 	chainGuests4     = "guests4"
 	chainGuests6     = "guests6"
+	chainNobody4     = "nobody4"
+	chainNobody6     = "nobody6"
 	chainSource4     = "source4"
 	chainSource6     = "source6"
 )
@@ -62,7 +77,8 @@ func reg(n uint32) uint32 { return unix.NFT_REG32_00 + n }
 // names of the sets in the table, by setName, without the family.
 var setNames = [setNameEnd]string{
 	setServices: "services", setGuestsTo: "guests_to", setSlots: "slots", setChoices: "choices", setMembers: "members", setSources: "sources",
-	setLocal: "local", setHairpin: "hairpin", setGuests: "guests", setAffinity: "affinity",
+	setLocal: "local", setHairpin: "hairpin", setGuests: "guests", setTaken: "taken", setReserved: "reserved",
+	setAffinity: "affinity",
 }
 
 func (s set) String() string {
@@ -101,11 +117,11 @@ func (s set) definition(t *nftables.Table) *nftables.Set {
 	case setSources:
 		key = append(key, addr)
 		d.Interval = true
-	case setLocal:
+	case setLocal, setTaken:
 		key = []nftables.SetDatatype{addr}
 	case setHairpin:
 		key = []nftables.SetDatatype{addr, addr}
-	case setGuests:
+	case setGuests, setReserved:
 		key = []nftables.SetDatatype{addr}
 		d.Interval = true
 	case setAffinity:
@@ -141,11 +157,14 @@ func fixedChains(t *nftables.Table) []fixedChain {
 		{plain(layoutVersion), nil},
 		{plain(chainRefuse), refuseRules()},
 		{plain(chainDrop), [][]expr.Any{{&expr.Verdict{Kind: expr.VerdictDrop}}}},
-		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, true})}},
-		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, false})}},
+		{plain(chainNobody4), nobodyRules(true)},
+		{plain(chainNobody6), nobodyRules(false)},
+		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, true}), {goTo(chainNobody4)}}},
+		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, false}), {goTo(chainNobody6)}}},
 		{plain(chainSource4), sourceRules(true)},
 		{plain(chainSource6), sourceRules(false)},
 		{hook(chainPrerouting, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), preroutingRules()},
+		{hook(chainOutput, nftables.ChainHookOutput, nftables.ChainPriorityNATDest), outputRules()},
 		{hook(chainPostrouting, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), postroutingRules()},
 	}
 }
@@ -206,18 +225,42 @@ func vmapRule(in set) []expr.Any {
 
 func goTo(name string) expr.Any { return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name} }
 
+// byFamily returns the name of one of the two chains that a family has each.
+func byFamily(v4 bool, four, six string) string {
+	if v4 {
+		return four
+	}
+	return six
+}
+
 func preroutingRules() [][]expr.Any {
 	var rules [][]expr.Any
 	for _, v4 := range []bool{true, false} {
-		guests := chainGuests6
-		if v4 {
-			guests = chainGuests4
-		}
 		rules = append(rules,
-			append(ofFamily(v4), loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), goTo(guests)),
-			append(ofFamily(v4), vmapRule(set{setServices, v4})...))
+			append(ofFamily(v4), loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), goTo(byFamily(v4, chainGuests4, chainGuests6))),
+			append(ofFamily(v4), vmapRule(set{setServices, v4})...),
+			append(ofFamily(v4), goTo(byFamily(v4, chainNobody4, chainNobody6))))
 	}
 	return rules
+}
+
+// outputRules are for sockets of this host: they are translated when they connect,
+// so that what still goes to a reserved address has no listener.
+func outputRules() [][]expr.Any {
+	return [][]expr.Any{
+		append(ofFamily(true), goTo(chainNobody4)),
+		append(ofFamily(false), goTo(chainNobody6)),
+	}
+}
+
+// nobodyRules refuse what is sent to the address of a service where no listener is.
+// To an address that nobody has nothing is answered: a service may have it already
+// that this host has not heard of, and who tries again finds it.
+func nobodyRules(v4 bool) [][]expr.Any {
+	return [][]expr.Any{
+		{loadDestination(v4, reg(0)), lookup(set{setTaken, v4}, reg(0)), goTo(chainRefuse)},
+		{loadDestination(v4, reg(0)), lookup(set{setReserved, v4}, reg(0)), goTo(chainDrop)},
+	}
 }
 
 // Mark is the bit of the packet's mark that a packet has between its translation
@@ -247,11 +290,7 @@ func postroutingRules() [][]expr.Any {
 		&expr.Verdict{Kind: expr.VerdictReturn},
 	}}
 	for _, v4 := range []bool{true, false} {
-		source := chainSource6
-		if v4 {
-			source = chainSource4
-		}
-		rules = append(rules, append(ofFamily(v4), goTo(source)))
+		rules = append(rules, append(ofFamily(v4), goTo(byFamily(v4, chainSource4, chainSource6))))
 	}
 	return rules
 }
@@ -320,12 +359,12 @@ func (c chain) rules() [][]expr.Any {
 		first = guestSlots
 	}
 	_, n := loadListener(c.v4, 0)
-	for _, slot := range []expr.Any{
-		&expr.Numgen{Register: reg(n), Modulus: uint32(c.slots), Type: unix.NFT_NG_RANDOM, Offset: first},
-		&expr.Immediate{Register: reg(n), Data: []byte(native(first))},
+	for _, slot := range [][]expr.Any{
+		c.draw(n, first),
+		{&expr.Immediate{Register: reg(n), Data: []byte(native(first))}},
 	} {
 		key, n := loadListener(c.v4, 0)
-		rule := append(key, slot)
+		rule := append(key, slot...)
 		if c.affinity > 0 {
 			rule = append(rule, c.toNumber(setChoices, n+1)...)
 		} else {
@@ -334,6 +373,22 @@ func (c chain) rules() [][]expr.Any {
 		rules = append(rules, rule)
 	}
 	return rules
+}
+
+// hashSeed makes the hash of a client the same on every host, so that they lead it
+// to the same backend.
+const hashSeed = 0x9e3779b9
+
+// draw puts the number of a slot into a register.
+func (c chain) draw(n, first uint32) []expr.Any {
+	if !c.hashed {
+		return []expr.Any{&expr.Numgen{Register: reg(n), Modulus: uint32(c.slots), Type: unix.NFT_NG_RANDOM, Offset: first}}
+	}
+	return []expr.Any{
+		loadSource(c.v4, reg(n+1)),
+		&expr.Hash{SourceRegister: reg(n + 1), DestRegister: reg(n), Length: uint32(addressLength(c.v4)),
+			Modulus: uint32(c.slots), Seed: hashSeed, Offset: first, Type: expr.HashTypeJenkins},
+	}
 }
 
 // With affinity the number of the backend is on its way from one rule to the next

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/pentad/pentad/service"
 )
@@ -14,11 +16,30 @@ import (
 // ErrNothingInstalled says that there is no table in the kernel.
 var ErrNothingInstalled = errors.New("nothing is installed for packets from elsewhere")
 
+// View is what the table does. Its zero value is that of no table.
+type View struct {
+	Mappings []Mapping // sorted by service and listener
+	Guests   []Range   // addresses of guests, sorted
+	Reserved []Range   // addresses that only services have, sorted
+
+	taken      map[netip.Addr]bool
+	remembered map[visit]netip.AddrPort
+}
+
+// visit is a client at a listener.
+type visit struct {
+	client   netip.Addr
+	listener service.Listener
+}
+
 // Mapping is what the kernel does with packets to one listener.
 type Mapping struct {
 	Service  string
-	Listener service.Listener // From says whose packets; guarded ones are for Sources only
+	Listener service.Listener // From says whose packets
+	Sources  []Range          // of guarded listeners: who may come
 	Backends []Share          // in the order of their addresses
+	Hashed   bool             // the client's address chooses the backend; else a lot
+	Affinity time.Duration    // how long a client keeps its backend; 0: not at all
 	Dropped  bool             // without backends: dropped; else refused
 }
 
@@ -26,12 +47,50 @@ type Mapping struct {
 type Share struct {
 	Address netip.AddrPort
 	Slots   int
+	Local   bool // on this host
 }
 
-// Read returns what the table in the network namespace of this process does,
-// sorted by service and listener. It needs no agent. The error is
-// ErrNothingInstalled when there is none.
-func Read() ([]Mapping, error) {
+// Range is a range of addresses, with both its ends.
+type Range struct{ First, Last netip.Addr }
+
+// Contains reports whether an address lies in the range.
+func (r Range) Contains(a netip.Addr) bool {
+	return a.BitLen() == r.First.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
+}
+
+// String writes the range as a prefix if it is one.
+func (r Range) String() string {
+	for bits := range r.First.BitLen() + 1 {
+		p := netip.PrefixFrom(r.First, bits)
+		if _, last := bounds(p); p.Masked() == p && last == string(r.Last.AsSlice()) {
+			return p.String()
+		}
+	}
+	return r.First.String() + "-" + r.Last.String()
+}
+
+// Within returns the range that contains an address, and false when none does.
+func Within(ranges []Range, a netip.Addr) (Range, bool) {
+	i := slices.IndexFunc(ranges, func(r Range) bool { return r.Contains(a) })
+	if i < 0 {
+		return Range{}, false
+	}
+	return ranges[i], true
+}
+
+// Taken reports whether a service has an address in a reserved range.
+func (v *View) Taken(a netip.Addr) bool { return v.taken[a] }
+
+// Remembered returns the backend to which affinity leads a client, and false when
+// it has not been at the listener lately.
+func (v *View) Remembered(client netip.Addr, listener service.Listener) (netip.AddrPort, bool) {
+	b, ok := v.remembered[visit{client, listener.At()}]
+	return b, ok
+}
+
+// Read returns what the table in the network namespace of this process does. It
+// needs no agent. The error is ErrNothingInstalled when there is none.
+func Read() (*View, error) {
 	k, err := dial()
 	if err != nil {
 		return nil, err
@@ -48,7 +107,11 @@ func Read() ([]Mapping, error) {
 	if err != nil {
 		return nil, fmt.Errorf("table inet %s: %w", TableName, err)
 	}
-	return mappings(all), nil
+	visits, err := k.visits()
+	if err != nil {
+		return nil, fmt.Errorf("table inet %s: %w", TableName, err)
+	}
+	return newView(all, visits), nil
 }
 
 // Installed reports whether there is a table, and whether it is whole.
@@ -65,38 +128,93 @@ func Installed() (there, whole bool, err error) {
 	return true, found.sound, nil
 }
 
-// mappings puts elements together again.
-func mappings(all []element) []Mapping {
-	shares := make(map[string]map[netip.AddrPort]int) // by listener, and whether of guests
-	type numbered struct{ key, number string }
-	members := make(map[numbered]netip.AddrPort)
+// newView puts elements together again.
+func newView(all, visits []element) *View {
+	v := &View{taken: make(map[netip.Addr]bool), remembered: make(map[visit]netip.AddrPort)}
+	r := reading{
+		members: make(map[string]netip.AddrPort), shares: make(map[string]map[netip.AddrPort]int),
+		sources: make(map[string][]Range), local: make(map[netip.Addr]bool),
+	}
 	for _, e := range all {
-		if e.in.name == setMembers {
-			n := len(e.key) - 4
-			members[numbered{e.key[:n], e.key[n:]}] = splitTarget(e.data, e.in.v4)
+		switch e.in.name {
+		case setGuests:
+			v.Guests = append(v.Guests, rangeOf(e.key))
+		case setReserved:
+			v.Reserved = append(v.Reserved, rangeOf(e.key))
+		case setTaken:
+			v.taken[addressOf(e.key)] = true
+		case setLocal:
+			r.local[addressOf(e.key)] = true
+		case setMembers:
+			r.members[e.key] = splitTarget(e.data, e.in.v4)
+		case setSources:
+			half := len(e.key) / 2
+			n := half - addressLength(e.in.v4)
+			r.sources[e.key[:n]] = append(r.sources[e.key[:n]], rangeOf(e.key[n:half]+e.key[half+n:]))
 		}
 	}
 	for _, e := range all {
-		if e.in.name != setSlots && e.in.name != setChoices {
-			continue
-		}
-		n := len(e.key) - 4
-		key := e.key[:n]
-		b, known := members[numbered{key, e.data}]
-		if e.in.name == setSlots {
-			b, known = splitTarget(e.data, e.in.v4), true
-		}
-		if !known {
-			continue
-		}
-		if fromNative(e.key[n:]) >= guestSlots {
-			key += guestMark
-		}
-		if shares[key] == nil {
-			shares[key] = make(map[netip.AddrPort]int)
-		}
-		shares[key][b]++
+		r.slot(e)
 	}
+	for _, e := range visits {
+		n := addressLength(e.in.v4)
+		l, _ := splitListener(e.key[n:], e.in.v4)
+		if b, there := r.members[e.key[n:]+e.data]; there {
+			v.remembered[visit{addressOf(e.key[:n]), l}] = b
+		}
+	}
+	v.Mappings = r.mappings(all)
+	for _, ranges := range [][]Range{v.Guests, v.Reserved} {
+		slices.SortFunc(ranges, Range.compare)
+	}
+	return v
+}
+
+func (r Range) compare(o Range) int { return r.First.Compare(o.First) }
+
+func addressOf(key string) netip.Addr {
+	a, _ := netip.AddrFromSlice([]byte(key))
+	return a
+}
+
+func rangeOf(key string) Range {
+	half := len(key) / 2
+	return Range{addressOf(key[:half]), addressOf(key[half:])}
+}
+
+// reading is what is known while a view is put together, by the listener as elements
+// have it.
+type reading struct {
+	members map[string]netip.AddrPort         // by listener and number
+	shares  map[string]map[netip.AddrPort]int // also by whether it is for guests
+	sources map[string][]Range
+	local   map[netip.Addr]bool
+}
+
+// slot counts a slot for its backend.
+func (r *reading) slot(e element) {
+	if e.in.name != setSlots && e.in.name != setChoices {
+		return
+	}
+	n := len(e.key) - 4
+	key := e.key[:n]
+	b, known := r.members[key+e.data]
+	if e.in.name == setSlots {
+		b, known = splitTarget(e.data, e.in.v4), true
+	}
+	if !known {
+		return
+	}
+	if fromNative(e.key[n:]) >= guestSlots {
+		key += guestMark
+	}
+	if r.shares[key] == nil {
+		r.shares[key] = make(map[netip.AddrPort]int)
+	}
+	r.shares[key][b]++
+}
+
+func (r *reading) mappings(all []element) []Mapping {
 	type place struct {
 		v4           bool
 		key, verdict string
@@ -114,15 +232,22 @@ func mappings(all []element) []Mapping {
 	var out []Mapping
 	for p, f := range from {
 		l, _ := splitListener(p.key, p.v4)
-		l.From, l.Guarded = f, strings.HasSuffix(p.verdict, "-guarded")
-		m := Mapping{Service: p.name, Listener: l, Dropped: p.verdict == chainDrop}
+		l.From, l.Guarded = f, strings.HasSuffix(p.verdict, guardedMark)
+		m := Mapping{
+			Service: p.name, Listener: l, Dropped: p.verdict == chainDrop,
+			Hashed: strings.Contains(p.verdict, hashedMark), Affinity: affinityIn(p.verdict),
+		}
+		if l.Guarded {
+			m.Sources = r.sources[p.key]
+			slices.SortFunc(m.Sources, Range.compare)
+		}
 		key := p.key
 		if f == service.FromGuests {
 			key += guestMark
 		}
 		if p.verdict != chainDrop && p.verdict != chainRefuse {
-			for b, n := range shares[key] {
-				m.Backends = append(m.Backends, Share{b, n})
+			for b, n := range r.shares[key] {
+				m.Backends = append(m.Backends, Share{b, n, r.local[b.Addr()]})
 			}
 		}
 		slices.SortFunc(m.Backends, func(a, b Share) int { return a.Address.Compare(b.Address) })
@@ -132,6 +257,20 @@ func mappings(all []element) []Mapping {
 		return cmp.Or(strings.Compare(a.Service, b.Service), a.Listener.Compare(b.Listener))
 	})
 	return out
+}
+
+// affinityIn reads what a chain of backends does by its name.
+func affinityIn(chain string) time.Duration {
+	_, rest, found := strings.Cut(chain, affinityMark)
+	if !found {
+		return 0
+	}
+	text, _, _ := strings.Cut(rest, "-")
+	seconds, err := strconv.Atoi(text)
+	if err != nil {
+		return 0
+	}
+	return time.Duration(seconds) * time.Second
 }
 
 // guestMark tells the slots of guests from those of the world.

@@ -21,6 +21,7 @@ type Update struct {
 	Checks   []Check            // sorted by port
 	Problems []Problem          // sorted by object
 	Guests   []netip.Prefix     // addresses of the pods of this node
+	Reserved []netip.Prefix     // addresses that only Services have
 	Leaving  bool               // the Node is being deleted or is about to be
 	Unserved int                // ports of a protocol that pentad does not serve (SCTP)
 }

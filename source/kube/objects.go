@@ -11,6 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -110,7 +111,9 @@ func trim(object any) (any, error) {
 		return trimSlice(o), nil
 	case *corev1.Node:
 		return trimNode(o), nil
-	case *clusterService, *slice, *node:
+	case *networkingv1.ServiceCIDR:
+		return trimCIDR(o), nil
+	case *clusterService, *slice, *node, *cidr:
 		return o, nil
 	}
 	return nil, fmt.Errorf("%w %T", errUnexpected, object)

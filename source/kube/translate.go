@@ -20,6 +20,7 @@ type surroundings struct {
 	nodePorts []netip.Addr        // where NodePorts are served
 	own       map[netip.Addr]bool // all addresses of this host
 	allowed   []netip.Prefix      // externalIPs for everybody
+	ranges    []netip.Prefix      // of ServiceCIDRs
 }
 
 // translation is what one Service becomes on this node.
@@ -27,7 +28,8 @@ type translation struct {
 	services []*service.Service // one for each port, two or three where policies differ
 	check    *Check
 	problems []string
-	unserved int // ports of a protocol that is not served
+	unserved int        // ports of a protocol that is not served
+	stray    netip.Addr // an endpoint in a range of a ServiceCIDR, if one is
 }
 
 // translate is pure: the same objects give the same services, in the same order.
@@ -59,6 +61,7 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 	if s.checkPort != 0 {
 		t.check = &Check{s.checkPort, s.Namespace, s.Name, localReady(all, at)}
 	}
+	t.stray = stray(all, at.ranges)
 	return t
 }
 
@@ -211,6 +214,19 @@ func (t *translation) endpoints(p servicePort, all []*slice) []candidate {
 		return cmp.Or(a.at.Compare(b.at), rank(b.endpoint)-rank(a.endpoint))
 	})
 	return slices.CompactFunc(found, func(a, b candidate) bool { return a.at == b.at })
+}
+
+// stray returns the first endpoint that has an address which only Services should
+// have.
+func stray(all []*slice, ranges []netip.Prefix) netip.Addr {
+	for _, sl := range all {
+		for _, e := range sl.endpoints {
+			if slices.ContainsFunc(ranges, func(r netip.Prefix) bool { return r.Contains(e.address) }) {
+				return e.address
+			}
+		}
+	}
+	return netip.Addr{}
 }
 
 func rank(e *endpoint) int {

@@ -17,6 +17,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -45,12 +46,16 @@ type Source struct {
 	log                     *slog.Logger
 	services, slices, nodes cache.SharedIndexInformer
 	registrations           []cache.ResourceEventHandlerRegistration
+	ranges                  cache.SharedIndexInformer // of ServiceCIDRs, which not every cluster has
+	rangesRegistration      cache.ResourceEventHandlerRegistration
 
 	mu    sync.Mutex
 	dirty map[types.NamespacedName]bool
 	all   bool      // everything has to be translated again
 	away  time.Time // since when the API server does not answer; zero: it does
 	wake  chan struct{}
+	// noRanges is why there are no ServiceCIDRs, if that is how it is.
+	noRanges error
 
 	// Owned by Run.
 	at       surroundings
@@ -58,8 +63,9 @@ type Source struct {
 	entries  map[types.NamespacedName]*entry
 	problems map[types.NamespacedName][]string
 	checks   map[types.NamespacedName]*Check
-	unserved map[types.NamespacedName]int // ports
-	list     []*service.Service           // sorted by name
+	unserved map[types.NamespacedName]int        // ports
+	strays   map[types.NamespacedName]netip.Addr // endpoints in ranges of ServiceCIDRs
+	list     []*service.Service                  // sorted by name
 }
 
 // entry is what became of a Service.
@@ -90,7 +96,7 @@ func New(config *rest.Config, opts Options, log *slog.Logger) (*Source, error) {
 		opts: opts, log: log, wake: make(chan struct{}, 1), dirty: make(map[types.NamespacedName]bool),
 		claims: make(claims), entries: make(map[types.NamespacedName]*entry),
 		problems: make(map[types.NamespacedName][]string), checks: make(map[types.NamespacedName]*Check),
-		unserved: make(map[types.NamespacedName]int),
+		unserved: make(map[types.NamespacedName]int), strays: make(map[types.NamespacedName]netip.Addr),
 	}
 	config = rest.CopyConfig(config)
 	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return listening{next, s} })
@@ -103,45 +109,69 @@ func New(config *rest.Config, opts Options, log *slog.Logger) (*Source, error) {
 	self := func(o *metav1.ListOptions) {
 		o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, opts.Node).String()
 	}
-	if s.services, err = s.watch(core, "services", &corev1.Service{}, ours, nil, s.serviceChanged); err != nil {
-		return nil, err
-	}
+	every := func(*metav1.ListOptions) {}
+	networking := client.NetworkingV1().RESTClient()
 	index := cache.Indexers{byService: func(o any) ([]string, error) { return []string{o.(*slice).owner().String()}, nil }}
-	if s.slices, err = s.watch(discovery, "endpointslices", &discoveryv1.EndpointSlice{}, ours, index, s.sliceChanged); err != nil {
-		return nil, err
+	for _, x := range []struct {
+		informer *cache.SharedIndexInformer
+		watched
+	}{
+		{&s.services, watched{core, "services", &corev1.Service{}, ours, nil, s.watchFailed, s.serviceChanged}},
+		{&s.slices, watched{discovery, "endpointslices", &discoveryv1.EndpointSlice{}, ours, index, s.watchFailed, s.sliceChanged}},
+		// Its own Node alone: a watch of all of them from every node would cost the
+		// API server the square of their number.
+		{&s.nodes, watched{core, "nodes", &corev1.Node{}, self, nil, s.watchFailed, s.nodeChanged}},
+		{&s.ranges, watched{networking, "servicecidrs", &networkingv1.ServiceCIDR{}, every, nil, s.rangesFailed, s.rangesChanged}},
+	} {
+		registration, err := x.watch(x.informer)
+		if err != nil {
+			return nil, err
+		}
+		if x.informer == &s.ranges {
+			s.rangesRegistration = registration
+		} else {
+			s.registrations = append(s.registrations, registration)
+		}
 	}
-	// Its own Node alone: a watch of all of them from every node would cost the
-	// API server the square of their number.
-	s.nodes, err = s.watch(core, "nodes", &corev1.Node{}, self, nil, s.nodeChanged)
-	return s, err
+	return s, nil
 }
 
-func (s *Source) watch(client rest.Interface, resource string, kind runtime.Object, selected func(*metav1.ListOptions),
-	index cache.Indexers, changed func(before, after any)) (cache.SharedIndexInformer, error) {
-	lw := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, selected)
-	informer := cache.NewSharedIndexInformer(lw, kind, 0, index)
+// watched is a kind of object and what is done about it.
+type watched struct {
+	client   rest.Interface
+	resource string
+	kind     runtime.Object
+	selected func(*metav1.ListOptions)
+	index    cache.Indexers
+	failed   cache.WatchErrorHandlerWithContext
+	changed  func(before, after any)
+}
+
+// watch makes the informer.
+func (w watched) watch(into *cache.SharedIndexInformer) (cache.ResourceEventHandlerRegistration, error) {
+	lw := cache.NewFilteredListWatchFromClient(w.client, w.resource, metav1.NamespaceAll, w.selected)
+	informer := cache.NewSharedIndexInformer(lw, w.kind, 0, w.index)
+	*into = informer
 	if err := informer.SetTransform(trim); err != nil {
 		return nil, err
 	}
-	if err := informer.SetWatchErrorHandlerWithContext(s.watchFailed); err != nil {
+	if err := informer.SetWatchErrorHandlerWithContext(w.failed); err != nil {
 		return nil, err
 	}
-	registration, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc: func(o any) { changed(nil, o) },
+	return informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: func(o any) { w.changed(nil, o) },
 		UpdateFunc: func(before, after any) {
 			if before.(metav1.Object).GetResourceVersion() != after.(metav1.Object).GetResourceVersion() {
-				changed(before, after)
+				w.changed(before, after)
 			}
 		},
 		DeleteFunc: func(o any) {
 			if lost, ok := o.(cache.DeletedFinalStateUnknown); ok {
 				o = lost.Obj
 			}
-			changed(o, nil)
+			w.changed(o, nil)
 		},
 	})
-	s.registrations = append(s.registrations, registration)
-	return informer, err
 }
 
 func (s *slice) owner() types.NamespacedName {
@@ -169,6 +199,8 @@ func (s *Source) nodeChanged(before, after any) {
 	}
 	s.touchAll()
 }
+
+func (s *Source) rangesChanged(_, _ any) { s.touchAll() }
 
 func (s *Source) touch(key types.NamespacedName) {
 	s.mu.Lock()
@@ -250,13 +282,16 @@ func (s *Source) Run(ctx context.Context, emit func(Update)) error {
 	defer tasks.Wait()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	for _, informer := range []cache.SharedIndexInformer{s.services, s.slices, s.nodes} {
+	for _, informer := range []cache.SharedIndexInformer{s.services, s.slices, s.nodes, s.ranges} {
 		tasks.Go(func() { informer.RunWithContext(ctx) })
 	}
 	for _, r := range s.registrations {
 		if !cache.WaitForCacheSync(ctx.Done(), r.HasSynced) {
 			return nil
 		}
+	}
+	if !cache.WaitForCacheSync(ctx.Done(), s.rangesKnown) {
+		return nil
 	}
 	addresses := time.NewTicker(addressesEvery)
 	defer addresses.Stop()
@@ -327,6 +362,9 @@ func (s *Source) look() *node {
 		s.at.zone = unique.Make(n.zone)
 	}
 	s.at.nodePorts = nodePortAddresses(s.opts.NodePortAddresses, s.at.own, n)
+	for _, c := range s.cidrs() {
+		s.at.ranges = append(s.at.ranges, c.ranges...)
+	}
 	return n
 }
 
@@ -376,6 +414,8 @@ func (s *Source) update() (Update, bool) {
 	if n != nil {
 		u.Guests, u.Leaving = n.guests, n.leaving
 	}
+	reserved, problems := reserve(s.cidrs(), s.at.own, u.Guests, s.strays)
+	u.Reserved, u.Problems = reserved, append(append(u.Problems, problems...), s.rangesProblem()...)
 	return u, true
 }
 
@@ -431,6 +471,7 @@ func (s *Source) retranslate(key types.NamespacedName) (others []types.Namespace
 	e.wanted = nil
 	delete(s.checks, key)
 	delete(s.unserved, key)
+	delete(s.strays, key)
 	o, exists, err := s.services.GetStore().GetByKey(key.String())
 	if err != nil || !exists {
 		return others, nil
@@ -443,6 +484,9 @@ func (s *Source) retranslate(key types.NamespacedName) (others []types.Namespace
 	}
 	if t.unserved > 0 {
 		s.unserved[key] = t.unserved
+	}
+	if t.stray.IsValid() {
+		s.strays[key] = t.stray
 	}
 	return append(others, s.claims.add(cs, e.wanted)...), t.problems
 }

@@ -408,7 +408,7 @@ func (w *world) newNode(ctx context.Context, fabric *lab.Switch, name string, in
 		}
 	}
 	n.config, err = h.WriteFile("pentad.yaml", fmt.Sprintf(
-		"source: {kubernetes: {kubeconfig: %s, node: %s}}\nscope: {cgroup: %s}\n", w.account, name, h.Scope()))
+		"source: {kubernetes: {kubeconfig: %s, node: %s, allowExternalIPs: [%s]}}\nscope: {cgroup: %s}\n", w.account, name, allowedExternal, h.Scope()))
 	if err != nil {
 		return nil, err
 	}
@@ -428,6 +428,9 @@ func (n *node) pentad(args ...string) (string, error) {
 	defer stop()
 	return n.Run(ctx, lab.Outside, program, append([]string{"--pins", n.Pins, "--run-dir", filepath.Join(n.Dir, "run")}, args...)...)
 }
+
+// allowedExternal are the externalIPs that the nodes serve to everybody.
+const allowedExternal = "203.0.113.64/26"
 
 // newPod makes a pod: a network namespace behind its node, with a server that
 // answers on ports 8080 and 8081.

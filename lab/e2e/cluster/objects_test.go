@@ -70,7 +70,9 @@ func TestAnnotations(t *testing.T) {
 		svc.Spec.Ports = append(svc.Spec.Ports, corev1.ServicePort{Name: "sctp", Protocol: corev1.ProtocolSCTP, Port: 80, TargetPort: intstr.FromInt32(8080)})
 	})
 	s.endpoints(svc, pods("a1", "b1")...)
-	s.expect(s.pods["a2"], hostPort(svc.Spec.ClusterIP, 80), seen{s.sticksTo("tcp", s.pods["a2"], hostPort(svc.Spec.ClusterIP, 80)), ""})
+	for _, from := range []*place{s.pods["a2"], s.outside} {
+		s.expect(from, hostPort(svc.Spec.ClusterIP, 80), seen{s.sticksTo("tcp", from, hostPort(svc.Spec.ClusterIP, 80)), ""})
+	}
 	out, err := s.a.pentad("service", "show", s.namespace+"/web:http")
 	if err != nil || !strings.Contains(out, "source-hash") || !strings.Contains(out, "7s") {
 		t.Errorf("service show: %v\n%s", err, out)

@@ -9,6 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
@@ -424,10 +425,65 @@ func TestExternalIPs(t *testing.T) {
 	// From inside it is no address of a Service: nobody draws the connections of
 	// others to himself.
 	s.expectBy("tcp", s.pods["a2"], "198.51.100.7:10256", seen{"timeout", ""})
+	// Those that the operators of the nodes allow are served like any address.
+	allowed := s.service("allowed", func(svc *corev1.Service) { svc.Spec.ExternalIPs = []string{"203.0.113.70"} })
+	s.endpoints(allowed, pods("a1", "b1")...)
+	s.expect(s.pods["a2"], "203.0.113.70:80", seen{"a1 b1", "10.244.1.3"})
+	s.expect(s.b.place, "203.0.113.70:80", seen{"a1 b1", ""})
+	s.expect(s.outside, "203.0.113.70:80", seen{"a1 b1", ""})
 	// And the node keeps what is its own.
 	if out, err := s.a.pentad("status"); err != nil || !strings.Contains(out, a4+" is an address of this node and not served") {
 		t.Errorf("status: %v\n%s", err, out)
 	}
+}
+
+// What no Service has is nobody's: an address in a ServiceCIDR, a port of a
+// ClusterIP. A range that others have addresses in is left alone.
+func TestServiceCIDRs(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	svc := s.service("web", nil)
+	s.endpoints(svc, pods("a1")...)
+	everywhere := []*place{s.pods["a2"], s.pods["b2"], s.outside}
+	for i, ip := range svc.Spec.ClusterIPs {
+		free := []string{"10.96.250.250", "2001:db8:96::fafa"}[i]
+		for _, from := range everywhere {
+			s.expect(from, hostPort(ip, 80), seen{"a1", ""})
+			s.expect(from, hostPort(ip, 81), seen{"refused", ""})
+			s.expectBy("tcp", from, hostPort(free, 80), seen{"timeout", ""})
+		}
+	}
+	cidrs := s.cluster.Client.NetworkingV1().ServiceCIDRs()
+	for name, ranges := range map[string][]string{"more": {"198.51.100.192/28"}, "wrong": {"10.244.0.0/16"}} {
+		c := &networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: ranges}}
+		if _, err := cidrs.Create(t.Context(), c, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cidrs.Delete(context.Background(), name, metav1.DeleteOptions{}) })
+	}
+	explains := func(want string, args ...string) {
+		t.Helper()
+		s.within(patience, func() error {
+			out, _ := s.a.pentad(append([]string{"explain"}, args...)...)
+			if !strings.Contains(out, want) {
+				return fmt.Errorf("explain %v does not say %q:\n%s", args, want, out)
+			}
+			return nil
+		})
+	}
+	explains("no Service has this address of the range 198.51.100.192/28", "198.51.100.200:80")
+	explains("no Service has this address of the range 198.51.100.192/28", "--from", outside4, "198.51.100.200:80")
+	explains("has no such port; it has "+hostPort(svc.Spec.ClusterIP, 80), hostPort(svc.Spec.ClusterIP, 81))
+	explains("goes to 10.244.1.2:8080, which sees "+outside4, "--from", outside4, hostPort(svc.Spec.ClusterIP, 80))
+	explains("goes to 10.244.1.2:8080, which sees an address of this host instead", "--from", a1v4, hostPort(svc.Spec.ClusterIP, 80))
+	s.within(patience, func() error {
+		if out, _ := s.a.pentad("status"); !strings.Contains(out, "ServiceCIDR wrong: 10.244.0.0/16 has addresses of pods") {
+			return fmt.Errorf("status: %s", out)
+		}
+		return nil
+	})
+	s.expect(s.pods["a2"], "10.244.2.2:8080", seen{"b1", "10.244.1.3"})
+	s.expect(s.outside, hostPort(svc.Spec.ClusterIP, 80), seen{"a1", outside4})
 }
 
 func TestSourceRanges(t *testing.T) {
@@ -445,6 +501,15 @@ func TestSourceRanges(t *testing.T) {
 		svc.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24", "10.0.0.64/26"}
 	})
 	s.expect(s.outside, "198.51.100.9:80", seen{"a1", outside4})
+	for from, want := range map[string]string{
+		"10.0.0.7":   "is in none of the source ranges of the service " + s.namespace + "/web:http: 10.0.0.64/26, 192.0.2.0/24",
+		outside4:     "goes to 10.244.1.2:8080, which sees " + outside4,
+		"10.244.1.9": "in none of the source ranges",
+	} {
+		if out, _ := s.a.pentad("explain", "--from", from, "198.51.100.9:80"); !strings.Contains(out, want) {
+			t.Errorf("explain --from %s does not say %q:\n%s", from, want, out)
+		}
+	}
 	// A pod outside of the ranges is kept out as well, one inside is not.
 	s.expectBy("tcp", s.pods["a2"], "198.51.100.9:80", seen{"timeout", ""})
 	s.update(svc, func(svc *corev1.Service) { svc.Spec.LoadBalancerSourceRanges = []string{"10.244.1.3/32"} })
