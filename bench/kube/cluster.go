@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -173,6 +174,9 @@ func (c *cluster) nearPod(n *node) (*lab.Host, error) {
 	return h, err
 }
 
+// podRanges are the addresses of all pods.
+const podRanges = "10.244.0.0/15"
+
 // startOurs starts pentad on its node.
 func (b *bench) startOurs() error {
 	kubeconfig, err := b.Kubeconfig("pentad", "pentad", "system:masters")
@@ -180,13 +184,24 @@ func (b *bench) startOurs() error {
 		return err
 	}
 	path, err := b.ours.WriteFile("pentad.yaml", fmt.Sprintf(
-		"source: {kubernetes: {kubeconfig: %s, node: ours}}\nscope: {cgroup: %s}\n", kubeconfig, b.ours.Scope()))
+		"source: {kubernetes: {kubeconfig: %s, node: ours, untracked: [%s]}}\nscope: {cgroup: %s}\n", kubeconfig, podRanges, b.ours.Scope()))
 	if err != nil {
 		return err
 	}
 	cmd := exec.Command(b.program, "--pins", b.ours.Pins, "--run-dir", filepath.Join(b.ours.Dir, "run"), "run", "-c", path)
 	b.ours.proxy, err = b.ours.Start(cmd, lab.Outside)
 	return err
+}
+
+// healthy waits until pentad says that all is well.
+func (b *bench) healthy(ctx context.Context) error {
+	return lab.Eventually(time.Minute, func() error {
+		out, err := b.ours.Run(ctx, lab.Outside, b.program, "--pins", b.ours.Pins, "--run-dir", filepath.Join(b.ours.Dir, "run"), "status")
+		if err != nil {
+			return fmt.Errorf("status: %w: %s\n%s", err, out, b.ours.proxy.Log)
+		}
+		return nil
+	})
 }
 
 // startTheirs starts kube-proxy on its node.
@@ -196,7 +211,7 @@ func (b *bench) startTheirs() error {
 		return err
 	}
 	cmd := exec.Command(filepath.Join(b.bin, string(kube.Proxy)), "--proxy-mode=nftables", "--kubeconfig="+kubeconfig,
-		"--hostname-override=theirs", "--cluster-cidr=10.245.0.0/16", "--conntrack-max-per-core=0",
+		"--hostname-override=theirs", "--cluster-cidr="+podRanges, "--conntrack-max-per-core=0",
 		"--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0")
 	b.theirs.proxy, err = b.theirs.Start(cmd, lab.Outside)
 	return err
@@ -273,23 +288,13 @@ func (t *talk) end() (string, error) {
 	return t.read()
 }
 
-// run runs a helper with the network of h, in the cgroup of n, to its end and
-// returns its number.
-func (b *bench) run(h, n *lab.Host, input, role string, args ...string) (float64, error) {
-	t, err := startTalk(h, n, lab.Inside, role, args...)
+// number says a line to a helper and reads its number.
+func (t *talk) number(line string) (float64, error) {
+	answer, err := t.say(line)
 	if err != nil {
 		return 0, err
 	}
-	if _, err := io.WriteString(t.in, input); err != nil {
-		return 0, err
-	}
-	line, err := t.end()
-	if err != nil {
-		return 0, err
-	}
-	var v float64
-	_, err = fmt.Sscan(line, &v)
-	return v, err
+	return strconv.ParseFloat(answer, 64)
 }
 
 // addressOf is the n-th endpoint of the i-th Service.

@@ -101,62 +101,81 @@ func sink(c net.Conn) {
 	_, _ = io.Copy(io.Discard, c)
 }
 
-// latency connects COUNT times to addresses drawn from those on standard input,
-// and prints the median of connect(2), in nanoseconds.
-func latency(args []string) error {
-	count, err := strconv.Atoi(args[0])
-	if err != nil {
-		return err
-	}
+// latency reads addresses up to an empty line, and then, for every line with a
+// COUNT, connects so many times to addresses drawn by lot and prints the median of
+// connect(2), in nanoseconds.
+func latency([]string) error {
 	var to []netip.AddrPort
-	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+	lines := bufio.NewScanner(os.Stdin)
+	for lines.Scan() && lines.Text() != "" {
 		a, err := netip.ParseAddrPort(lines.Text())
 		if err != nil {
 			return err
 		}
 		to = append(to, a)
 	}
-	took := make([]int64, 0, count)
-	for range count {
-		a := to[rand.IntN(len(to))]
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	for lines.Scan() {
+		count, err := strconv.Atoi(lines.Text())
 		if err != nil {
 			return err
 		}
-		began := time.Now()
-		err = unix.Connect(fd, &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())})
-		took = append(took, time.Since(began).Nanoseconds())
-		if err != nil {
-			return fmt.Errorf("%s: %w", a, err)
+		took := make([]int64, count)
+		for i := range took {
+			if took[i], err = timed(to[rand.IntN(len(to))]); err != nil {
+				return err
+			}
 		}
-		// No TIME_WAIT, which would use up the ports.
-		_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-		unix.Close(fd)
+		slices.Sort(took)
+		fmt.Println(took[len(took)/2])
 	}
-	slices.Sort(took)
-	fmt.Println(took[len(took)/2])
 	return nil
 }
 
-// rate connects to ADDRESS from CLIENTS threads for a DURATION, reads the answer, and
-// prints how many times it did in a second.
-func rate(args []string) error {
-	to, err := netip.ParseAddrPort(args[0])
+// timed connects once and returns how long connect(2) took, in nanoseconds.
+func timed(to netip.AddrPort) (int64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	clients, err1 := strconv.Atoi(args[1])
-	lasts, err2 := time.ParseDuration(args[2])
-	if err := errors.Join(err1, err2); err != nil {
-		return err
+	defer unix.Close(fd)
+	began := time.Now()
+	err = unix.Connect(fd, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())})
+	took := time.Since(began)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", to, err)
 	}
+	// No TIME_WAIT, which would use up the ports.
+	return took.Nanoseconds(), unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+}
+
+// rate reads lines "ADDRESS CLIENTS DURATION", connects to ADDRESS from CLIENTS threads
+// for a DURATION, reads each answer, and prints how many times it did in a second.
+func rate([]string) error {
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		words := strings.Fields(lines.Text())
+		to, err1 := netip.ParseAddrPort(words[0])
+		clients, err2 := strconv.Atoi(words[1])
+		lasts, err3 := time.ParseDuration(words[2])
+		if err := errors.Join(err1, err2, err3); err != nil {
+			return err
+		}
+		v, err := rateOf(to, clients, lasts)
+		if err != nil {
+			return err
+		}
+		fmt.Println(v)
+	}
+	return nil
+}
+
+func rateOf(to netip.AddrPort, clients int, lasts time.Duration) (float64, error) {
 	var done atomic.Int64
 	var failed atomic.Value
 	var all sync.WaitGroup
-	end := time.Now().Add(lasts)
+	began := time.Now()
 	for range clients {
 		all.Go(func() {
-			for time.Now().Before(end) {
+			for time.Since(began) < lasts {
 				if err := once(to); err != nil {
 					failed.Store(err)
 					return
@@ -167,10 +186,9 @@ func rate(args []string) error {
 	}
 	all.Wait()
 	if err, ok := failed.Load().(error); ok {
-		return err
+		return 0, err
 	}
-	fmt.Println(float64(done.Load()) / lasts.Seconds())
-	return nil
+	return float64(done.Load()) / time.Since(began).Seconds(), nil
 }
 
 func once(to netip.AddrPort) error {
@@ -189,28 +207,49 @@ func once(to netip.AddrPort) error {
 	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 }
 
-// stream writes to ADDRESS for a DURATION and prints Gbit/s.
-func stream(args []string) error {
-	lasts, err := time.ParseDuration(args[1])
-	if err != nil {
-		return err
+// stream reads lines "ADDRESS DURATION", writes to ADDRESS for a DURATION and prints
+// Gbit/s, from the first byte until the server has taken the last.
+func stream([]string) error {
+	b := make([]byte, 256<<10)
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		address, text, _ := strings.Cut(lines.Text(), " ")
+		lasts, err := time.ParseDuration(text)
+		if err != nil {
+			return err
+		}
+		v, err := streamTo(address, lasts, b)
+		if err != nil {
+			return err
+		}
+		fmt.Println(v)
 	}
-	c, err := net.Dial("tcp", args[0])
+	return nil
+}
+
+func streamTo(address string, lasts time.Duration, b []byte) (float64, error) {
+	var d net.Dialer
+	d.SetMultipathTCP(false)
+	c, err := d.Dial("tcp", address)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer c.Close()
-	b := make([]byte, 256<<10)
 	n, began := 0, time.Now()
 	for time.Since(began) < lasts {
 		k, err := c.Write(b)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		n += k
 	}
-	fmt.Println(float64(n) * 8 / 1e9 / time.Since(began).Seconds())
-	return nil
+	// The server closes when it has read everything.
+	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+		return 0, err
+	}
+	if _, err := io.Copy(io.Discard, c); err != nil {
+		return 0, err
+	}
+	return float64(n) * 8 / 1e9 / time.Since(began).Seconds(), nil
 }
 
 // watch reads "ADDRESS:PORT SERVER" and prints when SERVER first answered there, in
