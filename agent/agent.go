@@ -483,7 +483,7 @@ func (a *Agent) apply(ctx context.Context) error {
 	services, partial := a.desired()
 	next := last.Next(a.config.Scope.Cgroup, a.overlay(services))
 	if a.cluster != nil {
-		next = next.With(a.cluster.latest.Guests, a.cluster.latest.Reserved, partial)
+		next = next.With(a.cluster.ranges(), partial)
 	}
 	began := time.Now()
 	err := a.applyPlanes(ctx, next)

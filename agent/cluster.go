@@ -191,6 +191,11 @@ func (a *Agent) desired() (services []*service.Service, partial bool) {
 	return a.cluster.merged, !a.cluster.known
 }
 
+// ranges are the addresses that mean something to this node.
+func (c *cluster) ranges() service.Ranges {
+	return service.Ranges{Guests: c.latest.Guests, Reserved: c.latest.Reserved, Untracked: c.config.Untracked}
+}
+
 // tableIsWhole reports whether an earlier agent has left what packets from elsewhere
 // need: then the node serves, though the API server has not answered this agent yet.
 func tableIsWhole() bool {
@@ -216,7 +221,7 @@ func (c *cluster) addTo(s *api.Status) {
 	}
 	s.Cluster = &api.Cluster{
 		Node: c.node, Services: len(c.latest.Services), Away: c.source.Away(), Changed: c.changed, Leaving: c.latest.Leaving, Updates: c.count,
-		Unserved: c.latest.Unserved,
+		Unserved: c.latest.Unserved, Untracked: c.config.Untracked,
 	}
 	if !c.known {
 		s.Problems = append(s.Problems, "the API server has not answered yet: services of the cluster stay as the agent before left them")

@@ -49,6 +49,8 @@ type Cluster struct {
 	Leaving  bool      `json:"leaving"`       // the Node is being deleted
 	Updates  uint64    `json:"updates"`       // how many changes came
 	Unserved int       `json:"unserved"`      // ports of a protocol that is not served
+
+	Untracked []netip.Prefix `json:"untracked,omitempty"` // between which connections are not tracked
 }
 
 // Config is the state of the configuration file.

@@ -43,6 +43,7 @@ type Kubernetes struct {
 	Node              string         // empty: the environment's NODE_NAME, else the host name
 	NodePortAddresses []netip.Prefix // empty: those that the Node says it has
 	AllowExternalIPs  []netip.Prefix // externalIPs that processes on the nodes are led to, too
+	Untracked         []netip.Prefix // between which connections need not be tracked; sorted
 	Health            netip.AddrPort // of /healthz and /livez
 }
 
@@ -52,7 +53,8 @@ func (k *Kubernetes) Equal(o *Kubernetes) bool {
 		return k == o
 	}
 	return k.Kubeconfig == o.Kubeconfig && k.Node == o.Node && k.Health == o.Health &&
-		slices.Equal(k.NodePortAddresses, o.NodePortAddresses) && slices.Equal(k.AllowExternalIPs, o.AllowExternalIPs)
+		slices.Equal(k.NodePortAddresses, o.NodePortAddresses) && slices.Equal(k.AllowExternalIPs, o.AllowExternalIPs) &&
+		slices.Equal(k.Untracked, o.Untracked)
 }
 
 // Scope says whose connections are translated.

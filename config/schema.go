@@ -115,6 +115,17 @@ var kubernetesSchema = schema[Kubernetes]{what: "kubernetes", fields: []field[Ku
 		set: func(d *decoder, n *yaml.Node, to *Kubernetes) { to.AllowExternalIPs = d.prefixes(n) },
 	},
 	{
+		key: "untracked", kind: "list of prefixes",
+		doc: "The addresses of the pods of all nodes, such as `[10.244.0.0/16]`: connections between them are not tracked by the kernel (conntrack), " +
+			"except those of pods whose packets had to be translated. They are set up faster and take no room in its table. Not for nodes where " +
+			"something else filters the packets of pods by the state of their connections (`ct state`), as network policies made of nftables or " +
+			"iptables do.",
+		set: func(d *decoder, n *yaml.Node, to *Kubernetes) {
+			to.Untracked = d.prefixes(n)
+			slices.SortFunc(to.Untracked, netip.Prefix.Compare)
+		},
+	},
+	{
 		key: "health", kind: "ADDRESS:PORT", fallback: defaultNodeHealth,
 		doc: "Address of `/healthz` and `/livez`, by which load balancers of clouds judge the node. The default is kube-proxy's.",
 		set: func(d *decoder, n *yaml.Node, to *Kubernetes) {

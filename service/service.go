@@ -414,6 +414,27 @@ func (b Backend) state(serving uint32) State {
 	return Standby
 }
 
+// Ranges are the addresses that mean something to a host besides those of services.
+// All are sorted.
+type Ranges struct {
+	// Guests are the addresses of what runs on this host with an address of its
+	// own: what they are sent passes here.
+	Guests []netip.Prefix
+
+	// Reserved are ranges whose addresses only services have: what is sent there
+	// and finds no listener is nobody's.
+	Reserved []netip.Prefix
+
+	// Untracked are ranges between whose addresses the kernel need not track
+	// connections, unless it translates their packets.
+	Untracked []netip.Prefix
+}
+
+// Equal reports whether both mean the same.
+func (r Ranges) Equal(o Ranges) bool {
+	return slices.Equal(r.Guests, o.Guests) && slices.Equal(r.Reserved, o.Reserved) && slices.Equal(r.Untracked, o.Untracked)
+}
+
 // Snapshot is the complete desired state of one host at one revision. It and
 // everything below it is immutable; what did not change since the snapshot
 // before is the same pointer.
@@ -422,13 +443,7 @@ type Snapshot struct {
 	Cgroup   string     // the cgroup (v2) whose processes see the services, "/" for all
 	Services []*Service // sorted by name, names are unique
 
-	// Guests are the addresses of what runs on this host with an address of its
-	// own: what they are sent passes here. Sorted.
-	Guests []netip.Prefix
-
-	// Reserved are ranges whose addresses only services have: what is sent there
-	// and finds no listener is nobody's. Sorted.
-	Reserved []netip.Prefix
+	Ranges
 
 	// Partial says that a source has not told yet what it has: what the kernel
 	// has beyond Services stays.
@@ -441,7 +456,7 @@ type Snapshot struct {
 func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
 	next := &Snapshot{
 		Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services),
-		Guests: s.Guests, Reserved: s.Reserved, Partial: s.Partial,
+		Ranges: s.Ranges, Partial: s.Partial,
 	}
 	if !s.sorts(next.Services) {
 		slices.SortFunc(next.Services, byName)
@@ -493,15 +508,15 @@ func (s *Snapshot) index(name string) (int, bool) {
 	return slices.BinarySearchFunc(s.Services, name, func(s *Service, name string) int { return strings.Compare(s.Name, name) })
 }
 
-// With returns a snapshot that differs from s in its guests, its reserved ranges
-// and in whether it is partial; s itself when it does not.
-func (s *Snapshot) With(guests, reserved []netip.Prefix, partial bool) *Snapshot {
-	if partial == s.Partial && slices.Equal(guests, s.Guests) && slices.Equal(reserved, s.Reserved) {
+// With returns a snapshot that differs from s in its ranges and in whether it is
+// partial; s itself when it does not.
+func (s *Snapshot) With(r Ranges, partial bool) *Snapshot {
+	if partial == s.Partial && r.Equal(s.Ranges) {
 		return s
 	}
 	next := *s
 	next.Revision++
-	next.Guests, next.Reserved, next.Partial = guests, reserved, partial
+	next.Ranges, next.Partial = r, partial
 	return &next
 }
 

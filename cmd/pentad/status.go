@@ -171,6 +171,9 @@ func clusterText(c *api.Cluster) string {
 	if !c.Away.IsZero() {
 		text += fmt.Sprintf("; the API server has not answered for %s", ago(c.Away))
 	}
+	if len(c.Untracked) > 0 {
+		text += fmt.Sprintf("; connections between pods (%s) are not tracked", firstFew(c.Untracked))
+	}
 	if c.Leaving {
 		text += "; the node is being deleted"
 	}
@@ -218,10 +221,15 @@ func (s *statusOut) kernelRows() [][]string {
 	return rows
 }
 
-func firstFew(names []string) string {
+func firstFew[T any](all []T) string {
 	const few = 5
-	if len(names) > few {
-		return strings.Join(names[:few], ", ") + ", ..."
+	var names []string
+	for i, one := range all {
+		if i == few {
+			names = append(names, "...")
+			break
+		}
+		names = append(names, fmt.Sprint(one))
 	}
 	return strings.Join(names, ", ")
 }

@@ -110,17 +110,25 @@ func (p *Plane) forget(s stale) {
 const shaking = 500 * time.Millisecond
 
 // Run has conntrack forget what changes make stale, until the context ends: first
-// what has ended, then what could not begin.
+// what has ended, then what could not begin. It also forgets which pods had to be
+// tracked and need not be any more.
 func (p *Plane) Run(ctx context.Context) {
 	rest := time.NewTimer(time.Hour)
 	rest.Stop()
 	defer rest.Stop()
+	reviews := time.NewTicker(reviewEvery)
+	defer reviews.Stop()
 	for {
 		var s stale
 		all := false
 		select {
 		case <-ctx.Done():
 			return
+		case <-reviews.C:
+			if err := p.review(); err != nil {
+				p.log.Warn("pods stay tracked whose packets are not translated any more", "error", err)
+			}
+			continue
 		case <-rest.C:
 			s, all = p.take(&p.later), true
 		case <-p.staleWake:
@@ -240,11 +248,13 @@ const (
 	msgDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
 
 	attrTupleOrig, attrTupleReply  = 1, 2
+	attrStatus, attrStatusMask     = 3, 26
 	attrProtoInfo                  = 4
 	attrID                         = 12
 	attrFilter                     = 25
 	attrTupleIP, attrTupleProto    = 1, 2
 	attrIPv4Src, attrIPv4Dst       = 1, 2
+	attrIPv6Src                    = 3
 	attrProtoNum                   = 1
 	attrProtoSrc, attrProtoDst     = 2, 3
 	attrProtoInfoTCP, attrTCPState = 1, 1

@@ -23,18 +23,22 @@ type setName uint8
 // The sets and maps. Keys and data are concatenations of fields of four bytes or
 // sixteen; a listener is address, protocol and port.
 const (
-	setServices setName = iota // listener -> verdict, for packets from elsewhere
-	setGuestsTo                // listener -> verdict, for packets of guests
-	setSlots                   // listener and slot -> backend
-	setChoices                 // listener and slot -> number of a backend, of services with affinity
-	setMembers                 // listener and number -> backend, of the same
-	setSources                 // listener and ranges of addresses: who may come
-	setLocal                   // addresses of backends on this host
-	setHairpin                 // the same address twice, of backends on this host
-	setGuests                  // ranges of addresses of guests
-	setTaken                   // addresses of listeners that lie in reserved ranges
-	setReserved                // ranges of addresses that only services have
-	setAffinity                // client and listener -> backend, written by the kernel
+	setServices  setName = iota // listener -> verdict, for packets from elsewhere
+	setGuestsTo                 // listener -> verdict, for packets of guests
+	setSlots                    // listener and slot -> backend
+	setChoices                  // listener and slot -> number of a backend, of services with affinity
+	setMembers                  // listener and number -> backend, of the same
+	setSources                  // listener and ranges of addresses: who may come
+	setLocal                    // addresses of backends on this host
+	setHairpin                  // the same address twice, of backends on this host
+	setGuests                   // ranges of addresses of guests
+	setTaken                    // addresses of listeners that lie in reserved ranges
+	setReserved                 // ranges of addresses that only services have
+	setUntracked                // ranges between whose addresses nothing is tracked
+	setVIPs                     // addresses of listeners that lie in these ranges
+	setTracked                  // addresses in these ranges whose packets were translated, written by the kernel
+	setWaning                   // the same, of those that may have none any more; by this plane
+	setAffinity                 // client and listener -> backend, written by the kernel
 	setNameEnd
 )
 
@@ -61,6 +65,7 @@ type chain struct {
 	hashed   bool // the slot is a hash of the client's address
 	affinity time.Duration
 	guarded  bool
+	raw      bool // none that leads to a backend: it keeps packets from being tracked
 }
 
 // sticks returns the chain to which one with affinity leads: it remembers the
@@ -69,6 +74,9 @@ func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity} }
 
 // name is unique for what the chain does.
 func (c chain) name() string {
+	if c.raw {
+		return chainRaw
+	}
 	if c.slots == 0 {
 		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second)
 	}
@@ -95,6 +103,9 @@ const (
 	affinityMark = "-affinity-"
 	guardedMark  = "-guarded"
 )
+
+// chainRaw is there when there are ranges between which nothing is tracked.
+const chainRaw = "raw"
 
 // The chains for services without a backend.
 const (

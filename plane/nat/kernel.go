@@ -105,7 +105,10 @@ func (k *kernel) whole(c *nftables.Chain, rules int) bool {
 
 // rulesIn returns how many rules a chain of backends has, by its name.
 func rulesIn(name string) int {
-	if strings.HasPrefix(name, "stick") {
+	switch {
+	case name == chainRaw:
+		return 2
+	case strings.HasPrefix(name, "stick"):
 		return 1
 	}
 	n := 3
@@ -148,8 +151,8 @@ func (k *kernel) addRules(c *nftables.Chain, rules [][]expr.Any) {
 	}
 }
 
-func (k *kernel) addChain(name string, c chain) {
-	k.addRules(&nftables.Chain{Table: k.table, Name: name}, c.rules())
+func (k *kernel) addChain(c chain) {
+	k.addRules(c.definition(k.table), c.rules())
 }
 
 func (k *kernel) emptyChain(name string) {
@@ -202,7 +205,7 @@ func (e element) encode() []nftables.SetElement {
 	case setSources:
 		half := len(key) / 2
 		return []nftables.SetElement{{Key: key[:half], KeyEnd: key[half:]}}
-	case setGuests, setReserved:
+	case setGuests, setReserved, setUntracked:
 		half := len(key) / 2
 		all := []nftables.SetElement{{Key: key[:half]}}
 		if end, ok := after(key[half:]); ok {
@@ -237,11 +240,11 @@ func before(address []byte) []byte {
 	return last
 }
 
-// elements reads what this plane has written.
+// elements reads what follows from snapshots.
 func (k *kernel) elements() ([]element, error) {
 	var all []element
 	for _, s := range allSets() {
-		if s.name == setAffinity {
+		if s.name == setAffinity || s.name == setTracked || s.name == setWaning {
 			continue
 		}
 		have, err := k.conn.GetSetElements(k.sets[s])
@@ -253,11 +256,11 @@ func (k *kernel) elements() ([]element, error) {
 	return all, nil
 }
 
-// visits reads which clients are remembered, and with which backends.
-func (k *kernel) visits() ([]element, error) {
+// of reads the sets of that name.
+func (k *kernel) of(name setName) ([]element, error) {
 	var all []element
 	for _, v4 := range []bool{true, false} {
-		s := set{setAffinity, v4}
+		s := set{name, v4}
 		have, err := k.conn.GetSetElements(k.sets[s])
 		if err != nil {
 			return nil, fmt.Errorf("set %s: %w", s, err)
@@ -268,7 +271,7 @@ func (k *kernel) visits() ([]element, error) {
 }
 
 func decode(s set, have []nftables.SetElement) []element {
-	if s.name == setGuests || s.name == setReserved {
+	if s.name == setGuests || s.name == setReserved || s.name == setUntracked {
 		return decodeIntervals(s, have)
 	}
 	all := make([]element, 0, len(have))

@@ -35,6 +35,7 @@ type Plane struct {
 	chains     map[string]bool   // of backends
 	local      users             // backends on this host
 	taken      users             // addresses of listeners in reserved ranges
+	vips       users             // addresses of listeners in untracked ranges
 	generation uint32            // of the rule set when Check saw it last; 0: changed since
 
 	staleMu   sync.Mutex
@@ -74,7 +75,7 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 		return err
 	}
 	defer k.close()
-	if p.applied == nil || !slices.Equal(p.applied.Reserved, snap.Reserved) {
+	if p.applied == nil || !slices.Equal(p.applied.Reserved, snap.Reserved) || !slices.Equal(p.applied.Untracked, snap.Untracked) {
 		return p.reconcile(k, snap)
 	}
 	if p.applied == snap {
@@ -86,7 +87,7 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 	changed, removed := service.Diff(p.applied, snap)
 	for _, s := range removed {
 		ended.between(s, &service.Service{})
-		p.stage(&c, s, &service.Service{}, snap.Reserved, needed)
+		p.stage(&c, s, &service.Service{}, &snap.Ranges, needed)
 	}
 	for _, s := range changed {
 		before := p.applied.Find(s.Name)
@@ -94,7 +95,7 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 			before = &service.Service{}
 		}
 		ended.between(before, s)
-		p.stage(&c, before, s, snap.Reserved, needed)
+		p.stage(&c, before, s, &snap.Ranges, needed)
 	}
 	c.differ(rangeElements(setGuests, p.applied.Guests), rangeElements(setGuests, snap.Guests))
 	c.settle()
@@ -106,7 +107,7 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 }
 
 // stage adds what makes one service the other.
-func (p *Plane) stage(c *change, before, after *service.Service, reserved []netip.Prefix, needed map[string]chain) {
+func (p *Plane) stage(c *change, before, after *service.Service, ranges *service.Ranges, needed map[string]chain) {
 	c.differ(elementsOf(before, make(map[string]chain)), elementsOf(after, needed))
 	for _, x := range []struct {
 		counted users
@@ -114,7 +115,8 @@ func (p *Plane) stage(c *change, before, after *service.Service, reserved []neti
 		as      func(netip.Addr) []element
 	}{
 		{p.local, localAddresses, onHost},
-		{p.taken, func(s *service.Service) []netip.Addr { return takenAddresses(s, reserved) }, ofService},
+		{p.taken, func(s *service.Service) []netip.Addr { return listenersIn(s, ranges.Reserved) }, plainIn(setTaken)},
+		{p.vips, func(s *service.Service) []netip.Addr { return listenersIn(s, ranges.Untracked) }, plainIn(setVIPs)},
 	} {
 		c.remove = append(c.remove, x.counted.change(x.of(before), -1, x.as)...)
 		c.add = append(c.add, x.counted.change(x.of(after), 1, x.as)...)
@@ -152,12 +154,12 @@ func localAddresses(s *service.Service) []netip.Addr {
 	return distinct(all)
 }
 
-// takenAddresses returns the addresses of listeners that lie in reserved ranges.
-func takenAddresses(s *service.Service, reserved []netip.Prefix) []netip.Addr {
+// listenersIn returns the addresses of listeners that lie in ranges, each once.
+func listenersIn(s *service.Service, ranges []netip.Prefix) []netip.Addr {
 	var all []netip.Addr
 	for _, l := range s.Listeners {
 		a := l.Address.Addr()
-		if slices.ContainsFunc(reserved, func(r netip.Prefix) bool { return r.Contains(a) }) {
+		if slices.ContainsFunc(ranges, func(r netip.Prefix) bool { return r.Contains(a) }) {
 			all = append(all, a)
 		}
 	}
@@ -174,8 +176,8 @@ func onHost(a netip.Addr) []element {
 	return []element{{in: set{setLocal, a.Is4()}, key: raw}, {in: set{setHairpin, a.Is4()}, key: raw + raw}}
 }
 
-func ofService(a netip.Addr) []element {
-	return []element{{in: set{setTaken, a.Is4()}, key: string(a.AsSlice())}}
+func plainIn(name setName) func(netip.Addr) []element {
+	return func(a netip.Addr) []element { return []element{{in: set{name, a.Is4()}, key: string(a.AsSlice())}} }
 }
 
 // rangeElements are ranges in a set of intervals.
@@ -194,7 +196,7 @@ func rangeElements(name setName, ranges []netip.Prefix) []element {
 
 // reconcile reads the kernel and makes it right, whoever made it what it is.
 func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
-	p.local, p.taken = make(users), make(users)
+	p.local, p.taken, p.vips = make(users), make(users), make(users)
 	p.chains = make(map[string]bool)
 	found, err := k.inspect()
 	if err != nil {
@@ -203,20 +205,26 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 	needed := make(map[string]chain)
 	var want change
 	for _, s := range snap.Services {
-		p.stage(&want, &service.Service{}, s, snap.Reserved, needed)
+		p.stage(&want, &service.Service{}, s, &snap.Ranges, needed)
 	}
 	want.add = append(want.add, rangeElements(setGuests, snap.Guests)...)
 	want.add = append(want.add, rangeElements(setReserved, snap.Reserved)...)
+	want.add = append(want.add, rangeElements(setUntracked, snap.Untracked)...)
+	if len(snap.Untracked) > 0 {
+		needed[chainRaw] = chain{raw: true}
+	}
 	if found == nil {
 		if err := k.create(); err != nil {
 			return err
 		}
-		return p.commit(k, &want, needed)
+		return p.noting(k, &want, func() error { return p.commit(k, &want, needed) })
 	}
 	if !found.sound {
 		p.log.Warn("the table of the nat plane is not what it should be, and is made anew", "table", TableName)
-		k.replace()
-		return p.commitAtOnce(k, &want, needed)
+		return p.noting(k, &want, func() error {
+			k.replace()
+			return p.commitAtOnce(k, &want, needed)
+		})
 	}
 	have, err := k.elements()
 	if err != nil {
@@ -227,7 +235,7 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 	}
 	var c change
 	c.differ(have, want.add)
-	if err := p.commit(k, &c, needed); err != nil {
+	if err := p.noting(k, &c, func() error { return p.commit(k, &c, needed) }); err != nil {
 		return err
 	}
 	ended := make(stale)
@@ -281,7 +289,7 @@ func order(e element) int {
 	switch e.in.name {
 	case setServices, setGuestsTo:
 		return 1
-	case setTaken, setReserved:
+	case setTaken, setReserved, setUntracked:
 		return 2
 	}
 	return 0
@@ -298,8 +306,8 @@ func (p *Plane) addChains(k *kernel, needed map[string]chain) {
 	// Chains lead to those that stick.
 	for _, sticks := range []bool{true, false} {
 		for name, c := range needed {
-			if !p.chains[name] && (c.slots == 0) == sticks {
-				k.addChain(name, c)
+			if !p.chains[name] && (c.slots == 0 && !c.raw) == sticks {
+				k.addChain(c)
 				p.chains[name] = true
 			}
 		}

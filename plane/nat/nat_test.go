@@ -187,9 +187,10 @@ func to(local bool, addresses ...string) []service.Backend {
 }
 
 func of(services ...*service.Service) *service.Snapshot {
-	return (&service.Snapshot{}).Next("/", services).With([]netip.Prefix{
-		netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:2::/64"),
-	}, []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("2001:db8:96::/64")}, false)
+	return (&service.Snapshot{}).Next("/", services).With(service.Ranges{
+		Guests:   []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:2::/64")},
+		Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("2001:db8:96::/64")},
+	}, false)
 }
 
 // Both families and protocols; the client's address is kept where the reply
@@ -283,10 +284,10 @@ func TestSourceHash(t *testing.T) {
 			for vip, client := range map[string]string{
 				"10.96.0.1:8080": fmt.Sprintf("192.0.2.%d", 100+i), "[2001:db8:96::1]:8080": fmt.Sprintf("2001:db8:1::%x", 0x100+i),
 			} {
-				answer, err := n.askAs(client, vip)
+				answer, err := n.askFrom(n.client, client, vip)
 				n.check(err)
 				for range 3 {
-					if again, err := n.askAs(client, vip); err != nil || again != answer {
+					if again, err := n.askFrom(n.client, client, vip); err != nil || again != answer {
 						t.Errorf("%s to %s: %s, then %s (%v)", client, vip, answer, again, err)
 					}
 				}
@@ -331,9 +332,9 @@ func TestSourceHash(t *testing.T) {
 	}
 }
 
-// askAs connects from one of the addresses of the client.
-func (n *network) askAs(client, to string) (answer string, err error) {
-	err = errors.Join(err, n.client.Do(func() error {
+// askFrom connects from one of the addresses of a host.
+func (n *network) askFrom(h *lab.Host, client, to string) (answer string, err error) {
+	err = errors.Join(err, h.Do(func() error {
 		d := net.Dialer{Timeout: 2 * time.Second, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(client), 0))}
 		d.SetMultipathTCP(false)
 		c, err := d.Dial("tcp", to)
@@ -395,6 +396,16 @@ func TestReserved(t *testing.T) {
 	}
 	// What an address outside of these ranges has besides is not our business.
 	n.expect(n.node, "tcp", "10.2.0.2:9000", "lost 10.2.0.1")
+	// Who else serves such an address is let be.
+	for _, rule := range []string{
+		"add table ip other", "add chain ip other pre { type nat hook prerouting priority dstnat + 10; }",
+		"add rule ip other pre ip daddr 10.96.0.77 tcp dport 80 dnat to 10.1.0.2:80",
+	} {
+		if out, err := n.node.Run(t.Context(), lab.Outside, "nft", rule); err != nil {
+			t.Fatalf("%s: %v: %s", rule, err, out)
+		}
+	}
+	n.expect(n.client, "tcp", "10.96.0.77:80", "guest 192.0.2.2")
 	next := *web
 	next.Name, next.Listeners = "next", at(service.Anywhere, "10.96.0.2:8080")
 	n.apply(of(web, outside, &next))
@@ -403,7 +414,7 @@ func TestReserved(t *testing.T) {
 	n.apply(of(web, outside))
 	dropped(n.client, "tcp", "10.96.0.2:8080")
 	// Without the ranges packets go where the host sends them.
-	n.apply(of(web, outside).With(nil, nil, false))
+	n.apply(of(web, outside).With(service.Ranges{}, false))
 	n.expect(n.node, "tcp", "10.96.0.1:9000", "lost 10.2.0.1")
 }
 

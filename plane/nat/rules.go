@@ -12,19 +12,21 @@ import (
 //	chain prerouting { type nat hook prerouting priority dstnat
 //	    ip saddr @guests4 goto guests4                    # what guests send
 //	    ip daddr . meta l4proto . th dport vmap @services4
-//	    meta nfproto ipv4 goto nobody4
 //	    (the same for IPv6)
 //	}
 //	chain guests4 {
 //	    ip daddr . meta l4proto . th dport vmap @guests_to4
-//	    goto nobody4
 //	}
-//	chain nobody4 {                                       # no listener is there
+//	chain forward { type filter hook forward priority filter
+//	    ct state & new == 0 return
+//	    meta nfproto ipv4 goto nobody4                    # nobody has translated it
+//	}
+//	chain output { type filter hook output priority filter
+//	    (the same)
+//	}
+//	chain nobody4 {
 //	    ip daddr @taken4 goto refuse                      # a service has the address
 //	    ip daddr @reserved4 goto drop                     # one may have it soon
-//	}
-//	chain output { type nat hook output priority dstnat   # what sockets did not translate
-//	    meta nfproto ipv4 goto nobody4
 //	}
 //	chain backend4-10 {                                   # services with ten slots
 //	    meta mark set meta mark or 0x4000
@@ -34,7 +36,12 @@ import (
 //	chain backend4-251-hashed {                           # the same with source-hash
 //	    ... jhash ip saddr mod 251 seed 0x9e3779b9 ...
 //	}
+//	chain raw { type filter hook prerouting priority raw  # if there are such ranges
+//	    ip saddr @untracked4 ip daddr @untracked4 ip saddr != @tracked4 ip daddr != @tracked4
+//	        ip saddr != @waning4 ip daddr != @waning4 ip daddr != @vips4 fib daddr type != local notrack
+//	}
 //	chain postrouting { type nat hook postrouting priority srcnat
+//	    ct status & dnat != 0 ip saddr @untracked4 add @tracked4 { ip saddr }
 //	    meta mark and 0x4000 == 0 return
 //	    meta nfproto ipv4 goto source4
 //	}
@@ -61,6 +68,7 @@ const layoutVersion = "layout-2"
 // The chains that are always there.
 const (
 	chainPrerouting  = "prerouting"
+	chainForward     = "forward"
 	chainOutput      = "output"
 	chainPostrouting = "postrouting"
 	chainGuests4     = "guests4"
@@ -78,6 +86,7 @@ func reg(n uint32) uint32 { return unix.NFT_REG32_00 + n }
 var setNames = [setNameEnd]string{
 	setServices: "services", setGuestsTo: "guests_to", setSlots: "slots", setChoices: "choices", setMembers: "members", setSources: "sources",
 	setLocal: "local", setHairpin: "hairpin", setGuests: "guests", setTaken: "taken", setReserved: "reserved",
+	setUntracked: "untracked", setVIPs: "vips", setTracked: "tracked", setWaning: "waning",
 	setAffinity: "affinity",
 }
 
@@ -90,6 +99,10 @@ func (s set) String() string {
 
 // affinityPlaces bounds how many clients are remembered, for each family.
 const affinityPlaces = 65536
+
+// trackedPlaces bounds how many clients with translated connections are known, for
+// each family: as many as there are addresses in 10.0.0.0/12.
+const trackedPlaces = 1 << 20
 
 // definition is the set as the kernel has to make it.
 func (s set) definition(t *nftables.Table) *nftables.Set {
@@ -117,11 +130,14 @@ func (s set) definition(t *nftables.Table) *nftables.Set {
 	case setSources:
 		key = append(key, addr)
 		d.Interval = true
-	case setLocal, setTaken:
+	case setTracked:
+		key = []nftables.SetDatatype{addr}
+		d.Dynamic, d.Size = true, trackedPlaces
+	case setLocal, setTaken, setVIPs, setWaning:
 		key = []nftables.SetDatatype{addr}
 	case setHairpin:
 		key = []nftables.SetDatatype{addr, addr}
-	case setGuests, setReserved:
+	case setGuests, setReserved, setUntracked:
 		key = []nftables.SetDatatype{addr}
 		d.Interval = true
 	case setAffinity:
@@ -148,8 +164,8 @@ func allSets() []set {
 // fixedChains are the chains that are always there, with their rules.
 func fixedChains(t *nftables.Table) []fixedChain {
 	accept := nftables.ChainPolicyAccept
-	hook := func(name string, at *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
-		return &nftables.Chain{Table: t, Name: name, Type: nftables.ChainTypeNAT, Hooknum: at, Priority: priority, Policy: &accept}
+	hook := func(name string, kind nftables.ChainType, at *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
+		return &nftables.Chain{Table: t, Name: name, Type: kind, Hooknum: at, Priority: priority, Policy: &accept}
 	}
 	plain := func(name string) *nftables.Chain { return &nftables.Chain{Table: t, Name: name} }
 	// A chain comes before those that lead to it.
@@ -159,13 +175,14 @@ func fixedChains(t *nftables.Table) []fixedChain {
 		{plain(chainDrop), [][]expr.Any{{&expr.Verdict{Kind: expr.VerdictDrop}}}},
 		{plain(chainNobody4), nobodyRules(true)},
 		{plain(chainNobody6), nobodyRules(false)},
-		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, true}), {goTo(chainNobody4)}}},
-		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, false}), {goTo(chainNobody6)}}},
+		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, true})}},
+		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, false})}},
 		{plain(chainSource4), sourceRules(true)},
 		{plain(chainSource6), sourceRules(false)},
-		{hook(chainPrerouting, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), preroutingRules()},
-		{hook(chainOutput, nftables.ChainHookOutput, nftables.ChainPriorityNATDest), outputRules()},
-		{hook(chainPostrouting, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), postroutingRules()},
+		{hook(chainPrerouting, nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), preroutingRules()},
+		{hook(chainForward, nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter), untranslatedRules()},
+		{hook(chainOutput, nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter), untranslatedRules()},
+		{hook(chainPostrouting, nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), postroutingRules()},
 	}
 }
 
@@ -223,6 +240,15 @@ func vmapRule(in set) []expr.Any {
 	return append(rule, lookupTo(in, reg(0), unix.NFT_REG_VERDICT))
 }
 
+// definition is the chain as the kernel has to make it.
+func (c chain) definition(t *nftables.Table) *nftables.Chain {
+	def := &nftables.Chain{Table: t, Name: c.name()}
+	if c.raw {
+		def.Type, def.Hooknum, def.Priority = nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw
+	}
+	return def
+}
+
 func goTo(name string) expr.Any { return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name} }
 
 // byFamily returns the name of one of the two chains that a family has each.
@@ -238,16 +264,25 @@ func preroutingRules() [][]expr.Any {
 	for _, v4 := range []bool{true, false} {
 		rules = append(rules,
 			append(ofFamily(v4), loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), goTo(byFamily(v4, chainGuests4, chainGuests6))),
-			append(ofFamily(v4), vmapRule(set{setServices, v4})...),
-			append(ofFamily(v4), goTo(byFamily(v4, chainNobody4, chainNobody6))))
+			append(ofFamily(v4), vmapRule(set{setServices, v4})...))
 	}
 	return rules
 }
 
-// outputRules are for sockets of this host: they are translated when they connect,
-// so that what still goes to a reserved address has no listener.
-func outputRules() [][]expr.Any {
+// stateNew is NF_CT_STATE_BIT(IP_CT_NEW) of linux/netfilter/nf_conntrack_common.h.
+const stateNew = 1 << 3
+
+// untranslatedRules look at what begins and still goes where it was sent: not this
+// table has translated it, nor has somebody else who serves the Service instead.
+func untranslatedRules() [][]expr.Any {
 	return [][]expr.Any{
+		{
+			&expr.Ct{Key: expr.CtKeySTATE, Register: reg(0)},
+			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+				Mask: binaryutil.NativeEndian.PutUint32(stateNew), Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
+			&expr.Verdict{Kind: expr.VerdictReturn},
+		},
 		append(ofFamily(true), goTo(chainNobody4)),
 		append(ofFamily(false), goTo(chainNobody6)),
 	}
@@ -281,8 +316,47 @@ func setMark(on bool) []expr.Any {
 	}
 }
 
+// rawRules keep what need not be tracked from conntrack. Replies to a client whose
+// packets are translated, here or by somebody else, have to be: which clients these
+// are is known when they begin. So have replies to this host, which may have put its
+// own address in place of a client's.
+func rawRules() [][]expr.Any {
+	var rules [][]expr.Any
+	for _, v4 := range []bool{true, false} {
+		w := words(v4)
+		without := func(name setName, from uint32) *expr.Lookup {
+			l := lookup(set{name, v4}, from)
+			l.Invert = true
+			return l
+		}
+		rules = append(rules, append(ofFamily(v4),
+			loadSource(v4, reg(0)), lookup(set{setUntracked, v4}, reg(0)),
+			loadDestination(v4, reg(w)), lookup(set{setUntracked, v4}, reg(w)),
+			without(setTracked, reg(0)), without(setTracked, reg(w)),
+			without(setWaning, reg(0)), without(setWaning, reg(w)), without(setVIPs, reg(w)),
+			&expr.Fib{Register: reg(2 * w), FlagDADDR: true, ResultADDRTYPE: true},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(2 * w), Data: []byte(native(unix.RTN_LOCAL))},
+			&expr.Notrack{}))
+	}
+	return rules
+}
+
+// statusDNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
+const statusDNAT = 1 << 5
+
+// noteRule notes who begins a translated connection, if his others are not tracked.
+func noteRule(v4 bool) []expr.Any {
+	return append(ofFamily(v4),
+		&expr.Ct{Key: expr.CtKeySTATUS, Register: reg(0)},
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(statusDNAT), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: make([]byte, 4)},
+		loadSource(v4, reg(0)), lookup(set{setUntracked, v4}, reg(0)),
+		&expr.Dynset{SrcRegKey: reg(0), SetName: set{setTracked, v4}.String(), Operation: unix.NFT_DYNSET_OP_ADD})
+}
+
 func postroutingRules() [][]expr.Any {
-	rules := [][]expr.Any{{
+	rules := [][]expr.Any{noteRule(true), noteRule(false), {
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)},
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
 			Mask: binaryutil.NativeEndian.PutUint32(Mark), Xor: make([]byte, 4)},
@@ -340,6 +414,9 @@ func translate(v4 bool, n uint32) expr.Any {
 
 // rules returns what a chain of backends does.
 func (c chain) rules() [][]expr.Any {
+	if c.raw {
+		return rawRules()
+	}
 	if c.slots == 0 {
 		return [][]expr.Any{c.stick()}
 	}

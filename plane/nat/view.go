@@ -107,7 +107,7 @@ func Read() (*View, error) {
 	if err != nil {
 		return nil, fmt.Errorf("table inet %s: %w", TableName, err)
 	}
-	visits, err := k.visits()
+	visits, err := k.of(setAffinity)
 	if err != nil {
 		return nil, fmt.Errorf("table inet %s: %w", TableName, err)
 	}

@@ -347,7 +347,9 @@ func (w *world) build() error {
 	}{{w.a, "12", 2}, {w.b, "11", 1}} {
 		err := errors.Join(
 			n.Route(fmt.Sprintf("10.244.%d.0/24", n.index), "10.0.0."+n.other),
-			n.Route(fmt.Sprintf("2001:db8:244:%d::/64", n.index), "2001:db8::"+n.other))
+			n.Route(fmt.Sprintf("2001:db8:244:%d::/64", n.index), "2001:db8::"+n.other),
+			// As nodes have one; nobody is there.
+			n.Route("0.0.0.0/0", "10.0.0.254"), n.Route("::/0", "2001:db8::254"))
 		if err != nil {
 			return err
 		}
@@ -408,7 +410,8 @@ func (w *world) newNode(ctx context.Context, fabric *lab.Switch, name string, in
 		}
 	}
 	n.config, err = h.WriteFile("pentad.yaml", fmt.Sprintf(
-		"source: {kubernetes: {kubeconfig: %s, node: %s, allowExternalIPs: [%s]}}\nscope: {cgroup: %s}\n", w.account, name, allowedExternal, h.Scope()))
+		"source: {kubernetes: {kubeconfig: %s, node: %s, allowExternalIPs: [%s], untracked: [%s]}}\nscope: {cgroup: %s}\n",
+		w.account, name, allowedExternal, untracked[name], h.Scope()))
 	if err != nil {
 		return nil, err
 	}
@@ -431,6 +434,10 @@ func (n *node) pentad(args ...string) (string, error) {
 
 // allowedExternal are the externalIPs that the nodes serve to everybody.
 const allowedExternal = "203.0.113.64/26"
+
+// untracked has one of the nodes not track connections between pods: nothing else may
+// be different there.
+var untracked = map[string]string{"b": `10.244.0.0/16, "2001:db8:244::/48"`}
 
 // newPod makes a pod: a network namespace behind its node, with a server that
 // answers on ports 8080 and 8081.

@@ -43,8 +43,8 @@ func TestServiceChanges(t *testing.T) {
 	s.endpoints(svc, pods("a1")...)
 	s.expect(s.outside, hostPort(ip, 81), seen{"a1", ""})
 	s.expectBy("tcp", s.pods["a2"], hostPort(ip, 82), seen{"a1", ""})
-	s.expectBy("tcp", s.pods["a2"], hostPort(ip, 80), seen{"timeout", ""})
-	s.expectBy("tcp", s.outside, hostPort(ip, 80), seen{"timeout", ""})
+	s.expectBy("tcp", s.pods["a2"], hostPort(ip, 80), seen{"refused", ""})
+	s.expectBy("tcp", s.outside, hostPort(ip, 80), seen{"refused", ""})
 
 	// Its type is changed, there and back.
 	svc = s.update(svc, func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeNodePort })

@@ -453,6 +453,7 @@ func TestServiceCIDRs(t *testing.T) {
 			s.expectBy("tcp", from, hostPort(free, 80), seen{"timeout", ""})
 		}
 	}
+	s.expectBy("tcp", s.a.place, hostPort(svc.Spec.ClusterIP, 81), seen{"refused", ""})
 	cidrs := s.cluster.Client.NetworkingV1().ServiceCIDRs()
 	for name, ranges := range map[string][]string{"more": {"198.51.100.192/28"}, "wrong": {"10.244.0.0/16"}} {
 		c := &networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: ranges}}

@@ -1,0 +1,4 @@
+package nat
+
+// Review is what Run does from time to time.
+var Review = (*Plane).review
