@@ -303,6 +303,9 @@ func addressOf(i, n int) string {
 	return netip.AddrFrom4([4]byte{10, 244, byte(k >> 8), byte(k)}).String()
 }
 
+// makers is how many Services are made at the same time.
+const makers = 8
+
 // fill makes the Services of the large cluster.
 func (b *bench) fill(ctx context.Context) error {
 	if b.filled {
@@ -311,7 +314,7 @@ func (b *bench) fill(ctx context.Context) error {
 	b.filled = true
 	fmt.Fprintf(os.Stderr, "making %d Services with %d endpoints each\n", b.services, manyEndpoints)
 	work := make(chan int)
-	errs := make(chan error, 8)
+	errs := make(chan error, makers)
 	var all sync.WaitGroup
 	for range cap(errs) {
 		all.Go(func() {

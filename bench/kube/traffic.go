@@ -74,6 +74,9 @@ func connects(ctx context.Context, b *bench) error {
 	if err := b.ready(ctx, true); err != nil {
 		return err
 	}
+	if err := b.allLive(); err != nil {
+		return err
+	}
 	var service, direct strings.Builder
 	for i := range b.services {
 		fmt.Fprintf(&service, "%s:80\n", clusterIP(i))
@@ -109,6 +112,23 @@ func connects(ctx context.Context, b *bench) error {
 			Detail: fmt.Sprintf("median of %d pairs; %.1f us against %.1f; to the endpoint itself %.1f and %.1f: a Service costs %.1f us against %.1f",
 				connectRounds, middle(us[0])/1000, middle(us[1])/1000, middle(us[2])/1000, middle(us[3])/1000,
 				between(us[0], us[2])/1000, between(us[1], us[3])/1000)})
+	}
+	return nil
+}
+
+// allLive waits until the Services that were made last work behind both proxies.
+func (b *bench) allLive() error {
+	for _, n := range []*node{b.ours, b.theirs} {
+		w, err := startTalk(n.pod, n.Host, lab.Inside, "watch")
+		if err != nil {
+			return err
+		}
+		for i := max(0, b.services-makers); i < b.services; i++ {
+			if _, err := w.say(clusterIP(i) + ":80 *"); err != nil {
+				return err
+			}
+		}
+		w.in.Close()
 	}
 	return nil
 }

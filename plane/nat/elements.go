@@ -65,7 +65,10 @@ type chain struct {
 	hashed   bool // the slot is a hash of the client's address
 	affinity time.Duration
 	guarded  bool
-	raw      bool // none that leads to a backend: it keeps packets from being tracked
+
+	// untracked ranges make it one that leads to no backend, but keeps packets
+	// between them from being tracked.
+	untracked []netip.Prefix
 }
 
 // sticks returns the chain to which one with affinity leads: it remembers the
@@ -74,8 +77,12 @@ func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity} }
 
 // name is unique for what the chain does.
 func (c chain) name() string {
-	if c.raw {
-		return chainRaw
+	if c.untracked != nil {
+		h := fnv.New32a()
+		for _, p := range c.untracked {
+			h.Write([]byte(p.String()))
+		}
+		return fmt.Sprintf("%s%d-%08x", rawMark, len(c.untracked), h.Sum32())
 	}
 	if c.slots == 0 {
 		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second)
@@ -104,8 +111,9 @@ const (
 	guardedMark  = "-guarded"
 )
 
-// chainRaw is there when there are ranges between which nothing is tracked.
-const chainRaw = "raw"
+// rawMark begins the name of the chain that is there when nothing is tracked between
+// some ranges; how many follows, and which.
+const rawMark = "raw-"
 
 // The chains for services without a backend.
 const (

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/google/nftables"
@@ -106,8 +107,13 @@ func (k *kernel) whole(c *nftables.Chain, rules int) bool {
 // rulesIn returns how many rules a chain of backends has, by its name.
 func rulesIn(name string) int {
 	switch {
-	case name == chainRaw:
-		return 2
+	case strings.HasPrefix(name, rawMark):
+		count, _, _ := strings.Cut(strings.TrimPrefix(name, rawMark), "-")
+		n, err := strconv.Atoi(count)
+		if err != nil {
+			return -1 // not this plane's
+		}
+		return n
 	case strings.HasPrefix(name, "stick"):
 		return 1
 	}

@@ -211,7 +211,8 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 	want.add = append(want.add, rangeElements(setReserved, snap.Reserved)...)
 	want.add = append(want.add, rangeElements(setUntracked, snap.Untracked)...)
 	if len(snap.Untracked) > 0 {
-		needed[chainRaw] = chain{raw: true}
+		raw := chain{untracked: snap.Untracked}
+		needed[raw.name()] = raw
 	}
 	if found == nil {
 		if err := k.create(); err != nil {
@@ -306,7 +307,7 @@ func (p *Plane) addChains(k *kernel, needed map[string]chain) {
 	// Chains lead to those that stick.
 	for _, sticks := range []bool{true, false} {
 		for name, c := range needed {
-			if !p.chains[name] && (c.slots == 0 && !c.raw) == sticks {
+			if !p.chains[name] && (c.slots == 0 && c.untracked == nil) == sticks {
 				k.addChain(c)
 				p.chains[name] = true
 			}

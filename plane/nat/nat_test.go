@@ -406,6 +406,9 @@ func TestReserved(t *testing.T) {
 		}
 	}
 	n.expect(n.client, "tcp", "10.96.0.77:80", "guest 192.0.2.2")
+	n.check(n.node.AddAddress("10.96.0.78/32"))
+	n.serve(n.node, "node", "10.96.0.78:80")
+	n.expect(n.client, "tcp", "10.96.0.78:80", "node 192.0.2.2")
 	next := *web
 	next.Name, next.Listeners = "next", at(service.Anywhere, "10.96.0.2:8080")
 	n.apply(of(web, outside, &next))

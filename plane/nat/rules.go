@@ -1,6 +1,8 @@
 package nat
 
 import (
+	"net/netip"
+
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
@@ -17,16 +19,18 @@ import (
 //	chain guests4 {
 //	    ip daddr . meta l4proto . th dport vmap @guests_to4
 //	}
-//	chain forward { type filter hook forward priority filter
-//	    ct state & new == 0 return
+//	chain unserved { type nat hook prerouting priority dstnat + 50
 //	    meta nfproto ipv4 goto nobody4                    # nobody has translated it
 //	}
-//	chain output { type filter hook output priority filter
+//	chain unserved_here { type nat hook output priority dstnat + 50
 //	    (the same)
 //	}
 //	chain nobody4 {
+//	    ip daddr @reserved4 fib daddr type != local goto free4
+//	}
+//	chain free4 {
 //	    ip daddr @taken4 goto refuse                      # a service has the address
-//	    ip daddr @reserved4 goto drop                     # one may have it soon
+//	    drop                                              # one may have it soon
 //	}
 //	chain backend4-10 {                                   # services with ten slots
 //	    meta mark set meta mark or 0x4000
@@ -36,21 +40,27 @@ import (
 //	chain backend4-251-hashed {                           # the same with source-hash
 //	    ... jhash ip saddr mod 251 seed 0x9e3779b9 ...
 //	}
-//	chain raw { type filter hook prerouting priority raw  # if there are such ranges
-//	    ip saddr @untracked4 ip daddr @untracked4 ip saddr != @tracked4 ip daddr != @tracked4
+//	chain raw-1-5e2b... { type filter hook prerouting priority raw
+//	    ip saddr 10.244.0.0/16 ip daddr @untracked4 ip saddr != @tracked4 ip daddr != @tracked4
 //	        ip saddr != @waning4 ip daddr != @waning4 ip daddr != @vips4 fib daddr type != local notrack
 //	}
 //	chain postrouting { type nat hook postrouting priority srcnat
-//	    ct status & dnat != 0 ip saddr @untracked4 add @tracked4 { ip saddr }
-//	    meta mark and 0x4000 == 0 return
+//	    meta mark and 0x4000 == 0 goto foreign
 //	    meta nfproto ipv4 goto source4
 //	}
+//	chain foreign {                                       # others may have translated it
+//	    ct status & dnat == 0 return
+//	    ip saddr @untracked4 add @tracked4 { ip saddr }
+//	}
 //	chain source4 {
-//	    meta mark set meta mark and not 0x4000; meta priority set 0
-//	    ip saddr . ip daddr @hairpin4 masquerade          # a guest that reaches itself
-//	    ip daddr @local4 return                           # replies pass here anyway
-//	    ip saddr @guests4 return                          # these, too
+//	    meta mark set meta mark and not 0x4000
+//	    ip saddr @untracked4 add @tracked4 { ip saddr }
+//	    ip daddr @local4 goto near4
+//	    ip saddr @guests4 return                          # replies pass here anyway
 //	    masquerade
+//	}
+//	chain near4 {                                         # they do from here, but to
+//	    ip saddr . ip daddr @hairpin4 masquerade          # a guest that reaches itself
 //	}
 //
 // Rules never change: services are elements. The second rule of a chain of
@@ -68,13 +78,18 @@ const layoutVersion = "layout-2"
 // The chains that are always there.
 const (
 	chainPrerouting  = "prerouting"
-	chainForward     = "forward"
-	chainOutput      = "output"
+	chainUnserved    = "unserved"
+	chainUnservedOwn = "unserved_here"
 	chainPostrouting = "postrouting"
 	chainGuests4     = "guests4"
 	chainGuests6     = "guests6"
 	chainNobody4     = "nobody4"
 	chainNobody6     = "nobody6"
+	chainFree4       = "free4"
+	chainFree6       = "free6"
+	chainForeign     = "foreign"
+	chainNear4       = "near4"
+	chainNear6       = "near6"
 	chainSource4     = "source4"
 	chainSource6     = "source6"
 )
@@ -161,11 +176,15 @@ func allSets() []set {
 	return all
 }
 
+// priorityLast is behind all that translates destinations: the chains of a hook are
+// asked until one has translated the packet.
+var priorityLast = nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest + 50)
+
 // fixedChains are the chains that are always there, with their rules.
 func fixedChains(t *nftables.Table) []fixedChain {
 	accept := nftables.ChainPolicyAccept
-	hook := func(name string, kind nftables.ChainType, at *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
-		return &nftables.Chain{Table: t, Name: name, Type: kind, Hooknum: at, Priority: priority, Policy: &accept}
+	hook := func(name string, at *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
+		return &nftables.Chain{Table: t, Name: name, Type: nftables.ChainTypeNAT, Hooknum: at, Priority: priority, Policy: &accept}
 	}
 	plain := func(name string) *nftables.Chain { return &nftables.Chain{Table: t, Name: name} }
 	// A chain comes before those that lead to it.
@@ -173,16 +192,21 @@ func fixedChains(t *nftables.Table) []fixedChain {
 		{plain(layoutVersion), nil},
 		{plain(chainRefuse), refuseRules()},
 		{plain(chainDrop), [][]expr.Any{{&expr.Verdict{Kind: expr.VerdictDrop}}}},
+		{plain(chainFree4), freeRules(true)},
+		{plain(chainFree6), freeRules(false)},
 		{plain(chainNobody4), nobodyRules(true)},
 		{plain(chainNobody6), nobodyRules(false)},
 		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, true})}},
 		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, false})}},
+		{plain(chainNear4), nearRules(true)},
+		{plain(chainNear6), nearRules(false)},
 		{plain(chainSource4), sourceRules(true)},
 		{plain(chainSource6), sourceRules(false)},
-		{hook(chainPrerouting, nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), preroutingRules()},
-		{hook(chainForward, nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter), untranslatedRules()},
-		{hook(chainOutput, nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter), untranslatedRules()},
-		{hook(chainPostrouting, nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), postroutingRules()},
+		{plain(chainForeign), foreignRules()},
+		{hook(chainPrerouting, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), preroutingRules()},
+		{hook(chainUnserved, nftables.ChainHookPrerouting, priorityLast), unservedRules()},
+		{hook(chainUnservedOwn, nftables.ChainHookOutput, priorityLast), unservedRules()},
+		{hook(chainPostrouting, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), postroutingRules()},
 	}
 }
 
@@ -243,7 +267,7 @@ func vmapRule(in set) []expr.Any {
 // definition is the chain as the kernel has to make it.
 func (c chain) definition(t *nftables.Table) *nftables.Chain {
 	def := &nftables.Chain{Table: t, Name: c.name()}
-	if c.raw {
+	if c.untracked != nil {
 		def.Type, def.Hooknum, def.Priority = nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw
 	}
 	return def
@@ -269,32 +293,38 @@ func preroutingRules() [][]expr.Any {
 	return rules
 }
 
-// stateNew is NF_CT_STATE_BIT(IP_CT_NEW) of linux/netfilter/nf_conntrack_common.h.
-const stateNew = 1 << 3
-
-// untranslatedRules look at what begins and still goes where it was sent: not this
-// table has translated it, nor has somebody else who serves the Service instead.
-func untranslatedRules() [][]expr.Any {
+// unservedRules look at what begins and goes where it was sent: not this table has
+// translated it, nor has somebody else who serves the Service instead.
+func unservedRules() [][]expr.Any {
 	return [][]expr.Any{
-		{
-			&expr.Ct{Key: expr.CtKeySTATE, Register: reg(0)},
-			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
-				Mask: binaryutil.NativeEndian.PutUint32(stateNew), Xor: make([]byte, 4)},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
-			&expr.Verdict{Kind: expr.VerdictReturn},
-		},
 		append(ofFamily(true), goTo(chainNobody4)),
 		append(ofFamily(false), goTo(chainNobody6)),
 	}
 }
 
-// nobodyRules refuse what is sent to the address of a service where no listener is.
-// To an address that nobody has nothing is answered: a service may have it already
-// that this host has not heard of, and who tries again finds it.
+// nobodyRules find out whether an address is one that only services have. Who has it
+// on this host all the same serves it in his way.
 func nobodyRules(v4 bool) [][]expr.Any {
+	w := words(v4)
+	rule := []expr.Any{loadDestination(v4, reg(0)), lookup(set{setReserved, v4}, reg(0))}
+	return [][]expr.Any{append(append(rule, notLocal(w)...), goTo(byFamily(v4, chainFree4, chainFree6)))}
+}
+
+// notLocal goes on if the destination is no address of this host.
+func notLocal(n uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: reg(n), FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(n), Data: []byte(native(unix.RTN_LOCAL))},
+	}
+}
+
+// freeRules refuse what is sent to the address of a service where no listener is. To
+// an address that nobody has nothing is answered: a service may have it already that
+// this host has not heard of, and who tries again finds it.
+func freeRules(v4 bool) [][]expr.Any {
 	return [][]expr.Any{
 		{loadDestination(v4, reg(0)), lookup(set{setTaken, v4}, reg(0)), goTo(chainRefuse)},
-		{loadDestination(v4, reg(0)), lookup(set{setReserved, v4}, reg(0)), goTo(chainDrop)},
+		{&expr.Verdict{Kind: expr.VerdictDrop}},
 	}
 }
 
@@ -316,52 +346,81 @@ func setMark(on bool) []expr.Any {
 	}
 }
 
-// rawRules keep what need not be tracked from conntrack. Replies to a client whose
-// packets are translated, here or by somebody else, have to be: which clients these
-// are is known when they begin. So have replies to this host, which may have put its
-// own address in place of a client's.
-func rawRules() [][]expr.Any {
+// rawRules keep what need not be tracked from conntrack. What is sent to a service has
+// to be, and so have the replies: to a client whose packets are translated, here or by
+// somebody else, and to this host, which may have put its own address in place of a
+// client's. Which clients these are is known when they begin. What else they send is
+// tracked as well: conntrack must not see one direction alone.
+//
+// Every packet that arrives comes here: the first range is compared, not looked up.
+func rawRules(ranges []netip.Prefix) [][]expr.Any {
 	var rules [][]expr.Any
-	for _, v4 := range []bool{true, false} {
+	for _, p := range ranges {
+		v4 := p.Addr().Is4()
 		w := words(v4)
 		without := func(name setName, from uint32) *expr.Lookup {
 			l := lookup(set{name, v4}, from)
 			l.Invert = true
 			return l
 		}
-		rules = append(rules, append(ofFamily(v4),
-			loadSource(v4, reg(0)), lookup(set{setUntracked, v4}, reg(0)),
-			loadDestination(v4, reg(w)), lookup(set{setUntracked, v4}, reg(w)),
+		rule := append(ofFamily(v4), fromPrefix(p)...)
+		rule = append(rule,
+			loadSource(v4, reg(0)), loadDestination(v4, reg(w)), lookup(set{setUntracked, v4}, reg(w)),
 			without(setTracked, reg(0)), without(setTracked, reg(w)),
-			without(setWaning, reg(0)), without(setWaning, reg(w)), without(setVIPs, reg(w)),
-			&expr.Fib{Register: reg(2 * w), FlagDADDR: true, ResultADDRTYPE: true},
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(2 * w), Data: []byte(native(unix.RTN_LOCAL))},
-			&expr.Notrack{}))
+			without(setWaning, reg(0)), without(setWaning, reg(w)), without(setVIPs, reg(w)))
+		rules = append(rules, append(append(rule, notLocal(2*w)...), &expr.Notrack{}))
 	}
 	return rules
+}
+
+// fromPrefix goes on if the source of a packet lies in a prefix.
+func fromPrefix(p netip.Prefix) []expr.Any {
+	v4 := p.Addr().Is4()
+	n := uint32(addressLength(v4))
+	mask := make([]byte, n)
+	for i := range p.Bits() {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return []expr.Any{
+		loadSource(v4, reg(0)),
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: n, Mask: mask, Xor: make([]byte, n)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: p.Masked().Addr().AsSlice()},
+	}
 }
 
 // statusDNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
 const statusDNAT = 1 << 5
 
-// noteRule notes who begins a translated connection, if his others are not tracked.
-func noteRule(v4 bool) []expr.Any {
-	return append(ofFamily(v4),
-		&expr.Ct{Key: expr.CtKeySTATUS, Register: reg(0)},
-		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(statusDNAT), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(0), Data: make([]byte, 4)},
+// note notes who begins a translated connection, if his others are not tracked.
+func note(v4 bool) []expr.Any {
+	return []expr.Any{
 		loadSource(v4, reg(0)), lookup(set{setUntracked, v4}, reg(0)),
-		&expr.Dynset{SrcRegKey: reg(0), SetName: set{setTracked, v4}.String(), Operation: unix.NFT_DYNSET_OP_ADD})
+		&expr.Dynset{SrcRegKey: reg(0), SetName: set{setTracked, v4}.String(), Operation: unix.NFT_DYNSET_OP_ADD},
+	}
+}
+
+// foreignRules are for what this table has not translated.
+func foreignRules() [][]expr.Any {
+	return [][]expr.Any{
+		{
+			&expr.Ct{Key: expr.CtKeySTATUS, Register: reg(0)},
+			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+				Mask: binaryutil.NativeEndian.PutUint32(statusDNAT), Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
+			&expr.Verdict{Kind: expr.VerdictReturn},
+		},
+		append(ofFamily(true), note(true)...),
+		append(ofFamily(false), note(false)...),
+	}
 }
 
 func postroutingRules() [][]expr.Any {
-	rules := [][]expr.Any{noteRule(true), noteRule(false), {
+	rules := [][]expr.Any{{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)},
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
 			Mask: binaryutil.NativeEndian.PutUint32(Mark), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
-		&expr.Verdict{Kind: expr.VerdictReturn},
+		goTo(chainForeign),
 	}}
 	for _, v4 := range []bool{true, false} {
 		rules = append(rules, append(ofFamily(v4), goTo(byFamily(v4, chainSource4, chainSource6))))
@@ -377,20 +436,19 @@ func lookupTo(in set, from, to uint32) *expr.Lookup {
 }
 
 func sourceRules(v4 bool) [][]expr.Any {
-	w := words(v4)
-	masquerade := &expr.Masq{FullyRandom: true}
-	leave := &expr.Verdict{Kind: expr.VerdictReturn}
 	return [][]expr.Any{
 		setMark(false),
-		{
-			&expr.Immediate{Register: reg(0), Data: make([]byte, 4)},
-			&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(0)},
-		},
-		{loadSource(v4, reg(0)), loadDestination(v4, reg(w)), lookup(set{setHairpin, v4}, reg(0)), masquerade},
-		{loadDestination(v4, reg(0)), lookup(set{setLocal, v4}, reg(0)), leave},
-		{loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), leave},
-		{masquerade},
+		note(v4),
+		{loadDestination(v4, reg(0)), lookup(set{setLocal, v4}, reg(0)), goTo(byFamily(v4, chainNear4, chainNear6))},
+		{loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), &expr.Verdict{Kind: expr.VerdictReturn}},
+		{&expr.Masq{FullyRandom: true}},
 	}
+}
+
+func nearRules(v4 bool) [][]expr.Any {
+	return [][]expr.Any{{
+		loadSource(v4, reg(0)), loadDestination(v4, reg(words(v4))), lookup(set{setHairpin, v4}, reg(0)), &expr.Masq{FullyRandom: true},
+	}}
 }
 
 func refuseRules() [][]expr.Any {
@@ -414,8 +472,8 @@ func translate(v4 bool, n uint32) expr.Any {
 
 // rules returns what a chain of backends does.
 func (c chain) rules() [][]expr.Any {
-	if c.raw {
-		return rawRules()
+	if c.untracked != nil {
+		return rawRules(c.untracked)
 	}
 	if c.slots == 0 {
 		return [][]expr.Any{c.stick()}
@@ -520,6 +578,8 @@ func (c chain) stick() []expr.Any {
 		&expr.Dynset{
 			SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(),
 			Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.affinity,
-		})
+		},
+		&expr.Immediate{Register: reg(n), Data: make([]byte, 4)},
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)})
 	return append(rule, translate(c.v4, n+1))
 }
