@@ -106,6 +106,48 @@ api: {listen: "[::1]:9000"}
 }
 
 // Each file has exactly these errors.
+func TestKubernetes(t *testing.T) {
+	c, err := Parse("f", []byte(`
+source:
+  kubernetes:
+    kubeconfig: /etc/kubernetes/pentad.conf
+    node: n1
+    nodePortAddresses: [10.0.0.0/8]
+    allowExternalIPs: [198.51.100.0/24, "2001:db8::/32"]
+    untracked: ["2001:db8:244::/48", 10.244.0.0/16]
+    health: 127.0.0.1:10256
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	prefixes := func(all ...string) (out []netip.Prefix) {
+		for _, p := range all {
+			out = append(out, netip.MustParsePrefix(p))
+		}
+		return out
+	}
+	want := &Kubernetes{
+		Kubeconfig: "/etc/kubernetes/pentad.conf", Node: "n1", Health: netip.MustParseAddrPort("127.0.0.1:10256"),
+		NodePortAddresses: prefixes("10.0.0.0/8"), AllowExternalIPs: prefixes("198.51.100.0/24", "2001:db8::/32"),
+		Untracked: prefixes("10.244.0.0/16", "2001:db8:244::/48"),
+	}
+	if have := c.Source.Kubernetes; !have.Equal(want) {
+		t.Errorf("have %+v, want %+v", have, want)
+	}
+	many := strings.TrimSuffix(strings.Repeat("10.0.0.0/8, ", maxUntracked+1), ", ")
+	for text, says := range map[string]string{
+		"{untracked: 10.244.0.0/16}":       "f:2:27: ",
+		"{untracked: [10.244.0.1/16]}":     "without bits behind its length",
+		"{untracked: [" + many + "]}":      "at most 8",
+		"{allowExternalIPs: [everything]}": `found "everything"`,
+		"{kubeConfig: x}":                  `did you mean "kubeconfig"`,
+	} {
+		if _, err := Parse("f", []byte("source:\n  kubernetes: "+text+"\n")); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v, want %q", text, err, says)
+		}
+	}
+}
+
 func TestErrors(t *testing.T) {
 	one := func(rest string) string {
 		return "services:\n- name: a\n  listen: [192.0.2.1:80]\n  backends: [10.0.0.1:80]\n" + rest

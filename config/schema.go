@@ -122,6 +122,9 @@ var kubernetesSchema = schema[Kubernetes]{what: "kubernetes", fields: []field[Ku
 			"iptables do.",
 		set: func(d *decoder, n *yaml.Node, to *Kubernetes) {
 			to.Untracked = d.prefixes(n)
+			if len(to.Untracked) > maxUntracked {
+				d.errorf(n, "untracked has %d prefixes; at most %d, because every packet is compared with them", len(to.Untracked), maxUntracked)
+			}
 			slices.SortFunc(to.Untracked, netip.Prefix.Compare)
 		},
 	},
@@ -143,6 +146,9 @@ var kubernetesSchema = schema[Kubernetes]{what: "kubernetes", fields: []field[Ku
 		},
 	},
 }}
+
+// maxUntracked bounds source.kubernetes.untracked.
+const maxUntracked = 8
 
 var apiSchema = schema[API]{what: "api", fields: []field[API]{
 	{

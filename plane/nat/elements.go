@@ -82,7 +82,7 @@ func (c chain) name() string {
 		for _, p := range c.untracked {
 			h.Write([]byte(p.String()))
 		}
-		return fmt.Sprintf("%s%d-%08x", rawMark, len(c.untracked), h.Sum32())
+		return fmt.Sprintf("%s%d-%08x", rawMark, len(pairsOf(c.untracked)), h.Sum32())
 	}
 	if c.slots == 0 {
 		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second)
@@ -112,8 +112,23 @@ const (
 )
 
 // rawMark begins the name of the chain that is there when nothing is tracked between
-// some ranges; how many follows, and which.
+// some ranges; how many rules it has follows, and which ranges these are.
 const rawMark = "raw-"
+
+// pair is two ranges of a family, or one twice: packets go from the one to the other.
+type pair struct{ from, to netip.Prefix }
+
+func pairsOf(ranges []netip.Prefix) []pair {
+	var all []pair
+	for _, from := range ranges {
+		for _, to := range ranges {
+			if from.Addr().Is4() == to.Addr().Is4() {
+				all = append(all, pair{from, to})
+			}
+		}
+	}
+	return all
+}
 
 // The chains for services without a backend.
 const (

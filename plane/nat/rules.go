@@ -41,7 +41,7 @@ import (
 //	    ... jhash ip saddr mod 251 seed 0x9e3779b9 ...
 //	}
 //	chain raw-1-5e2b... { type filter hook prerouting priority raw
-//	    ip saddr 10.244.0.0/16 ip daddr @untracked4 ip saddr != @tracked4 ip daddr != @tracked4
+//	    ip saddr 10.244.0.0/16 ip daddr 10.244.0.0/16 ip saddr != @tracked4 ip daddr != @tracked4
 //	        ip saddr != @waning4 ip daddr != @waning4 ip daddr != @vips4 fib daddr type != local notrack
 //	}
 //	chain postrouting { type nat hook postrouting priority srcnat
@@ -352,20 +352,22 @@ func setMark(on bool) []expr.Any {
 // client's. Which clients these are is known when they begin. What else they send is
 // tracked as well: conntrack must not see one direction alone.
 //
-// Every packet that arrives comes here: the first range is compared, not looked up.
+// Every packet that arrives comes here: ranges are compared, not looked up.
 func rawRules(ranges []netip.Prefix) [][]expr.Any {
 	var rules [][]expr.Any
-	for _, p := range ranges {
-		v4 := p.Addr().Is4()
+	for _, pair := range pairsOf(ranges) {
+		v4 := pair.from.Addr().Is4()
 		w := words(v4)
 		without := func(name setName, from uint32) *expr.Lookup {
 			l := lookup(set{name, v4}, from)
 			l.Invert = true
 			return l
 		}
-		rule := append(ofFamily(v4), fromPrefix(p)...)
+		rule := append(ofFamily(v4), loadSource(v4, reg(0)))
+		rule = append(append(rule, inPrefix(pair.from)...), loadDestination(v4, reg(0)))
+		rule = append(rule, inPrefix(pair.to)...)
 		rule = append(rule,
-			loadSource(v4, reg(0)), loadDestination(v4, reg(w)), lookup(set{setUntracked, v4}, reg(w)),
+			loadSource(v4, reg(0)), loadDestination(v4, reg(w)),
 			without(setTracked, reg(0)), without(setTracked, reg(w)),
 			without(setWaning, reg(0)), without(setWaning, reg(w)), without(setVIPs, reg(w)))
 		rules = append(rules, append(append(rule, notLocal(2*w)...), &expr.Notrack{}))
@@ -373,17 +375,15 @@ func rawRules(ranges []netip.Prefix) [][]expr.Any {
 	return rules
 }
 
-// fromPrefix goes on if the source of a packet lies in a prefix.
-func fromPrefix(p netip.Prefix) []expr.Any {
-	v4 := p.Addr().Is4()
-	n := uint32(addressLength(v4))
+// inPrefix goes on if the address in the first registers lies in a prefix.
+func inPrefix(p netip.Prefix) []expr.Any {
+	n := addressLength(p.Addr().Is4())
 	mask := make([]byte, n)
 	for i := range p.Bits() {
 		mask[i/8] |= 0x80 >> (i % 8)
 	}
 	return []expr.Any{
-		loadSource(v4, reg(0)),
-		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: n, Mask: mask, Xor: make([]byte, n)},
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: make([]byte, n)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: p.Masked().Addr().AsSlice()},
 	}
 }
