@@ -219,9 +219,13 @@ func (c *cluster) addTo(s *api.Status) {
 	if c == nil {
 		return
 	}
+	away, why := c.source.Away()
 	s.Cluster = &api.Cluster{
-		Node: c.node, Services: len(c.latest.Services), Away: c.source.Away(), Changed: c.changed, Leaving: c.latest.Leaving, Updates: c.count,
+		Node: c.node, Services: len(c.latest.Services), Away: away, Changed: c.changed, Leaving: c.latest.Leaving, Updates: c.count,
 		Unserved: c.latest.Unserved, Untracked: c.config.Untracked,
+	}
+	if why != nil {
+		s.Cluster.Why = why.Error()
 	}
 	if !c.known {
 		s.Problems = append(s.Problems, "the API server has not answered yet: services of the cluster stay as the agent before left them")

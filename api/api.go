@@ -45,6 +45,7 @@ type Cluster struct {
 	Node     string    `json:"node"`
 	Services int       `json:"services"`      // ports of Services, by traffic policy
 	Away     time.Time `json:"away,omitzero"` // since when the API server has not answered; zero: it does
+	Why      string    `json:"why,omitempty"` // what is wrong with it
 	Changed  time.Time `json:"changed"`       // when the last change came from it
 	Leaving  bool      `json:"leaving"`       // the Node is being deleted
 	Updates  uint64    `json:"updates"`       // how many changes came

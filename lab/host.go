@@ -199,6 +199,12 @@ func (h *Host) Start(cmd *exec.Cmd, cgroup string) (*Process, error) {
 // StartPod starts a command with the network of this host in a cgroup of
 // another: what a pod is to its node.
 func (h *Host) StartPod(cmd *exec.Cmd, node *Host, cgroup string) (*Process, error) {
+	return h.start(cmd, node, cgroup, nil)
+}
+
+// start starts a command. If there is something to prepare, the command is traced by
+// this thread until it is prepared.
+func (h *Host) start(cmd *exec.Cmd, node *Host, cgroup string, prepare func(pid int) error) (*Process, error) {
 	fd, err := unix.Open(filepath.Join(node.root, node.cgroup, cgroup), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
@@ -216,10 +222,19 @@ func (h *Host) StartPod(cmd *exec.Cmd, node *Host, cgroup string) (*Process, err
 	}
 	// Not the parent's process group: Ctrl-C is for the parent to handle.
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		UseCgroupFD: true, CgroupFD: fd, Setpgid: true, Pdeathsig: syscall.SIGKILL,
+		UseCgroupFD: true, CgroupFD: fd, Setpgid: true, Pdeathsig: syscall.SIGKILL, Ptrace: prepare != nil,
 	}
 	cmd.WaitDelay = 2 * time.Second
-	if err := h.Do(cmd.Start); err != nil {
+	var prepared error
+	if err := h.Do(func() error {
+		if err := cmd.Start(); err != nil || prepare == nil {
+			return err
+		}
+		if prepared = prepare(cmd.Process.Pid); prepared != nil {
+			_ = cmd.Process.Kill()
+		}
+		return nil
+	}); err != nil {
 		return nil, err
 	}
 	go func() {
@@ -230,7 +245,7 @@ func (h *Host) StartPod(cmd *exec.Cmd, node *Host, cgroup string) (*Process, err
 	node.mu.Lock()
 	node.processes = append(node.processes, p)
 	node.mu.Unlock()
-	return p, nil
+	return p, prepared
 }
 
 // Run runs a command to its end and returns what it printed.

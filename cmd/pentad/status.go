@@ -170,6 +170,9 @@ func clusterText(c *api.Cluster) string {
 	}
 	if !c.Away.IsZero() {
 		text += fmt.Sprintf("; the API server has not answered for %s", ago(c.Away))
+		if c.Why != "" {
+			text += ": " + c.Why
+		}
 	}
 	if len(c.Untracked) > 0 {
 		text += fmt.Sprintf("; connections between pods (%s) are not tracked", firstFew(c.Untracked))

@@ -3,6 +3,7 @@ package kube
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -53,6 +54,7 @@ type Source struct {
 	dirty map[types.NamespacedName]bool
 	all   bool      // everything has to be translated again
 	away  time.Time // since when the API server does not answer; zero: it does
+	why   error     // what was wrong last
 	wake  chan struct{}
 	// noRanges is why there are no ServiceCIDRs, if that is how it is.
 	noRanges error
@@ -232,7 +234,7 @@ func (l listening) RoundTrip(r *http.Request) (*http.Response, error) {
 func (s *Source) answered() {
 	s.mu.Lock()
 	away := s.away
-	s.away = time.Time{}
+	s.away, s.why = time.Time{}, nil
 	s.mu.Unlock()
 	if !away.IsZero() {
 		s.log.Info("the API server answers again", "source", "kubernetes", "away", time.Since(away).Round(time.Millisecond))
@@ -262,17 +264,31 @@ func (s *Source) failed(err error) {
 	if first {
 		s.away = time.Now()
 	}
+	s.why = err
 	s.mu.Unlock()
 	if first && !errors.Is(err, context.Canceled) {
 		s.log.Warn("the API server does not answer; services stay as they are", "source", "kubernetes", "error", err)
 	}
 }
 
-// Away returns since when the API server does not answer, or the zero time.
-func (s *Source) Away() time.Time {
+// Away returns since when the API server does not answer, or the zero time, and what
+// is wrong.
+func (s *Source) Away() (since time.Time, why error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.away
+	if s.away.IsZero() {
+		return s.away, nil
+	}
+	return s.away, explained(s.why)
+}
+
+// explained adds to an error what to look at, where it does not say so itself.
+func explained(err error) error {
+	var certificate x509.CertificateInvalidError
+	if errors.As(err, &certificate) && certificate.Reason == x509.Expired {
+		return fmt.Errorf("%w; if the certificate is not that old, the clock of this host is wrong", err)
+	}
+	return err
 }
 
 // Run emits every state of the cluster until the context ends, the first one once

@@ -80,7 +80,7 @@ func newReal(t *testing.T) *real {
 	check(r.real.Ready(ctx, w.cluster))
 	w.a = &node{place: &place{Host: h, name: "a"}, v4: netip.MustParseAddr(a4)}
 	w.a.config, err = h.WriteFile("pentad.yaml", fmt.Sprintf(
-		"source: {kubernetes: {kubeconfig: %s, node: a}}\nscope: {cgroup: %s}\n", w.account, h.Scope()))
+		"source: {kubernetes: {kubeconfig: %s, node: a, untracked: [10.244.0.0/16]}}\nscope: {cgroup: %s}\n", w.account, h.Scope()))
 	check(err)
 	r.scene = newScene(t, w)
 	t.Cleanup(func() {
