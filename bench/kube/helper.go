@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -98,6 +99,10 @@ func sayWho(c net.Conn) {
 
 func sink(c net.Conn) {
 	defer c.Close()
+	if err := pin(receiverCPU); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return
+	}
 	_, _ = io.Copy(io.Discard, c)
 }
 
@@ -207,9 +212,30 @@ func once(to netip.AddrPort) error {
 	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 }
 
+// Sender and receiver of a stream have a processor each, if there are two: where the
+// scheduler puts them decides about more than what is measured.
+const (
+	senderCPU   = 0
+	receiverCPU = 1
+)
+
+// pin keeps the goroutine on one processor, for as long as it lives.
+func pin(cpu int) error {
+	if runtime.NumCPU() < 2 {
+		return nil
+	}
+	runtime.LockOSThread()
+	var set unix.CPUSet
+	set.Set(cpu)
+	return unix.SchedSetaffinity(0, &set)
+}
+
 // stream reads lines "ADDRESS DURATION", writes to ADDRESS for a DURATION and prints
 // Gbit/s, from the first byte until the server has taken the last.
 func stream([]string) error {
+	if err := pin(senderCPU); err != nil {
+		return err
+	}
 	b := make([]byte, 256<<10)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
 		address, text, _ := strings.Cut(lines.Text(), " ")
