@@ -33,7 +33,7 @@ import (
 //	client 10.0.0.100, which reaches nodes and ClusterIPs
 type cluster struct {
 	*kube.Cluster
-	closers      []func() error
+	*lab.Site
 	bin          string
 	ours, theirs *node
 	far, client  *lab.Host
@@ -55,31 +55,15 @@ type node struct {
 const namespace = "default"
 
 func newBench(ctx context.Context, program string, services int) (*bench, error) {
-	b := &bench{cluster: &cluster{}, program: program, services: services}
-	if err := b.build(ctx); err != nil {
-		return nil, errors.Join(err, b.close())
-	}
-	return b, nil
-}
-
-func (c *cluster) close() error {
-	var errs []error
-	for i := len(c.closers) - 1; i >= 0; i-- {
-		errs = append(errs, c.closers[i]())
-	}
-	return errors.Join(errs...)
-}
-
-func (c *cluster) host(s *lab.Switch, addresses ...string) (*lab.Host, error) {
-	h, err := lab.NewHost()
+	site, err := lab.NewSite()
 	if err != nil {
 		return nil, err
 	}
-	c.closers = append(c.closers, h.Close)
-	if s != nil {
-		_, err = s.Plug(h, addresses...)
+	b := &bench{cluster: &cluster{Site: site}, program: program, services: services}
+	if err := b.build(ctx); err != nil {
+		return nil, errors.Join(err, b.Close())
 	}
-	return h, err
+	return b, nil
 }
 
 func (c *cluster) build(ctx context.Context) error {
@@ -87,19 +71,14 @@ func (c *cluster) build(ctx context.Context) error {
 	if c.bin, err = kube.Build(ctx, kube.APIServer, kube.ControllerManager, kube.Proxy); err != nil {
 		return err
 	}
-	fabric, err := lab.NewSwitch()
-	if err != nil {
-		return err
-	}
-	c.closers = append(c.closers, fabric.Close)
-	control, err := c.host(fabric, "10.0.0.1/24")
+	control, err := c.Site.Host("10.0.0.1/24")
 	if err != nil {
 		return err
 	}
 	if c.Cluster, err = kube.Start(ctx, c.bin, control, "10.0.0.1"); err != nil {
 		return err
 	}
-	if c.far, err = c.host(fabric, "10.0.0.50/24"); err != nil {
+	if c.far, err = c.Site.Host("10.0.0.50/24"); err != nil {
 		return err
 	}
 	// Every address of the range is one of this host.
@@ -112,35 +91,27 @@ func (c *cluster) build(ctx context.Context) error {
 	if _, err := c.servers.read(); err != nil {
 		return err
 	}
-	if c.client, err = c.host(fabric, "10.0.0.100/24"); err != nil {
+	if c.client, err = c.Site.Host("10.0.0.100/24"); err != nil {
 		return err
 	}
-	if c.ours, err = c.node(ctx, fabric, "ours", 1); err != nil {
+	if c.ours, err = c.node(ctx, "ours", 1); err != nil {
 		return err
 	}
-	c.theirs, err = c.node(ctx, fabric, "theirs", 2)
+	c.theirs, err = c.node(ctx, "theirs", 2)
 	return err
 }
 
-func (c *cluster) node(ctx context.Context, fabric *lab.Switch, name string, index int) (*node, error) {
+func (c *cluster) node(ctx context.Context, name string, index int) (*node, error) {
 	n := &node{name: name, v4: fmt.Sprintf("10.0.0.%d", 10+index)}
 	var err error
-	if n.Host, err = c.host(fabric, n.v4+"/24"); err != nil {
-		return nil, err
-	}
-	if n.pod, err = c.host(nil); err != nil {
+	if n.Host, err = c.Site.Host(n.v4 + "/24"); err != nil {
 		return nil, err
 	}
 	pod := fmt.Sprintf("10.245.%d.2", index)
-	_, at, err := lab.Wire(n.pod, []string{pod + "/32"}, n.Host, []string{"169.254.1.1/32"})
-	if err != nil {
+	if n.pod, err = c.Pod(n.Host, pod, ""); err != nil {
 		return nil, err
 	}
-	err = errors.Join(
-		n.Forward(), n.RouteDevice(pod+"/32", at), n.Route("10.244.0.0/16", "10.0.0.50"),
-		n.pod.RouteDevice("169.254.1.1/32", "*"), n.pod.Route("0.0.0.0/0", "169.254.1.1"),
-		c.far.Route(pod+"/32", n.v4),
-	)
+	err = errors.Join(n.Forward(), n.Route("10.244.0.0/16", "10.0.0.50"), c.far.Route(pod+"/32", n.v4))
 	if err != nil {
 		return nil, err
 	}
@@ -152,17 +123,11 @@ func (c *cluster) node(ctx context.Context, fabric *lab.Switch, name string, ind
 
 // nearPod makes a pod of a node that answers at every endpoint's address.
 func (c *cluster) nearPod(n *node) (*lab.Host, error) {
-	h, err := c.host(nil)
+	h, err := c.Pod(n.Host, "10.245.0.9", "")
 	if err != nil {
 		return nil, err
 	}
-	_, at, err := lab.Wire(h, []string{"10.245.0.9/32"}, n.Host, []string{"169.254.1.2/32"})
-	if err != nil {
-		return nil, err
-	}
-	err = errors.Join(n.RouteDevice("10.245.0.9/32", at), h.RouteDevice("169.254.1.2/32", "*"), h.Route("0.0.0.0/0", "169.254.1.2"),
-		h.RouteLocal("10.244.0.0/16"))
-	if err != nil {
+	if err := h.RouteLocal("10.244.0.0/16"); err != nil {
 		return nil, err
 	}
 	t, err := startTalk(h, n.Host, lab.Outside, "serve")

@@ -62,7 +62,7 @@ func run(ctx context.Context, only, program, out string, services int) error {
 	if err != nil {
 		return err
 	}
-	defer b.close()
+	defer b.Close()
 	for _, p := range parts {
 		if only != "" && !slices.Contains(strings.Split(only, ","), p.name) {
 			continue

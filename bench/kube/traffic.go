@@ -59,9 +59,9 @@ func (b *bench) ready(ctx context.Context, theirs bool) error {
 const (
 	connectRounds   = 100
 	connectsInRound = "1000"
-	rateRounds      = 250
+	rateRounds      = 500
 	rateInRound     = "8 100ms"
-	streamRounds    = 250
+	streamRounds    = 400
 	streamInRound   = "100ms"
 )
 

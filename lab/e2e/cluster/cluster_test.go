@@ -235,7 +235,7 @@ type node struct {
 //
 // and the same in IPv6: 2001:db8::11, 2001:db8:244:1::2 and so on.
 type world struct {
-	closers []func() error
+	*lab.Site
 	cluster *kube.Cluster
 	a, b    *node
 	pods    map[string]*place
@@ -256,7 +256,7 @@ func (s *sharedWorld) close() error {
 	if s.w == nil {
 		return nil
 	}
-	return s.w.close()
+	return s.w.Close()
 }
 
 // theWorld returns the shared world.
@@ -287,36 +287,27 @@ func ownWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := w.close(); err != nil {
+		if err := w.Close(); err != nil {
 			t.Error(err)
 		}
 	})
 	return w
 }
 
-func (w *world) close() error {
-	var errs []error
-	for i := len(w.closers) - 1; i >= 0; i-- {
-		errs = append(errs, w.closers[i]())
-	}
-	return errors.Join(errs...)
-}
-
 func newWorld() (*world, error) {
-	w := &world{pods: make(map[string]*place)}
+	site, err := lab.NewSite()
+	if err != nil {
+		return nil, err
+	}
+	w := &world{Site: site, pods: make(map[string]*place)}
 	if err := w.build(); err != nil {
-		return nil, errors.Join(err, w.close())
+		return nil, errors.Join(err, w.Close())
 	}
 	return w, nil
 }
 
 func (w *world) build() error {
-	fabric, err := lab.NewSwitch()
-	if err != nil {
-		return err
-	}
-	w.closers = append(w.closers, fabric.Close)
-	control, err := w.host(fabric, "10.0.0.1/24", "2001:db8::1/64")
+	control, err := w.Host("10.0.0.1/24", "2001:db8::1/64")
 	if err != nil {
 		return err
 	}
@@ -334,10 +325,10 @@ func (w *world) build() error {
 	if w.account, err = w.cluster.AccountKubeconfig(ctx, "kube-system", "pentad"); err != nil {
 		return err
 	}
-	if w.a, err = w.newNode(ctx, fabric, "a", 1); err != nil {
+	if w.a, err = w.newNode(ctx, "a", 1); err != nil {
 		return err
 	}
-	if w.b, err = w.newNode(ctx, fabric, "b", 2); err != nil {
+	if w.b, err = w.newNode(ctx, "b", 2); err != nil {
 		return err
 	}
 	for _, n := range []struct {
@@ -354,23 +345,11 @@ func (w *world) build() error {
 			return err
 		}
 	}
-	return w.newClient(fabric)
+	return w.newClient()
 }
 
-func (w *world) host(fabric *lab.Switch, addresses ...string) (*lab.Host, error) {
-	h, err := lab.NewHost()
-	if err != nil {
-		return nil, err
-	}
-	w.closers = append(w.closers, h.Close)
-	if fabric != nil {
-		_, err = fabric.Plug(h, addresses...)
-	}
-	return h, err
-}
-
-func (w *world) newClient(fabric *lab.Switch) error {
-	h, err := w.host(fabric, "10.0.0.100/24", "2001:db8::100/64")
+func (w *world) newClient() error {
+	h, err := w.Host("10.0.0.100/24", "2001:db8::100/64")
 	if err != nil {
 		return err
 	}
@@ -386,9 +365,9 @@ func (w *world) newClient(fabric *lab.Switch) error {
 	return err
 }
 
-func (w *world) newNode(ctx context.Context, fabric *lab.Switch, name string, index int) (*node, error) {
+func (w *world) newNode(ctx context.Context, name string, index int) (*node, error) {
 	v4, v6 := fmt.Sprintf("10.0.0.%d", 10+index), fmt.Sprintf("2001:db8::%d", 10+index)
-	h, err := w.host(fabric, v4+"/24", v6+"/64")
+	h, err := w.Host(v4+"/24", v6+"/64")
 	if err != nil {
 		return nil, err
 	}
@@ -442,20 +421,9 @@ var untracked = map[string]string{"b": `10.244.0.0/16, "2001:db8:244::/48"`}
 // newPod makes a pod: a network namespace behind its node, with a server that
 // answers on ports 8080 and 8081.
 func (w *world) newPod(n *node, name string, index, last int) error {
-	h, err := w.host(nil)
-	if err != nil {
-		return err
-	}
 	v4, v6 := podAddresses(index, last)
-	gateway4, gateway6 := "169.254.1.1", "fe80::1"
-	_, at, err := lab.Wire(h, []string{v4 + "/32", v6 + "/128"}, n.Host, []string{gateway4 + "/32", gateway6 + "/64"})
+	h, err := w.Pod(n.Host, v4, v6)
 	if err != nil {
-		return err
-	}
-	if err := errors.Join(
-		h.RouteDevice(gateway4+"/32", "*"), h.Route("0.0.0.0/0", gateway4), h.RouteBy("::/0", gateway6, "*"),
-		n.RouteDevice(v4+"/32", at), n.RouteDevice(v6+"/128", at),
-	); err != nil {
 		return err
 	}
 	if w.pods[name], err = newPlace(name, h, n.Host, lab.Inside); err != nil {

@@ -34,13 +34,17 @@ type control struct {
 func newControl(t *testing.T) *control {
 	t.Helper()
 	lab.Need(t, "etcd")
-	w := &world{}
+	site, err := lab.NewSite()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{Site: site}
 	t.Cleanup(func() {
-		if err := w.close(); err != nil {
+		if err := w.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	h, err := w.host(nil)
+	h, err := w.Host()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,22 +39,21 @@ func newReal(t *testing.T) *real {
 	lab.Need(t, "etcd", "containerd", "runc", "unshare")
 	ctx := t.Context()
 	web := static(t, "web", "github.com/pentad/pentad/lab/kube/web")
-	w := &world{pods: make(map[string]*place)}
-	t.Cleanup(func() {
-		if err := w.close(); err != nil {
-			t.Error(err)
-		}
-	})
 	check := func(err error) {
 		t.Helper()
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	fabric, err := lab.NewSwitch()
+	site, err := lab.NewSite()
 	check(err)
-	w.closers = append(w.closers, fabric.Close)
-	control, err := w.host(fabric, "10.0.0.1/24")
+	w := &world{Site: site, pods: make(map[string]*place)}
+	t.Cleanup(func() {
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	control, err := w.Host("10.0.0.1/24")
 	check(err)
 	w.cluster, err = kube.Start(ctx, binaries, control, "10.0.0.1")
 	check(err)
@@ -63,7 +62,7 @@ func newReal(t *testing.T) *real {
 	check(w.cluster.Apply(ctx, base+"rbac.yaml", false))
 	w.account, err = w.cluster.AccountKubeconfig(ctx, "kube-system", "pentad")
 	check(err)
-	h, err := w.host(fabric, a4+"/24")
+	h, err := w.Host(a4 + "/24")
 	check(err)
 	check(h.Forward())
 	check(control.Route("10.244.1.0/24", a4))
@@ -72,8 +71,9 @@ func newReal(t *testing.T) *real {
 	r.real, err = w.cluster.StartNode("a", h, a4, "10.244.1.0/24", imageWeb, images)
 	check(err)
 	// The host goes first, and all that runs there with it.
-	w.closers = append(w.closers[:len(w.closers)-1], r.real.Close, h.Close)
-	r.client, err = w.host(fabric, outside4+"/24")
+	w.OnClose(r.real.Close)
+	w.OnClose(h.Close)
+	r.client, err = w.Host(outside4 + "/24")
 	check(err)
 	check(r.client.Route("10.96.0.0/16", a4))
 	check(r.client.Route("198.51.100.0/24", a4))
