@@ -79,6 +79,42 @@ func (e *Explanation) nobody(v *nat.View, dest service.Listener) bool {
 	return true
 }
 
+// AddWarnings says what of the cluster makes no sense and concerns the destination:
+// sentences that name it, or one of the services that listen there.
+func (e *Explanation) AddWarnings(q Question, services, warnings []string) {
+	first := ""
+	for _, w := range warnings {
+		concerns := mentions(w, q.Destination) || slices.ContainsFunc(services, func(name string) bool {
+			object, _, _ := strings.Cut(name, ":") // NAMESPACE/NAME of NAMESPACE/NAME:PORT
+			return strings.HasPrefix(w, "Service "+object+": ")
+		})
+		if !concerns {
+			continue
+		}
+		e.step("cluster", "%s", w)
+		if first == "" {
+			first = w
+		}
+	}
+	if first != "" && !e.Works {
+		e.Conclusion = strings.TrimSuffix(e.Conclusion, ".") + "; in the cluster, " + strings.TrimSuffix(first, ".") + "."
+	}
+}
+
+// mentions reports whether a text names an address, alone or with its port.
+func mentions(text string, dest netip.AddrPort) bool {
+	for word := range strings.FieldsSeq(text) {
+		word, _, _ = strings.Cut(strings.Trim(word, `,;:()"`), "/") // without the protocol
+		if a, err := netip.ParseAddr(word); err == nil && a == dest.Addr() {
+			return true
+		}
+		if a, err := netip.ParseAddrPort(word); err == nil && a == dest {
+			return true
+		}
+	}
+	return false
+}
+
 // ExplainPackets walks through what the kernel does with a connection that arrives
 // as packets from an address: one of another host, or of a guest of this one.
 func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {

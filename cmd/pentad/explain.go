@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/flow"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
@@ -39,6 +40,10 @@ func newExplain(at *places) *cobra.Command {
 		}
 		var explain func(flow.Question) (*flow.Explanation, error)
 		listeners := listenersOf(packets)
+		owners := make(map[service.Listener][]string)
+		for _, m := range packets.Mappings {
+			owners[m.Listener.At()] = append(owners[m.Listener.At()], m.Service)
+		}
 		if from != "" {
 			client, err := netip.ParseAddr(from)
 			if err != nil {
@@ -53,6 +58,11 @@ func newExplain(at *places) *cobra.Command {
 				return err
 			}
 			listeners = append(listeners, socketListeners(v)...)
+			for _, s := range v.Services {
+				for _, l := range s.Listeners {
+					owners[l.At()] = append(owners[l.At()], s.Name)
+				}
+			}
 			explain = func(q flow.Question) (*flow.Explanation, error) {
 				q.PID = pid
 				e, err := flow.Explain(v, q)
@@ -66,12 +76,18 @@ func newExplain(at *places) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		var warnings []string
+		// With the agent dead what the kernel does can be explained all the same.
+		if running, err := api.NewClient(at.runDir).Status(cmd.Context()); err == nil {
+			warnings = running.Warnings
+		}
 		all := make([]*flow.Explanation, len(questions))
 		works := true
 		for i, q := range questions {
 			if all[i], err = explain(q); err != nil {
 				return err
 			}
+			all[i].AddWarnings(q, owners[service.Listener{Address: q.Destination, Protocol: q.Protocol}], warnings)
 			works = works && all[i].Works
 		}
 		done, err := f.structured(cmd.OutOrStdout(), all)

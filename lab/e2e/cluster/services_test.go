@@ -435,6 +435,9 @@ func TestExternalIPs(t *testing.T) {
 	if out, err := s.a.pentad("status"); err != nil || !strings.Contains(out, a4+" is an address of this node and not served") {
 		t.Errorf("status: %v\n%s", err, out)
 	}
+	if out, _ := s.a.pentad("explain", a4+":10256"); !strings.Contains(out, "in the cluster, Service "+s.namespace+"/web: externalIPs: "+a4+" is an address") {
+		t.Errorf("explain does not say why it is not served:\n%s", out)
+	}
 }
 
 // What no Service has is nobody's: an address in a ServiceCIDR, a port of a
