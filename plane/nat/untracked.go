@@ -136,9 +136,8 @@ const reviewEvery = time.Minute
 // begins a translated connection the kernel notes it anew. So whoever is waning has
 // begun what conntrack shows now, or is noted.
 func (p *Plane) review() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.applied == nil || len(p.applied.Untracked) == 0 {
+	ranges := p.untracked()
+	if ranges == nil {
 		return nil
 	}
 	k, err := dial()
@@ -154,7 +153,9 @@ func (p *Plane) review() error {
 	if err != nil || len(tracked)+len(waning) == 0 {
 		return err
 	}
-	busy, err := translatedClients(rangesIn(rangeElements(setUntracked, p.applied.Untracked)))
+	// Conntrack may be large: changes must not wait until it is read. A table that is
+	// made anew meanwhile has nobody to forget, and this fails.
+	busy, err := translatedClients(ranges)
 	if err != nil {
 		return err
 	}
@@ -162,7 +163,19 @@ func (p *Plane) review() error {
 	if len(c.remove)+len(c.add) == 0 {
 		return nil
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	return p.commitAtOnce(k, &c, nil)
+}
+
+// untracked returns the ranges between which nothing is tracked now, if any.
+func (p *Plane) untracked() []Range {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.applied == nil {
+		return nil
+	}
+	return rangesIn(rangeElements(setUntracked, p.applied.Untracked))
 }
 
 // reviewed is what becomes of tracked and waning clients. It is pure.
