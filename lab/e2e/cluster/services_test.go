@@ -261,8 +261,10 @@ func TestClusterIP(t *testing.T) {
 	s.expect(s.pods["a1"], ip6, seen{"a2 b1", a1v6})
 	s.expect(s.b.place, ip4, seen{"a2 b1", ""})
 	// From outside: the reply of a pod of this node passes here, that of another
-	// would not.
+	// would not. A node is seen as itself.
 	s.endpoints(svc, pods("a2")...)
+	s.expect(s.b.place, ip4, seen{"a2", b4})
+	s.expect(s.b.place, ip6, seen{"a2", b6})
 	s.expect(s.outside, ip4, seen{"a2", outside4})
 	s.expect(s.outside, ip6, seen{"a2", outside6})
 	s.endpoints(svc, pods("b1")...)
@@ -289,6 +291,15 @@ func TestNodePort(t *testing.T) {
 		s.expect(s.pods["a2"], hostPort(n.v4.String(), port), seen{"a1 b1", ""})
 		s.expect(s.a.place, hostPort(n.v6.String(), port), seen{"a1 b1", ""})
 	}
+	// Whose reply passes the node that was asked is seen as himself.
+	s.endpoints(svc, pods("a1")...)
+	s.expect(s.outside, hostPort(a4, port), seen{"a1", outside4})
+	s.expect(s.outside, hostPort(b4, port), seen{"a1", b4})
+	s.expect(s.outside, hostPort(b6, port), seen{"a1", b6})
+	s.expect(s.pods["a2"], hostPort(a4, port), seen{"a1", "10.244.1.3"})
+	s.expect(s.pods["a2"], hostPort(b4, port), seen{"a1", b4})
+	s.expect(s.b.place, hostPort(b4, port), seen{"a1", b4})
+	s.endpoints(svc, pods("a1", "b1")...)
 	// The loopback of the node, not that of a pod.
 	s.expect(s.a.place, hostPort("127.0.0.1", port), seen{"a1 b1", ""})
 	s.expect(s.a.place, hostPort("::1", port), seen{"a1 b1", ""})
@@ -431,6 +442,10 @@ func TestExternalIPs(t *testing.T) {
 	s.expect(s.pods["a2"], "203.0.113.70:80", seen{"a1 b1", "10.244.1.3"})
 	s.expect(s.b.place, "203.0.113.70:80", seen{"a1 b1", ""})
 	s.expect(s.outside, "203.0.113.70:80", seen{"a1 b1", ""})
+	s.endpoints(allowed, pods("b1")...)
+	s.expect(s.outside, "203.0.113.70:80", seen{"b1", outside4})
+	s.expect(s.pods["a2"], "203.0.113.70:80", seen{"b1", "10.244.1.3"})
+	s.expect(s.a.place, "203.0.113.70:80", seen{"b1", a4})
 	// And the node keeps what is its own.
 	if out, err := s.a.pentad("status"); err != nil || !strings.Contains(out, a4+" is an address of this node and not served") {
 		t.Errorf("status: %v\n%s", err, out)
