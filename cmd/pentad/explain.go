@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -11,7 +12,6 @@ import (
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/flow"
-	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -39,7 +39,6 @@ func newExplain(at *places) *cobra.Command {
 			return err
 		}
 		var explain func(flow.Question) (*flow.Explanation, error)
-		listeners := listenersOf(packets)
 		owners := make(map[service.Listener][]string)
 		for _, m := range packets.Mappings {
 			owners[m.Listener.At()] = append(owners[m.Listener.At()], m.Service)
@@ -57,7 +56,6 @@ func newExplain(at *places) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			listeners = append(listeners, socketListeners(v)...)
 			for _, s := range v.Services {
 				for _, l := range s.Listeners {
 					owners[l.At()] = append(owners[l.At()], s.Name)
@@ -72,7 +70,7 @@ func newExplain(at *places) *cobra.Command {
 				return e, err
 			}
 		}
-		questions, err := parseDestination(listeners, args[0])
+		questions, err := parseDestination(slices.Collect(maps.Keys(owners)), args[0])
 		if err != nil {
 			return err
 		}
@@ -102,24 +100,6 @@ func newExplain(at *places) *cobra.Command {
 	return cmd
 }
 
-func listenersOf(v *nat.View) []service.Listener {
-	var all []service.Listener
-	for _, m := range v.Mappings {
-		all = append(all, m.Listener.At())
-	}
-	return all
-}
-
-func socketListeners(v *socket.View) []service.Listener {
-	var all []service.Listener
-	for _, s := range v.Services {
-		for _, l := range s.Listeners {
-			all = append(all, l.At())
-		}
-	}
-	return all
-}
-
 // parseDestination reads a destination. An address alone asks for each of its
 // listeners.
 func parseDestination(listeners []service.Listener, text string) ([]flow.Question, error) {
@@ -143,7 +123,7 @@ func parseDestination(listeners []service.Listener, text string) ([]flow.Questio
 	}
 	slices.SortFunc(listeners, service.Listener.Compare)
 	var all []flow.Question
-	for _, l := range slices.Compact(listeners) {
+	for _, l := range listeners {
 		if l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol) {
 			all = append(all, flow.Question{Destination: l.Address, Protocol: l.Protocol})
 		}
