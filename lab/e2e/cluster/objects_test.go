@@ -4,12 +4,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
@@ -90,6 +92,49 @@ func TestAnnotations(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// A node that may not read ServiceCIDRs serves everything all the same, says so, and
+// reads them when it may.
+func TestForbiddenServiceCIDRs(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, ownWorld(t))
+	roles := s.cluster.Client.RbacV1().ClusterRoles()
+	role, err := roles.Get(t.Context(), "pentad", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole := slices.Clone(role.Rules)
+	role.Rules = slices.DeleteFunc(role.Rules, func(r rbacv1.PolicyRule) bool { return slices.Contains(r.Resources, "servicecidrs") })
+	if role, err = roles.Update(t.Context(), role, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	s.a.agent.Kill()
+	if err := s.a.start(); err != nil {
+		t.Fatal(err)
+	}
+	svc := s.service("web", nil)
+	s.endpoints(svc, pods("a1")...)
+	s.expect(s.pods["a2"], hostPort(svc.Spec.ClusterIP, 80), seen{"a1", ""})
+	s.expect(s.outside, hostPort(svc.Spec.ClusterIP, 80), seen{"a1", ""})
+	const says = "ServiceCIDRs: they may not be read"
+	s.within(patience, func() error {
+		if out, _ := s.a.pentad("status"); !strings.Contains(out, says) {
+			return fmt.Errorf("status does not say %q:\n%s", says, out)
+		}
+		return nil
+	})
+	role.Rules = whole
+	if _, err = roles.Update(t.Context(), role, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	s.within(2*time.Minute, func() error {
+		if out, _ := s.a.pentad("status"); strings.Contains(out, says) {
+			return fmt.Errorf("status still says %q:\n%s", says, out)
+		}
+		return nil
+	})
+	s.expectBy("tcp", s.outside, hostPort(svc.Spec.ClusterIP, 81), seen{"refused", ""})
 }
 
 // A load balancer asks each node at the healthCheckNodePort.
