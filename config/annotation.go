@@ -18,6 +18,10 @@ const AnnotationPrefix = "pentad.io/"
 // has no field for.
 var annotated = []string{"balance", "breaker", "connect", "flows", "health", "keepalive", "onDown", "slowStart"}
 
+// harmless are the probes that a node makes for whoever may write a Service: what
+// they read of a server is little, and they bring nothing that it could keep.
+var harmless = []service.Probe{service.ProbeNone, service.ProbeTCP, service.ProbeTLS, service.ProbeHTTP, service.ProbeGRPC}
+
 // Annotate reads the annotations of a Kubernetes Service into what it wants of
 // its connections; the values are YAML as in the file, such as "{failures: 3}".
 // The service says whether all its listeners are UDP. Annotations of others are
@@ -30,6 +34,7 @@ var annotated = []string{"balance", "breaker", "connect", "flows", "health", "ke
 func Annotate(annotations map[string]string, s *service.Service) []error {
 	s.Balance = service.LeastLatency
 	s.Health = service.Health{}
+	s.Breaker = defaultBreaker(s)
 	var errs []error
 	for _, name := range sortedKeys(annotations) {
 		key, ours := strings.CutPrefix(name, AnnotationPrefix)
@@ -69,6 +74,8 @@ func (d *decoder) annotation(key, text string, s *service.Service) {
 		d.errorf(value, "the exec probe runs a program on every node: it can stand in a file of the node only")
 	case s.Health.PasswordFile != "":
 		d.errorf(value, "\"passwordFile\" reads a file of every node: it can stand in a file of the node only")
+	case !slices.Contains(harmless, s.Health.Probe):
+		d.errorf(value, "the %s probe has every node log in to a server: it can stand in a file of the node only", s.Health.Probe)
 	}
 }
 

@@ -37,7 +37,8 @@ func TestDefaults(t *testing.T) {
 				{Address: netip.MustParseAddrPort("192.0.2.11:3306"), Weight: 100},
 				{Address: netip.MustParseAddrPort("192.0.2.12:3306"), Weight: 50, Group: 1, Zone: "b"},
 			},
-			Health: service.Health{Probe: service.ProbeTCP, Interval: 2 * time.Second, Timeout: time.Second, Rise: 2, Fall: 2},
+			Health:  service.Health{Probe: service.ProbeTCP, Interval: 2 * time.Second, Timeout: time.Second, Rise: 2, Fall: 2},
+			Breaker: service.Breaker{Failures: 3, Ejection: 10 * time.Second, MaxEjected: 50},
 		}},
 		Scope: Scope{Cgroup: "/"},
 		API:   API{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
@@ -102,6 +103,29 @@ api: {listen: "[::1]:9000"}
 	}
 	if c.Scope.Cgroup != "/system.slice" || c.API.Listen.Port() != 9000 {
 		t.Errorf("scope %+v, api %+v", c.Scope, c.API)
+	}
+}
+
+// What a service says of its breaker, and what holds then.
+func TestBreaker(t *testing.T) {
+	def := service.Breaker{Failures: 3, Ejection: 10 * time.Second, MaxEjected: 50}
+	for text, want := range map[string]service.Breaker{
+		"listen: [192.0.2.1:80]":                                            def,
+		"listen: [192.0.2.1:80, 192.0.2.1:53/udp]":                          def,
+		"listen: [192.0.2.1:53/udp]":                                        {},
+		"listen: [192.0.2.1:53/udp], breaker: off":                          {},
+		"listen: [192.0.2.1:80], breaker: off":                              {},
+		"listen: [192.0.2.1:80], breaker: {maxConnections: 5}":              {MaxConnections: 5, Failures: 3, Ejection: 10 * time.Second, MaxEjected: 50},
+		"listen: [192.0.2.1:80], breaker: {maxConnections: 5, failures: 0}": {MaxConnections: 5},
+		"listen: [192.0.2.1:80], breaker: {ejection: 1s}":                   {Failures: 3, Ejection: time.Second, MaxEjected: 50},
+		"listen: [192.0.2.1:80], breaker: {failures: 9, maxEjected: 100%}":  {Failures: 9, Ejection: 10 * time.Second, MaxEjected: 100},
+	} {
+		c, err := Parse("f", []byte("services:\n- {name: a, backends: [], "+text+"}\n"))
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+		} else if have := c.Services[0].Breaker; have != want {
+			t.Errorf("%s: %+v, want %+v", text, have, want)
+		}
 	}
 }
 
@@ -207,12 +231,13 @@ func TestErrors(t *testing.T) {
 		{"keepalive", one("  keepalive: {interval: 10h, probes: 128}\n"),
 			"f:5:14: keepalive needs the key \"idle\": duration\nf:5:25: want a duration from 1s to 9h6m7s, such as 2s, found \"10h\"\nf:5:38: want a whole number from 1 to 127, found \"128\""},
 		{"breaker", one("  breaker: {maxConnections: 0, failures: x, ejection: 1ms, maxEjected: 0%}\n"),
-			"f:5:29: want a whole number from 1 to 1073741824, found \"0\"\nf:5:42: want a whole number from 1 to 1000, found \"x\"\n" +
+			"f:5:29: want a whole number from 1 to 1073741824, found \"0\"\nf:5:42: want a whole number from 0 to 1000, found \"x\"\n" +
 				"f:5:55: want a duration from 10ms to 1h, such as 2s, found \"1ms\"\nf:5:72: want a percentage from 1% to 100%, found \"0%\""},
-		{"breaker without failures", one("  breaker: {ejection: 1s, maxEjected: 10%}\n"),
-			"f:5:23: \"ejection\" says nothing without \"failures\": nothing is ever ejected\n" +
-				"f:5:39: \"maxEjected\" says nothing without \"failures\": nothing is ever ejected"},
-		{"breaker of nothing", one("  breaker: {}\n"), "f:5:12: breaker needs the key \"maxConnections\" or \"failures\""},
+		{"breaker that never ejects", one("  breaker: {failures: 0, ejection: 1s, maxEjected: 10%}\n"),
+			"f:5:36: \"ejection\" says nothing with \"failures: 0\": nothing is ever ejected\n" +
+				"f:5:52: \"maxEjected\" says nothing with \"failures: 0\": nothing is ever ejected"},
+		{"breaker of nothing", one("  breaker: {}\n"), "f:5:12: breaker needs a key; without breaker the defaults hold, and the word off ends them"},
+		{"breaker of a word", one("  breaker: never\n"), "f:5:12: want a mapping such as {failures: 3}, or off, found \"never\""},
 		{"connect", one("  connect: {timeout: 1.5ms}\n  onDown: rest\n  flows: maybe\n  slowStart: 10ms\n"),
 			"f:5:22: want a duration from 10ms to 1m, such as 2s, found \"1.5ms\"\nf:6:11: want reset or keep, found \"rest\"; did you mean \"reset\"?\n" +
 				"f:7:10: want true or false, found \"maybe\"\nf:8:14: want a duration from 100ms to 1h, such as 2s, found \"10ms\""},
@@ -221,7 +246,7 @@ func TestErrors(t *testing.T) {
 		{"TCP keys for UDP", "services:\n- name: a\n  listen: [192.0.2.1:53/udp]\n  backends: [10.0.0.1:53]\n  connect: {timeout: 1s}\n  keepalive: {idle: 1s}\n  breaker: {failures: 1}\n",
 			"f:5:12: \"connect\" concerns TCP: a service whose listeners are all UDP sends no SYN\n" +
 				"f:6:14: \"keepalive\" concerns TCP: a service whose listeners are all UDP has no keepalive\n" +
-				"f:7:12: \"failures\" counts failed TCP connects: a service whose listeners are all UDP has none"},
+				"f:7:12: \"breaker\" counts TCP connections: a service whose listeners are all UDP has none"},
 		{"role with a tcp probe", one("  health: {role: primary}\n"), "f:5:18: \"role\" belongs to the probes postgres, mysql, redis; this probe is tcp"},
 		{"postgres", one("  health: {probe: postgres, role: primry, host: db.example, passwordFile: secret}\n"),
 			"f:5:11: the postgres probe needs the key \"user\"\nf:5:35: want any, primary or replica, found \"primry\"; did you mean \"primary\"?\n" +

@@ -218,8 +218,9 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		set: func(d *decoder, n *yaml.Node, to *service.Service) { keepaliveSchema.decode(d, n, &to.Keepalive) },
 	},
 	{
-		key: "breaker", kind: "mapping",
-		doc: "When the kernel keeps connections away from a backend by itself.",
+		key: "breaker", kind: "mapping or off",
+		doc: "When the kernel keeps connections away from a backend by itself. Without this key it ejects backends of TCP services as " +
+			"`{failures: 3, ejection: 10s, maxEjected: 50%}` says; `off`: never.",
 		set: func(d *decoder, n *yaml.Node, to *service.Service) { d.breaker(n, to) },
 	},
 	{
@@ -298,10 +299,13 @@ var breakerSchema = schema[service.Breaker]{what: "breaker", fields: []field[ser
 		},
 	},
 	{
-		key: "failures", kind: "1 to 1000",
-		doc: "Failed TCP connects in a row (refused, unreachable, or unanswered past connect.timeout) that eject a backend.",
+		key: "failures", kind: "0 to 1000", fallback: "3",
+		doc: "Failed TCP connects of one client in a row (refused, unreachable, unanswered past connect.timeout, or closed by the server " +
+			"within a second without a byte) that eject a backend for that client; 0: none do. A client is a user in a network namespace and a cgroup.",
 		set: func(d *decoder, n *yaml.Node, to *service.Breaker) {
-			to.Failures, _ = d.integer(n, 1, service.MaxFailures)
+			if v, ok := d.integer(n, 0, service.MaxFailures); ok {
+				to.Failures = v
+			}
 		},
 	},
 	{
@@ -556,39 +560,57 @@ func (d *decoder) service(n *yaml.Node) *service.Service {
 	if seen["health"] == nil {
 		s.Health = defaultHealth(s)
 	}
+	if seen["breaker"] == nil {
+		s.Breaker = defaultBreaker(s)
+	}
 	d.checkFamilies(seen["backends"], s)
 	d.checkTogether(seen, s)
 	return s
 }
 
-// The defaults of a breaker that ejects.
+// The defaults of a breaker.
 const (
+	defaultFailures   = 3
 	defaultEjection   = 10 * time.Second
 	defaultMaxEjected = 50
 )
 
-// breaker reads a breaker and refuses keys that say nothing without another.
+// defaultBreaker is the breaker of a service that says nothing of one. Only TCP has
+// connects that fail.
+func defaultBreaker(s *service.Service) service.Breaker {
+	if onlyUDP(s) {
+		return service.Breaker{}
+	}
+	return service.Breaker{Failures: defaultFailures, Ejection: defaultEjection, MaxEjected: defaultMaxEjected}
+}
+
+// breaker reads a breaker, or the word that there is none, and refuses keys that
+// say nothing because of another.
 func (d *decoder) breaker(n *yaml.Node, s *service.Service) {
+	if n.Kind == yaml.ScalarNode && n.Value == "off" {
+		s.Breaker = service.Breaker{}
+		return
+	}
+	if n.Kind != yaml.MappingNode {
+		d.errorf(n, "want a mapping such as {failures: 3}, or off, found %s", found(n))
+		return
+	}
+	s.Breaker = service.Breaker{Failures: defaultFailures, Ejection: defaultEjection, MaxEjected: defaultMaxEjected}
 	seen := breakerSchema.decode(d, n, &s.Breaker)
 	if seen == nil {
 		return
 	}
-	if seen["failures"] == nil {
-		for _, key := range []string{"ejection", "maxEjected"} {
-			if seen[key] != nil {
-				d.errorf(seen[key], "%q says nothing without \"failures\": nothing is ever ejected", key)
-			}
-		}
-		if seen["maxConnections"] == nil && len(seen) == 0 {
-			d.errorf(n, "breaker needs the key \"maxConnections\" or \"failures\"")
-		}
+	if len(seen) == 0 {
+		d.errorf(n, "breaker needs a key; without breaker the defaults hold, and the word off ends them")
+	}
+	if s.Breaker.Failures > 0 {
 		return
 	}
-	if seen["ejection"] == nil {
-		s.Breaker.Ejection = defaultEjection
-	}
-	if seen["maxEjected"] == nil {
-		s.Breaker.MaxEjected = defaultMaxEjected
+	s.Breaker.Ejection, s.Breaker.MaxEjected = 0, 0
+	for _, key := range []string{"ejection", "maxEjected"} {
+		if seen[key] != nil {
+			d.errorf(seen[key], "%q says nothing with \"failures: 0\": nothing is ever ejected", key)
+		}
 	}
 }
 
@@ -605,8 +627,8 @@ func (d *decoder) checkTogether(seen map[string]*yaml.Node, s *service.Service) 
 			d.errorf(seen[key], "%q concerns TCP: a service whose listeners are all UDP %s", key, what)
 		}
 	}
-	if s.Breaker.Failures > 0 {
-		d.errorf(seen["breaker"], "\"failures\" counts failed TCP connects: a service whose listeners are all UDP has none")
+	if seen["breaker"] != nil && s.Breaker != (service.Breaker{}) {
+		d.errorf(seen["breaker"], "\"breaker\" counts TCP connections: a service whose listeners are all UDP has none")
 	}
 }
 
