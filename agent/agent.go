@@ -58,6 +58,7 @@ type plane interface {
 	CheckHooks() bool
 	Sweep(context.Context)
 	CountBack(ctx context.Context, all bool)
+	Beat() error
 	Verify()
 }
 
@@ -185,7 +186,16 @@ func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Conf
 		})
 	}
 	giveBack()
+	a.beat()
 	return a.loop(ctx, failed)
+}
+
+// beat tells the programs that somebody probes. It is worth little enough to go on
+// without.
+func (a *Agent) beat() {
+	if err := a.plane.Beat(); err != nil {
+		a.log.Warn("the programs do not know that the agent is alive", "error", err)
+	}
 }
 
 func send[T any](ctx context.Context, to chan<- T, v T) {
@@ -267,6 +277,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		case d := <-a.drains:
 			err = a.drain(ctx, d)
 		case <-hooks.C:
+			a.beat()
 			// What failed is tried again anyway.
 			failing := a.failed != nil && !isPartial(a.failed)
 			if failing {

@@ -278,7 +278,7 @@ func candidates(v *socket.View, s *service.Service, dest service.Listener) (grou
 			text += ", full"
 		case l.Ejected:
 			g.ejected++
-			text += ", ejected" + left(l)
+			text += ", ejected " + whom(l) + left(l)
 		default:
 			g.usable = append(g.usable, b.Address.String())
 		}
@@ -312,12 +312,23 @@ func describe(b service.Backend, l socket.Load) string {
 	return text
 }
 
+// whom says who does not use an ejected backend.
+func whom(l socket.Load) string {
+	switch {
+	case l.Shunned:
+		return "for all"
+	case l.Clients == 1:
+		return "for 1 client"
+	}
+	return fmt.Sprintf("for %d clients", l.Clients)
+}
+
 func left(l socket.Load) string {
 	switch {
 	case l.Trial:
 		return ", and on trial"
 	case l.For > 0:
-		return " for another " + l.For.Round(100*time.Millisecond).String()
+		return ", for another " + l.For.Round(100*time.Millisecond).String()
 	}
 	return ", and the next connection tries it"
 }

@@ -358,6 +358,10 @@ type Health struct {
 	Command Command // exec
 }
 
+// Verdict is how long it takes at most until a backend that is dead is known to be
+// down.
+func (h Health) Verdict() time.Duration { return time.Duration(h.Fall)*h.Interval + h.Timeout }
+
 // Equal reports whether two services are the same in every respect.
 func (s *Service) Equal(o *Service) bool {
 	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&

@@ -143,9 +143,10 @@ type backendOut struct {
 	Since   time.Time `json:"since" yaml:"since"`
 
 	InFlight    uint32 `json:"inFlight" yaml:"inFlight"`
-	RTT         string `json:"rtt,omitempty" yaml:"rtt,omitempty"`           // of handshakes; absent: unknown
-	Response    string `json:"response,omitempty" yaml:"response,omitempty"` // from request to first byte; absent: unknown
-	Failures    uint32 `json:"failures" yaml:"failures"`                     // failed connects in a row
+	EjectedFor  int    `json:"ejectedFor,omitempty" yaml:"ejectedFor,omitempty"` // how many clients do not use it
+	RTT         string `json:"rtt,omitempty" yaml:"rtt,omitempty"`               // of handshakes; absent: unknown
+	Response    string `json:"response,omitempty" yaml:"response,omitempty"`     // from request to first byte; absent: unknown
+	Failures    uint32 `json:"failures" yaml:"failures"`                         // failed connects in a row, of the client with most
 	Connections uint64 `json:"connections" yaml:"connections"`
 	Failed      uint64 `json:"failed" yaml:"failed"`
 	Ejections   uint64 `json:"ejections" yaml:"ejections"`
@@ -183,7 +184,7 @@ func newBackendsOut(v *socket.View, s *service.Service) []backendOut {
 		out[i] = backendOut{
 			Address: b.Address.String(), Weight: b.Weight, Group: b.Group, Zone: b.Zone,
 			State: state.String(), Why: why(b, state, l), Since: v.Since[s.Name][b.Address].UTC(),
-			InFlight: l.InFlight, RTT: latency(l.RTT), Response: latency(l.Response), Failures: l.Failures,
+			InFlight: l.InFlight, EjectedFor: l.Clients, RTT: latency(l.RTT), Response: latency(l.Response), Failures: l.Failures,
 			Connections: l.Connections, Failed: l.Failed, Ejections: l.Ejections,
 		}
 		if l.Ejected && (state == service.Serving || state == service.Standby) {
@@ -207,16 +208,27 @@ func why(b service.Backend, state service.State, l socket.Load) string {
 		return "drained"
 	case b.Weight == 0:
 		return "weight 0"
-	case l.Trial:
-		return "a connection is trying it"
-	case l.Ejected && l.For > 0:
-		return fmt.Sprintf("failed connects; tried again in %s", l.For.Round(100*time.Millisecond))
 	case l.Ejected:
-		return "failed connects; the next connection tries it"
+		return blamed(l)
 	case state == service.Standby:
 		return "a lower group serves"
 	}
 	return ""
+}
+
+// blamed says for whom a backend is ejected, and until when.
+func blamed(l socket.Load) string {
+	of := "failed connects of " + count(l.Clients, "client")
+	if l.Shunned {
+		of = "failed connects of several clients, for all"
+	}
+	switch {
+	case l.Trial:
+		return of + "; a connection is trying it"
+	case l.For > 0:
+		return fmt.Sprintf("%s; tried again in %s", of, l.For.Round(100*time.Millisecond))
+	}
+	return of + "; the next connection tries it"
 }
 
 // latency writes a latency in microseconds or milliseconds, nothing for 0.

@@ -171,7 +171,7 @@ func healingRows(s *service.Service) [][]string {
 		rows = append(rows, []string{"limit", fmt.Sprintf("%d connections per backend", n)})
 	}
 	if n := s.Breaker.Failures; n > 0 {
-		rows = append(rows, []string{"ejection", fmt.Sprintf("after %s in a row, for %s at first, at most %d%% of a group",
+		rows = append(rows, []string{"ejection", fmt.Sprintf("after %s in a row, for the client that met them, for %s at first, at most %d%% of a group",
 			count(n, "failed connect"), s.Breaker.Ejection, s.Breaker.MaxEjected)})
 	}
 	if s.ConnectTimeout > 0 {

@@ -339,7 +339,7 @@ func TestExplain(t *testing.T) {
 		t.Errorf("answers %v", a)
 	}
 	if out := w.mustPentad("explain", "192.0.2.10:80"); !strings.Contains(out, "goes to 10.0.0.1:7000, in group 1 because none before it is usable") ||
-		!strings.Contains(out, "ejected for another") {
+		!strings.Contains(out, "ejected for 1 client, for another") {
 		t.Errorf("after the ejection:\n%s", out)
 	}
 }

@@ -81,7 +81,7 @@ func TestKeepalive(t *testing.T) {
 	if out := w.mustPentad("service", "show", "all"); !strings.Contains(out, "after 20s, every 5s, 3 probes") {
 		t.Errorf("service show:\n%s", out)
 	}
-	if out := w.mustPentad("service", "show", "idle", "-o", "yaml"); !strings.Contains(out, "keepalive:\n  idle: 30s\nonDown:") {
+	if out := w.mustPentad("service", "show", "idle", "-o", "yaml"); !strings.Contains(out, "keepalive:\n  idle: 30s\nbreaker:") {
 		t.Errorf("service show -o yaml:\n%s", out)
 	}
 }

@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -18,8 +20,9 @@ import (
 // sockDestroy is SOCK_DESTROY of linux/sock_diag.h.
 const sockDestroy = 21
 
-// doomed returns the cookies of the sockets to close, with their places.
-func (s *mapSet) doomed(resets map[uint32]bool) (map[uint64]bool, error) {
+// doomed returns the sockets to close by their cookies, and the backends that they
+// must be connected to.
+func (s *mapSet) doomed(resets map[uint32]bool) (map[uint64][]netip.AddrPort, error) {
 	backends, err := dump[uint32, kernelBackend](s.maps[kernelMapBackends])
 	if err != nil {
 		return nil, fmt.Errorf("map backends: %w", err)
@@ -32,17 +35,17 @@ func (s *mapSet) doomed(resets map[uint32]bool) (map[uint64]bool, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map sockets_more: %w", err)
 	}
-	found := make(map[uint64]bool)
+	found := make(map[uint64][]netip.AddrPort)
 	for _, values := range [][]kernelSocket{places.values, more.values} {
 		for i := range values {
 			v := &values[i]
 			index, generation := uint32(v.Backend), uint32(v.Backend>>32)
-			if v.Cookie == 0 || v.Life&uint64(kernelLifeLIFE_COUNTED) == 0 || !resets[index] {
+			if v.Cookie == 0 || !resets[index] {
 				continue
 			}
 			// The generation grows by one when a backend is removed.
 			if backends.values[index].Generation-generation <= 1 {
-				found[v.Cookie] = true
+				found[v.Cookie] = append(found[v.Cookie], netip.AddrPortFrom(address(v.Addr), bigEndian(v.Port)))
 			}
 		}
 	}
@@ -51,7 +54,7 @@ func (s *mapSet) doomed(resets map[uint32]bool) (map[uint64]bool, error) {
 
 // destroy closes the sockets with these cookies in every network namespace, and
 // returns how many it closed.
-func destroy(ctx context.Context, cookies map[uint64]bool) (int, error) {
+func destroy(ctx context.Context, cookies map[uint64][]netip.AddrPort) (int, error) {
 	n := 0
 	err := InNamespaces(ctx, func() error {
 		var errs []error
@@ -62,7 +65,8 @@ func destroy(ctx context.Context, cookies map[uint64]bool) (int, error) {
 			errs = append(errs, err)
 			for i, s := range append(tcp, udp...) {
 				cookie := uint64(s.ID.Cookie[1])<<32 | uint64(s.ID.Cookie[0])
-				if !cookies[cookie] {
+				to, _ := netip.AddrFromSlice(s.ID.Destination)
+				if !slices.Contains(cookies[cookie], netip.AddrPortFrom(to.Unmap(), s.ID.DestinationPort)) {
 					continue
 				}
 				protocol := uint8(unix.IPPROTO_TCP)

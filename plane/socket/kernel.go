@@ -17,7 +17,7 @@ import (
 // the old ones. The maps that hold the state of sockets and backends (stateMaps)
 // must never change their layout: what they know cannot be found out again. New
 // knowledge gets a map beside them.
-const layoutVersion = 3
+const layoutVersion = 4
 
 // mapSet is one complete set of maps, pinned under one directory, "set-N". A set
 // counts only once its map about is pinned, which happens last.
@@ -32,13 +32,15 @@ type mapSet struct {
 // to set. An older layout may lack some.
 var stateMaps = []string{
 	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
-	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
+	kernelMapLoads, kernelMapBlames, kernelMapHeartbeat,
+	kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
 }
 
 // mapNames are the maps of a set in the order of pinning; about is last.
 var mapNames = []string{
 	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
-	kernelMapLoads, kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
+	kernelMapLoads, kernelMapBlames, kernelMapHeartbeat,
+	kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
 	kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,
 	kernelMapFilter, kernelMapListeners4, kernelMapListeners6, kernelMapAbout,
 }

@@ -43,8 +43,10 @@ type kernelBackend struct {
 	Service    uint32
 	Weight     uint32
 	Cost       uint32
-	Started    uint32
-	Pad        [6]uint32
+	Pad        uint32
+	Started    uint64
+	Leave      uint64
+	Pad2       [2]uint32
 }
 
 type kernelBackendDetail struct {
@@ -76,6 +78,23 @@ const (
 	kernelBalanceBALANCE_LEAST_CONNECTIONS kernelBalance = 2
 	kernelBalanceBALANCE_LEAST_LATENCY     kernelBalance = 3
 )
+
+type kernelBlame struct {
+	_          structs.HostLayout
+	Ejected    uint64
+	Failed     uint64
+	Readmitted uint64
+	Failures   uint32
+	Ejections  uint16
+	Fruitless  uint8
+	Pad        uint8
+}
+
+type kernelBlameKey struct {
+	_       structs.HostLayout
+	Client  uint64
+	Backend uint64
+}
 
 type kernelCounter uint32
 
@@ -151,6 +170,7 @@ const (
 	kernelLifeLIFE_ESTABLISHED kernelLife = 16
 	kernelLifeLIFE_FAILED      kernelLife = 32
 	kernelLifeLIFE_TIMED       kernelLife = 64
+	kernelLifeLIFE_FRUITLESS   kernelLife = 128
 )
 
 type kernelListener struct {
@@ -184,14 +204,16 @@ type kernelLoad struct {
 	Rtt          uint32
 	Response     uint32
 	Measured     uint32
-	Failures     uint32
-	Ejections    uint32
-	Ejected      uint64
-	Readmitted   uint32
+	Answer       uint32
+	Accuser      uint32
+	Shunned      uint64
+	Accused      uint32
 	LastResponse uint32
 	Connections  uint64
-	Failed       uint64
-	EjectedEver  uint64
+	Failed       uint32
+	Datagrams    uint32
+	EjectedEver  uint32
+	Blamed       uint32
 }
 
 type kernelServiceInfo struct {
@@ -202,14 +224,15 @@ type kernelServiceInfo struct {
 	MaxEjected     uint32
 	ConnectTimeout uint32
 	SlowStart      uint32
-	Joined         uint32
+	Joined         uint64
 	Silent         uint8
 	Keep           uint8
 	Balance        uint8
 	Pad            uint8
 	Affinity       uint32
+	Verdict        uint32
 	Keepalive      kernelKeepalive
-	Pad2           [22]uint8
+	Pad2           [14]uint8
 	Name           [192]int8
 }
 
@@ -231,7 +254,7 @@ type kernelSocket struct {
 	Crowded  uint8
 	Protocol uint8
 	Seen     uint8
-	Pad      uint8
+	Earlier  uint8
 	Backend  uint64
 	Life     uint64
 }
@@ -272,11 +295,13 @@ const (
 	kernelMapAffinity           = "affinity"
 	kernelMapBackendInfo        = "backend_info"
 	kernelMapBackends           = "backends"
+	kernelMapBlames             = "blames"
 	kernelMapCounters           = "counters"
 	kernelMapFilter             = "filter"
 	kernelMapFlows              = "flows"
 	kernelMapFollowed           = "followed"
 	kernelMapFollowers          = "followers"
+	kernelMapHeartbeat          = "heartbeat"
 	kernelMapListeners4         = "listeners4"
 	kernelMapListeners6         = "listeners6"
 	kernelMapLoads              = "loads"
@@ -385,11 +410,13 @@ type kernelMapSpecs struct {
 	Affinity    *ebpf.MapSpec `ebpf:"affinity"`
 	BackendInfo *ebpf.MapSpec `ebpf:"backend_info"`
 	Backends    *ebpf.MapSpec `ebpf:"backends"`
+	Blames      *ebpf.MapSpec `ebpf:"blames"`
 	Counters    *ebpf.MapSpec `ebpf:"counters"`
 	Filter      *ebpf.MapSpec `ebpf:"filter"`
 	Flows       *ebpf.MapSpec `ebpf:"flows"`
 	Followed    *ebpf.MapSpec `ebpf:"followed"`
 	Followers   *ebpf.MapSpec `ebpf:"followers"`
+	Heartbeat   *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners4  *ebpf.MapSpec `ebpf:"listeners4"`
 	Listeners6  *ebpf.MapSpec `ebpf:"listeners6"`
 	Loads       *ebpf.MapSpec `ebpf:"loads"`
@@ -446,11 +473,13 @@ type kernelMaps struct {
 	Affinity    *ebpf.Map `ebpf:"affinity"`
 	BackendInfo *ebpf.Map `ebpf:"backend_info"`
 	Backends    *ebpf.Map `ebpf:"backends"`
+	Blames      *ebpf.Map `ebpf:"blames"`
 	Counters    *ebpf.Map `ebpf:"counters"`
 	Filter      *ebpf.Map `ebpf:"filter"`
 	Flows       *ebpf.Map `ebpf:"flows"`
 	Followed    *ebpf.Map `ebpf:"followed"`
 	Followers   *ebpf.Map `ebpf:"followers"`
+	Heartbeat   *ebpf.Map `ebpf:"heartbeat"`
 	Listeners4  *ebpf.Map `ebpf:"listeners4"`
 	Listeners6  *ebpf.Map `ebpf:"listeners6"`
 	Loads       *ebpf.Map `ebpf:"loads"`
@@ -468,11 +497,13 @@ func (m *kernelMaps) Close() error {
 		m.Affinity,
 		m.BackendInfo,
 		m.Backends,
+		m.Blames,
 		m.Counters,
 		m.Filter,
 		m.Flows,
 		m.Followed,
 		m.Followers,
+		m.Heartbeat,
 		m.Listeners4,
 		m.Listeners6,
 		m.Loads,

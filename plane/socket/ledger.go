@@ -74,20 +74,21 @@ type hot struct {
 	service    uint32
 	weight     uint32
 	cost       uint32
-	started    uint32
+	started    uint64
+	leave      uint64
 }
 
 func (h hot) backend() kernelBackend {
 	return kernelBackend{
 		Addr: h.addr, Port: h.port, State: h.state, Reset: h.reset, Generation: h.generation,
-		Service: h.service, Weight: h.weight, Cost: h.cost, Started: h.started,
+		Service: h.service, Weight: h.weight, Cost: h.cost, Started: h.started, Leave: h.leave,
 	}
 }
 
 func newHot(b *kernelBackend) hot {
 	return hot{
 		addr: b.Addr, port: b.Port, state: b.State, reset: b.Reset, generation: b.Generation,
-		service: b.Service, weight: b.Weight, cost: b.Cost, started: b.Started,
+		service: b.Service, weight: b.Weight, cost: b.Cost, started: b.Started, leave: b.Leave,
 	}
 }
 
@@ -279,8 +280,13 @@ func (f family) first() uint32 {
 // moment is when writes are made: for people, and for the programs.
 type moment struct {
 	time    time.Time
-	jiffies uint32
+	jiffies uint64
+	leave   uint64 // jiffies: when who sends without a connection has left a backend that is drained now
 }
+
+// leaveWithin is how long who sends datagrams without a connection may stay with a
+// backend that takes no new connections: nothing of theirs ever ends.
+const leaveWithin = 30 * time.Second
 
 func has[K comparable, V any](m map[K]V, k K) bool {
 	_, ok := m[k]
@@ -305,7 +311,7 @@ func (l *ledger) install(s *service.Service, t *tables, now moment, w *writes) {
 	}
 	l.placeTables(e, t, w)
 	l.showListeners(e, s, t, w)
-	l.retireBackends(gone, s.OnDown == service.Reset, w)
+	l.retireBackends(gone, s.OnDown == service.Reset, now, w)
 	e.complete = true
 }
 
@@ -328,6 +334,12 @@ func (l *ledger) placeBackends(e *entry, s *service.Service, now moment, w *writ
 		if hot.started = p.hot.started; !fresh && b.Usable() && !takesConnections(p.hot.state) {
 			// It joins others, or comes back: little by little.
 			hot.started = max(1, now.jiffies)
+		}
+		if state == service.Drained && b.DrainUntil == 0 {
+			hot.leave = p.hot.leave
+			if hot.leave == 0 {
+				hot.leave = now.leave
+			}
 		}
 		in := info{b.Group, b.Drained, b.Down, p.info.since, b.DrainUntil, b.Zone}
 		if !known || hot.state != p.hot.state {
@@ -536,7 +548,7 @@ func listenerSum(v *kernelListener, x service.Listener) uint32 {
 
 // retireBackends takes back the places of backends that are gone. reset says
 // whether the connections that they have are to be closed.
-func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, w *writes) {
+func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, now moment, w *writes) {
 	for _, addr := range slices.SortedFunc(maps.Keys(gone), netip.AddrPort.Compare) {
 		p := gone[addr]
 		l.generation[p.index]++
@@ -544,6 +556,7 @@ func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, w *wr
 		// program that is looking at it now must not see half of it.
 		hot := p.hot
 		hot.state, hot.service, hot.weight = 0, 0, 0
+		hot.started = max(1, now.jiffies)
 		hot.reset = flag(reset || hot.reset != 0)
 		hot.generation = l.generation[p.index]
 		l.markReset(p.index, hot.reset)
@@ -554,7 +567,7 @@ func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, w *wr
 }
 
 // remove stages the removal of a service.
-func (l *ledger) remove(name string, w *writes) {
+func (l *ledger) remove(name string, now moment, w *writes) {
 	e := l.byName[name]
 	if e == nil {
 		return
@@ -562,7 +575,7 @@ func (l *ledger) remove(name string, w *writes) {
 	for _, x := range slices.SortedFunc(maps.Keys(e.shown), service.Listener.Compare) {
 		l.hideListener(e, x, w)
 	}
-	l.retireBackends(e.byAddress(), e.info.Keep == 0, w)
+	l.retireBackends(e.byAddress(), e.info.Keep == 0, now, w)
 	for f := range e.tables {
 		if e.tables[f].extent.length > 0 {
 			l.retired.slots = append(l.retired.slots, e.tables[f].extent)
@@ -640,6 +653,9 @@ func (e *entry) serviceInfo(s *service.Service) kernelServiceInfo {
 		Silent: flag(s.Silent), Keep: flag(s.OnDown == service.Keep),
 		Balance: uint8(s.Balance), Affinity: uint32(s.Affinity / time.Second), Keepalive: keepalive(s.Keepalive),
 	}
+	if s.Health.Probe != service.ProbeNone {
+		info.Verdict = milliseconds(s.Health.Verdict())
+	}
 	setText(info.Name[:], s.Name)
 	return info
 }
@@ -647,7 +663,7 @@ func (e *entry) serviceInfo(s *service.Service) kernelServiceInfo {
 // traits are what spares the programs a look at the service and its backends.
 func (e *entry) traits() uint8 {
 	traits := kernelTraitTRAIT_EVEN
-	if e.info.MaxConnections == 0 && e.info.Failures == 0 && e.info.SlowStart == 0 {
+	if e.info.MaxConnections == 0 && e.info.SlowStart == 0 {
 		traits |= kernelTraitTRAIT_PLAIN
 	}
 	if e.info.ConnectTimeout > 0 {
@@ -662,12 +678,10 @@ func (e *entry) traits() uint8 {
 }
 
 // lastJoined returns when the backend that joined last did so, in jiffies, or 0.
-func (e *entry) lastJoined() uint32 {
-	last := uint32(0)
+func (e *entry) lastJoined() uint64 {
+	last := uint64(0)
 	for _, p := range e.places {
-		if p.hot.started != 0 && (last == 0 || int32(p.hot.started-last) > 0) {
-			last = p.hot.started
-		}
+		last = max(last, p.hot.started)
 	}
 	return last
 }

@@ -259,14 +259,14 @@ func TestLedger(t *testing.T) {
 			var w writes
 			changed, removed := service.Diff(last, next)
 			for _, s := range removed {
-				l.remove(s.Name, &w)
+				l.remove(s.Name, moment{time.Unix(0, 0), 1, 2}, &w)
 			}
 			for _, s := range changed {
 				tables := tablesOf(s)
 				if !l.fits(s, tables) {
 					t.Fatal("it does not fit")
 				}
-				l.install(s, tables, moment{time.Unix(0, 0), 1}, &w)
+				l.install(s, tables, moment{time.Unix(0, 0), 1, 2}, &w)
 			}
 			w.settle(l)
 			before, after := wanted(last), wanted(next)
@@ -302,7 +302,7 @@ func TestLedger(t *testing.T) {
 			// The same again writes nothing.
 			var again writes
 			for _, s := range next.Services {
-				l.install(s, tablesOf(s), moment{time.Unix(0, 0), 2}, &again)
+				l.install(s, tablesOf(s), moment{time.Unix(0, 0), 2, 3}, &again)
 			}
 			if n := again.count(); n != 0 {
 				t.Fatalf("installing what is installed makes %d writes: %+v", n, again)

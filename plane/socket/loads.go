@@ -81,6 +81,9 @@ func (s *mapSet) keepLoads(from *mapSet) error {
 	return nil
 }
 
+// isBusy reports whether a backend has connections.
+func isBusy(l *kernelLoad) bool { return l.Inflight > 0 || l.Datagrams > 0 }
+
 // readLoads returns the loads of all backends by index.
 func (s *mapSet) readLoads() ([]kernelLoad, error) {
 	all := make([]kernelLoad, 0, len(s.loads)*loadChunk)

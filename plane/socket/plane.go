@@ -173,7 +173,7 @@ func (p *Plane) sweep(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if l.Inflight > 0 {
+		if isBusy(&l) {
 			return errors.Join(p.closeByDiag(ctx), p.sweeper.sweep(ctx, false))
 		}
 	}
@@ -253,7 +253,7 @@ func (p *Plane) Loads(most int) ([]BackendLoad, error) {
 	if err != nil {
 		return nil, err
 	}
-	now, err := p.clock.now()
+	blames, err := p.set.readBlames(p.clock)
 	if err != nil {
 		return nil, err
 	}
@@ -261,7 +261,7 @@ func (p *Plane) Loads(most int) ([]BackendLoad, error) {
 	for _, e := range p.ledger.byName {
 		for i := range e.places {
 			at := &e.places[i]
-			all = append(all, BackendLoad{e.name, at.address(), newLoad(&loads[at.index], e.info.Failures > 0, p.clock, now)})
+			all = append(all, BackendLoad{e.name, at.address(), blames.load(&loads[at.index], &e.info, at.reference())})
 		}
 	}
 	return all, nil
@@ -369,7 +369,7 @@ func (p *Plane) sortLoads(l *ledger) error {
 	if err != nil {
 		return err
 	}
-	busy := l.backends.takeIf(func(i uint32) bool { return int(i) < len(loads) && loads[i].Inflight > 0 })
+	busy := l.backends.takeIf(func(i uint32) bool { return int(i) < len(loads) && isBusy(&loads[i]) })
 	l.retired.backends = append(l.retired.backends, busy...)
 	used := l.usedBackends()
 	var stale []uint32
@@ -484,7 +484,7 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 			return nil, err
 		}
 		var w writes
-		done, unfit := p.stage(snap, moment{time.Now(), uint32(jiffies)}, &w)
+		done, unfit := p.stage(snap, moment{time.Now(), jiffies, jiffies + p.clock.jiffies(leaveWithin)}, &w)
 		if len(unfit) > 0 && len(makeRoom) > 0 {
 			// Nothing was written yet: read the kernel again and start over.
 			cause = makeRoom[0](snap)
@@ -512,19 +512,19 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.Snapshot, []string) {
 	changed, removed := service.Diff(p.applied, snap)
 	for _, s := range removed {
-		p.ledger.remove(s.Name, w)
+		p.ledger.remove(s.Name, now, w)
 	}
 	if p.partial && !snap.Partial {
 		for name := range p.ledger.byName {
 			if snap.Find(name) == nil {
-				p.ledger.remove(name, w)
+				p.ledger.remove(name, now, w)
 			}
 		}
 	}
 	var unfit []string
 	for _, s := range changed {
 		if !isShown(s) {
-			p.ledger.remove(s.Name, w)
+			p.ledger.remove(s.Name, now, w)
 			continue
 		}
 		tables := tablesOf(s)
@@ -562,7 +562,7 @@ func (p *Plane) reclaimSome() error {
 	waitForReaders()
 	free := p.ledger.reclaim(func(index uint32) bool {
 		l, err := p.set.readLoad(index)
-		return err != nil || l.Inflight > 0
+		return err != nil || isBusy(&l)
 	})
 	return p.set.clearLoads(free)
 }

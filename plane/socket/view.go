@@ -34,15 +34,17 @@ type View struct {
 
 // Load is what the programs know of one backend.
 type Load struct {
-	InFlight    uint32        // connections from connect() to their end
+	InFlight    uint32        // TCP connections from their SYN to their end, and connected UDP sockets
 	RTT         time.Duration // smoothed, of handshakes; 0: unknown
 	Response    time.Duration // smoothed, from a request to its first byte; 0: unknown
-	Failures    uint32        // failed connects in a row
+	Failures    uint32        // failed connects in a row, of the client that had most
 	Connections uint64        // all that were ever begun
 	Failed      uint64        // of these, how many failed
-	Ejections   uint64        // how often it was ejected
+	Ejections   uint64        // how often a client ejected it
 
-	Ejected bool          // it gets no connections, or is on trial
+	Ejected bool          // some clients do not use it, or are trying it
+	Clients int           // how many; see struct blame in bpf/layout.h
+	Shunned bool          // the others avoid it, too, because several clients ejected it
 	Trial   bool          // one connection is trying it
 	For     time.Duration // how much longer it is ejected; 0: the next connection tries it
 }
@@ -127,40 +129,24 @@ func (v *View) readLoads(set *mapSet, in *inspection) error {
 		return err
 	}
 	defer c.close()
-	now, err := c.now()
+	blames, err := set.readBlames(c)
 	if err != nil {
 		return err
 	}
 	for i := range loads {
-		v.Leaving += int(loads[i].Inflight)
+		v.Leaving += int(loads[i].Inflight + loads[i].Datagrams)
 	}
 	for _, i := range in.services {
 		of := make(map[netip.AddrPort]Load, len(i.places))
 		for addr, p := range i.places {
 			if int(p.index) < len(loads) {
-				of[addr] = newLoad(&loads[p.index], i.info.Failures > 0, c, now)
-				v.Leaving -= int(loads[p.index].Inflight)
+				of[addr] = blames.load(&loads[p.index], &i.info, p.reference())
+				v.Leaving -= int(of[addr].InFlight)
 			}
 		}
 		v.Loads[i.name] = of
 	}
 	return nil
-}
-
-// newLoad reads the kernel's form. breaker says whether ejection counts.
-func newLoad(l *kernelLoad, breaker bool, c *clock, now uint64) Load {
-	load := Load{
-		InFlight: l.Inflight, RTT: time.Duration(l.Rtt) * time.Microsecond, Response: time.Duration(l.Response) * time.Microsecond,
-		Failures: l.Failures, Connections: l.Connections, Failed: l.Failed, Ejections: l.EjectedEver,
-	}
-	if l.Ejected == 0 || !breaker {
-		return load
-	}
-	load.Ejected, load.Trial = true, l.Ejected&1 != 0
-	if until := l.Ejected >> 1; until > now && !load.Trial {
-		load.For = c.duration(until - now)
-	}
-	return load
 }
 
 func foreignLayout(dir string, info kernelAboutInfo) error {

@@ -29,8 +29,9 @@
 enum verdict {
 	USABLE,
 	FULL,    /* has maxConnections */
-	EJECTED, /* by its failures */
+	EJECTED, /* by this client's failures */
 	DUE,     /* ejected, and one connection may try it */
+	SHUNNED, /* several others found it dead; this client has not */
 	WARMING, /* slow start: not this time */
 };
 
@@ -42,10 +43,12 @@ struct search {
 	__u32 balance;
 	__u32 traits; /* of the listener */
 	__u64 hash;   /* of the client, for BALANCE_SOURCE_HASH */
+	__u64 client; /* whose blame counts */
 	bool judged;  /* the outcome of this connection will be known */
 	bool met_ejected;
 	bool trial;      /* the chosen backend is on trial */
 	__u32 desperate; /* best of the groups in panic; 0: none */
+	__u32 shunned;   /* any backend that only others found dead; 0: none */
 	/* Of the table at hand, as a whole: */
 	__u32 offset;
 	__u32 members;
@@ -61,54 +64,64 @@ static __always_inline __u64 reference(__u32 index, const struct backend *b)
 	return (__u64)b->generation << 32 | index;
 }
 
-static __always_inline bool in_slow_start(const struct backend *b, const struct load *load,
-					  const struct service_info *policy, __u32 now)
+static __always_inline bool in_slow_start(const struct backend *b, __u64 readmitted,
+					  const struct service_info *policy, __u64 now)
 {
-	__u32 window = ticks(policy->slow_start);
-	__u32 age;
+	__u64 window = ticks(policy->slow_start);
+	__u64 age;
 
 	if (!window)
 		return false;
 	/* Usually nobody is new: then the backend itself need not be looked at. */
-	if (!load->readmitted && (!policy->joined || now - policy->joined >= window))
+	if (!readmitted && (!policy->joined || now - policy->joined >= window))
 		return false;
 	age = now - b->started;
-	if (load->readmitted && (!b->started || now - load->readmitted < age))
-		age = now - load->readmitted;
+	if (readmitted && (!b->started || now - readmitted < age))
+		age = now - readmitted;
 	else if (!b->started)
 		return false;
 	/* It begins with a tenth. */
 	return age < window && bpf_get_prandom_u32() % window > age + window / 10;
 }
 
-static __always_inline enum verdict judge(const struct search *s, const struct backend *b,
-					  const struct load *load,
+static __always_inline enum verdict judge(const struct search *s, __u32 index,
+					  const struct backend *b, struct load *load,
 					  const struct service_info *policy)
 {
-	__u64 ejected = load->ejected;
+	bool ejects = policy->failures && is_blamed(load);
+	struct blame *own = NULL;
 	__u64 now = bpf_jiffies64();
 
-	if (policy->max_connections && load->inflight >= policy->max_connections)
+	/* Only a TCP connection is known to have begun. */
+	if (policy->max_connections && s->judged && load->inflight >= policy->max_connections)
 		return FULL;
-	if (ejected && policy->failures) {
-		if (now < ejected >> 1)
+	if (ejects)
+		own = blame_of(s->client, reference(index, b));
+	if (own && own->ejected) {
+		if (now < ejected_until(own, policy, now))
 			return EJECTED;
 		/* What has no outcome cannot be a trial, and does not wait for one. */
 		return s->judged ? DUE : USABLE;
 	}
-	return in_slow_start(b, load, policy, now) ? WARMING : USABLE;
+	if (ejects && now < load->shunned >> 1 && s->judged)
+		return SHUNNED;
+	return in_slow_start(b, own ? own->readmitted : 0, policy, now) ? WARMING : USABLE;
 }
 
 /* Whether this connection is the one that tries an ejected backend. */
-static __always_inline bool claim_trial(struct search *s, struct load *load)
+static __always_inline bool claim_trial(struct search *s, __u32 index, const struct backend *b,
+					const struct service_info *policy)
 {
-	__u64 old = load->ejected, now = bpf_jiffies64();
+	struct blame *own = blame_of(s->client, reference(index, b));
+	__u64 old = own ? own->ejected : 0, now = bpf_jiffies64();
 	__u64 patience = now + TRIAL_SECONDS * (__u64)hz;
 
-	if (!old || now < old >> 1)
+	if (!old || now < ejected_until(own, policy, now))
 		return false;
-	if (__sync_val_compare_and_swap(&load->ejected, old, patience << 1 | 1) != old)
+	if (__sync_val_compare_and_swap(&own->ejected, old, patience << 1 | 1) != old)
 		return false;
+	/* The time of the trial does not end by what was vouched for before it. */
+	own->failed = now;
 	s->trial = true;
 	return true;
 }
@@ -128,7 +141,7 @@ static __always_inline __u32 draw(__u32 slots_at, __u32 slots_count, __u32 numbe
 	return (__u32)scaled < s->threshold ? s->first : s->second;
 }
 
-/* As sample(), when every member will do. */
+/* Draw a member by its weight that is not the one given, or 0. */
 static __always_inline __u32 draw_other(__u32 slots_at, __u32 slots_count, __u32 other)
 {
 	int i;
@@ -153,8 +166,6 @@ __noinline __u32 sample(struct search *s, __u32 other, __u32 despite_ejection)
 
 	if (!s)
 		return 0;
-	if (s->traits & TRAIT_PLAIN)
-		return draw_other(s->slots, s->count, other);
 	policy = bpf_map_lookup_elem(&services, &s->service);
 	if (!policy)
 		return 0;
@@ -166,14 +177,14 @@ __noinline __u32 sample(struct search *s, __u32 other, __u32 despite_ejection)
 
 		if (!b || !load || index == other)
 			continue;
-		v = judge(s, b, load, policy);
+		v = judge(s, index, b, load, policy);
 		if (v == USABLE)
 			return index;
-		if (v != EJECTED && v != DUE)
+		if (v != EJECTED && v != DUE && v != SHUNNED)
 			continue;
 		if (despite_ejection)
 			return index;
-		if (v == DUE && !other && claim_trial(s, load))
+		if (v == DUE && !other && claim_trial(s, index, b, policy))
 			return index;
 		s->met_ejected = true;
 	}
@@ -181,9 +192,10 @@ __noinline __u32 sample(struct search *s, __u32 other, __u32 despite_ejection)
 }
 
 /* One member of the table at hand, for census(). */
-static long consider(__u32 i, struct search *s)
+static long consider(__u32 i, struct search **search)
 {
 	struct service_info *policy;
+	struct search *s = *search;
 	struct backend *b;
 	struct load *load;
 	struct slot *slot;
@@ -204,7 +216,7 @@ static long consider(__u32 i, struct search *s)
 	load = load_of(index);
 	if (!policy || !b || !load)
 		return 0;
-	v = judge(s, b, load, policy);
+	v = judge(s, index, b, load, policy);
 	s->members++;
 	if (v == FULL)
 		return 0;
@@ -215,7 +227,9 @@ static long consider(__u32 i, struct search *s)
 		s->any = index;
 		s->best_any = lot;
 	}
-	if (v == EJECTED || v == DUE) {
+	if (v == SHUNNED && !s->shunned)
+		s->shunned = index;
+	if (v == EJECTED || v == DUE || v == SHUNNED) {
 		s->ejected++;
 		return 0;
 	}
@@ -236,12 +250,33 @@ static __always_inline bool census(struct search *s, const struct service_info *
 	s->best = 0;
 	s->best_any = 0;
 	s->offset = s->count ? bpf_get_prandom_u32() % s->count : 0;
-	bpf_loop(s->count, consider, s, 0);
+	/* What a callback is handed lies on the stack; the search itself need not. */
+	bpf_loop(s->count, consider, &s, 0);
 	return s->ejected * 100 > policy->max_ejected * s->members;
 }
 
-/* How long a connection would wait at a backend, in no particular unit. */
-__noinline __u64 score(__u32 index, __u32 balance, __u32 even)
+/* How many times as long a failure makes a connection wait, in bits: 16, 256, ... */
+#define FAILURE_BITS 4
+
+/* What a client's own failures at a backend add to its score, in bits. It wears off by the second. */
+static __always_inline __u32 penalty(struct load *load, __u64 backend, __u64 client)
+{
+	struct blame *own = is_blamed(load) ? blame_of(client, backend) : NULL;
+	__u32 bits;
+	__u64 age;
+
+	if (!own || (!own->failures && !own->ejections))
+		return 0;
+	bits = own->failures < 3 ? own->failures * FAILURE_BITS : 3 * FAILURE_BITS;
+	age = (bpf_jiffies64() - own->failed) / hz;
+	return age < bits ? bits - age : 0;
+}
+
+/*
+ * How long a connection of this client would wait at a backend, in no particular
+ * unit.
+ */
+__noinline __u64 score(__u32 index, __u32 balance, __u32 even, __u64 client)
 {
 	struct backend *b = bpf_map_lookup_elem(&backends, &index);
 	struct load *load = load_of(index);
@@ -255,34 +290,62 @@ __noinline __u64 score(__u32 index, __u32 balance, __u32 even)
 	 * divided by the weight: weight has its say in the draw already, and a
 	 * light backend would get nothing at all while there is little to do.
 	 */
-	crowd = (__u64)load->inflight * (even ? 256 : b->cost) + 256;
+	crowd = (__u64)(load->inflight + load->datagrams) * (even ? 256 : b->cost) + 256;
 	if (balance == BALANCE_LEAST_LATENCY) {
 		latency = aged(load->rtt + load->response, load, bpf_jiffies64());
 		if (latency > SLOWEST)
 			latency = SLOWEST;
 	}
-	return crowd * (latency + NOISE);
+	return crowd * (latency + NOISE) << penalty(load, reference(index, b), client);
+}
+
+/* How much faster, and by how much shorter answers, makes a backend hasty. */
+#define HASTY 4
+
+/*
+ * Whether a backend answers in a fraction of another's time with a fraction of what
+ * that one says: most likely it fails. Being fast then is no merit.
+ */
+static __always_inline bool is_hasty(const struct load *load, const struct load *other)
+{
+	return load->response && load->answer && (__u64)load->response * HASTY < other->response &&
+	       (__u64)load->answer * HASTY < other->answer;
 }
 
 /* Power of two choices: the second only if it is clearly better. */
-static __always_inline __u32 better(__u32 balance, __u32 traits, __u32 first, __u32 second)
+__noinline __u32 better(struct search *s, __u32 first, __u32 second)
 {
-	__u64 a = score(first, balance, traits & TRAIT_EVEN);
-	__u64 b = score(second, balance, traits & TRAIT_EVEN);
+	struct load *mine = load_of(first), *other = load_of(second);
+	__u64 a, b;
 
+	if (!s || !mine || !other || is_hasty(other, mine))
+		return first;
+	a = score(first, s->balance, s->traits & TRAIT_EVEN, s->client);
+	b = score(second, s->balance, s->traits & TRAIT_EVEN, s->client);
 	return b * 5 / 4 < a ? second : first;
 }
 
-/* The usual case, without limits: nothing counts but weight, load and latency. */
-static __always_inline __u32 choose_plain(const struct listener *l)
+/*
+ * The usual case, without limits, and nobody blames either backend: nothing counts
+ * but weight, load and latency. 0 when it is not so simple.
+ */
+static __always_inline __u32 choose_plain(struct search *s)
 {
-	__u32 first = draw(l->slots, l->count, bpf_get_prandom_u32());
+	__u32 first = draw(s->slots, s->count, bpf_get_prandom_u32());
+	struct load *load = load_of(first);
 	__u32 second;
 
-	if (l->balance == BALANCE_RANDOM || l->count < 2)
+	if (!load || is_blamed(load))
+		return 0;
+	if (s->balance == BALANCE_RANDOM || s->count < 2)
 		return first;
-	second = draw_other(l->slots, l->count, first);
-	return second ? better(l->balance, l->traits, first, second) : first;
+	second = draw_other(s->slots, s->count, first);
+	if (!second)
+		return first;
+	load = load_of(second);
+	if (!load || is_blamed(load))
+		return 0;
+	return better(s, first, second);
 }
 
 /* A backend of the table at hand, or 0. */
@@ -316,12 +379,13 @@ static __noinline __u32 from_table(struct search *s)
 	if (s->balance == BALANCE_RANDOM || s->count < 2)
 		return first;
 	second = sample(s, first, false);
-	return second ? better(s->balance, s->traits, first, second) : first;
+	return second ? better(s, first, second) : first;
 }
 
 /* The groups after the first, one by one. */
-static long try_next_group(__u32 i __attribute__((unused)), struct search *s)
+static long try_next_group(__u32 i __attribute__((unused)), struct search **search)
 {
+	struct search *s = *search;
 	__u32 head = s->slots + s->count;
 	struct slot *next = bpf_map_lookup_elem(&slots, &head);
 
@@ -346,33 +410,31 @@ static __always_inline __u32 at_home(struct search *s)
 
 	if (!policy || !b || !load)
 		return 0;
-	v = judge(s, b, load, policy);
+	v = judge(s, index, b, load, policy);
 	if (v == USABLE || v == WARMING)
 		return index;
-	return v == DUE && claim_trial(s, load) ? index : 0;
+	return v == DUE && claim_trial(s, index, b, policy) ? index : 0;
 }
 
-/* A backend for a new connection, or 0 when there is none. */
-__noinline __u32 choose(struct search *wanted)
+/* A backend for a new connection, or 0 when there is none. The search is spent then. */
+__noinline __u32 choose(struct search *s)
 {
-	struct search s;
 	__u32 found;
 
-	if (!wanted)
+	if (!s)
 		return 0;
-	s = *wanted;
-	found = s.balance == BALANCE_SOURCE_HASH ? at_home(&s) : from_table(&s);
+	found = s->balance == BALANCE_SOURCE_HASH ? at_home(s) : from_table(s);
 	if (!found) {
-		s.usable = 0;
+		s->usable = 0;
 		bpf_loop(MAX_TABLES, try_next_group, &s, 0);
-		found = s.usable;
+		found = s->usable;
 	}
-	if (!found && s.desperate) {
+	if (!found && s->desperate) {
 		count(COUNTER_PANICS);
-		found = s.desperate;
+		found = s->desperate;
 	}
-	wanted->trial = s.trial;
-	return found;
+	/* What others found dead is not refused to who has not tried it himself. */
+	return found ?: s->shunned;
 }
 
 #endif

@@ -11,17 +11,9 @@
 
 #include <linux/errno.h>
 
+#include "blame.h"
 #include "kernel.h"
 #include "maps.h"
-
-/* Ticks of bpf_jiffies64() in a second. */
-const volatile __u32 hz;
-
-/* How long a trial may go without an outcome before another may begin. */
-#define TRIAL_SECONDS 10
-
-/* An ejection is at most this many times the configured one. */
-#define EJECTION_GROWTH 10
 
 /* How often a compare-and-exchange that another CPU spoiled is repeated. */
 #define SPOILED 8
@@ -34,22 +26,9 @@ static __always_inline void count(__u32 counter)
 		(*value)++;
 }
 
-static __always_inline __u32 ticks(__u32 ms)
-{
-	return (__u64)ms * hz / 1000;
-}
-
 static __always_inline __u32 milliseconds(__u32 ticks)
 {
 	return (__u64)ticks * 1000 / hz;
-}
-
-static __always_inline struct load *load_of(__u32 backend)
-{
-	__u32 chunk = backend >> LOAD_CHUNK_BITS, place = backend & (LOAD_CHUNK - 1);
-	void *loads_of_chunk = bpf_map_lookup_elem(&loads, &chunk);
-
-	return loads_of_chunk ? bpf_map_lookup_elem(loads_of_chunk, &place) : NULL;
 }
 
 static __always_inline void copy(__be32 *to, const __be32 *from)
@@ -58,17 +37,6 @@ static __always_inline void copy(__be32 *to, const __be32 *from)
 	to[1] = from[1];
 	to[2] = from[2];
 	to[3] = from[3];
-}
-
-/* The finalizer of MurmurHash3 (Appleby, public domain): every bit moves half of the others. */
-static __always_inline __u64 mix(__u64 x)
-{
-	x ^= x >> 33;
-	x *= 0xff51afd7ed558ccdULL;
-	x ^= x >> 33;
-	x *= 0xc4ceb9fe1a85ec53ULL;
-	x ^= x >> 33;
-	return x;
 }
 
 static __always_inline bool is_followed(void)
@@ -224,10 +192,11 @@ static __always_inline void measured_rtt(struct load *load, __u32 sample)
  * One late answer among others is the scheduler's doing, two in a row are the
  * backend's: what counts is the better of the last two.
  */
-static __always_inline void measured_response(struct load *load, __u32 sample)
+static __always_inline void measured_response(struct load *load, __u32 sample, __u64 received)
 {
 	__u32 now = bpf_jiffies64(), last = load->last_response;
 
+	load->answer = smooth(load->answer, received > ~0U ? ~0U : received ?: 1);
 	load->last_response = sample ?: 1;
 	if (last && last < sample)
 		sample = last;
@@ -291,68 +260,50 @@ static __always_inline struct service_info *service_of(__u32 backend)
 	return service ? bpf_map_lookup_elem(&services, &service) : NULL;
 }
 
-/* The backend takes connections again, little by little. */
-static __always_inline void readmit(struct load *load)
+/* What a SYN met with that its backend, or the network up to it, may have done. */
+static __always_inline bool is_evidence(__u32 error)
 {
-	load->failures = 0;
-	load->readmitted = (__u32)bpf_jiffies64() ?: 1;
-	*(volatile __u64 *)&load->ejected = 0;
+	switch (error) {
+	case ECONNREFUSED:
+	case ECONNRESET:
+	case ENETUNREACH:
+	case EHOSTUNREACH:
+	case ETIMEDOUT:
+		return true;
+	}
+	return false;
 }
 
 /*
- * Eject for twice as long as the last time, unless the backend has done well for
- * long. old is the value of ejected that the caller saw: only one of those who
- * see the same reason ejects.
+ * The connect failed: refused, unreachable, or its SYN was not answered in time.
+ * What never sent a SYN is no failure of a backend.
  */
-static __always_inline bool eject(struct load *load, const struct service_info *policy, __u64 old)
-{
-	__u32 base = ticks(policy->ejection);
-	__u64 now = bpf_jiffies64();
-	__u32 times = load->ejections;
-	__u32 growth;
-
-	if (!old && times && (__u32)now - load->readmitted > EJECTION_GROWTH * base)
-		times = 0;
-	growth = times < 4 ? 1 << times : EJECTION_GROWTH;
-	if (growth > EJECTION_GROWTH)
-		growth = EJECTION_GROWTH;
-	if (__sync_val_compare_and_swap(&load->ejected, old, (now + (__u64)base * growth) << 1) !=
-	    old)
-		return false;
-	load->ejections = times + 1;
-	load->failures = 0;
-	__sync_fetch_and_add(&load->ejected_ever, 1);
-	return true;
-}
-
-/* The connect failed: refused, unreachable, or its SYN was not answered in time. */
-__noinline int failed(struct socket *s, __u64 cookie, __u32 error)
+__noinline int failed(struct socket *s, __u64 cookie, __u32 error, struct identity *who)
 {
 	struct service_info *policy;
+	struct incident what = {};
 	bool ejected = false;
 	struct load *load;
 	__u32 index;
 	__u64 life;
 
-	if (!s)
+	if (!s || !who)
 		return 0;
 	life = change_life(s, cookie, LIFE_FAILED, LIFE_TRIAL);
 	index = (__u32)s->backend;
-	if (!(life & LIFE_JUDGED) || life & (LIFE_FAILED | LIFE_ESTABLISHED))
+	if (!(life & LIFE_SENT) || life & (LIFE_FAILED | LIFE_ESTABLISHED))
 		return 0;
 	load = load_of(index);
 	policy = service_of(index);
 	if (!load || !policy)
 		return 0;
-	__sync_fetch_and_add(&load->failed, 1);
-	if (life & LIFE_TRIAL) {
-		ejected = eject(load, policy, load->ejected);
-	} else if (policy->failures && !load->ejected &&
-		   (!load->readmitted || (__s32)((__u32)(life >> 32) - load->readmitted) >= 0)) {
-		/* What began before the backend came back says nothing about it now. */
-		if (__sync_fetch_and_add(&load->failures, 1) + 1 >= policy->failures)
-			ejected = eject(load, policy, 0);
-	}
+	if (life & LIFE_COUNTED)
+		__sync_fetch_and_add(&load->failed, 1);
+	what.backend = s->backend;
+	what.age = (__u32)bpf_jiffies64() - (__u32)(life >> 32);
+	what.kind = life & LIFE_TRIAL ? BLAME_TRIAL : 0;
+	if (is_evidence(error))
+		ejected = blame(load, policy, who, &what);
 	if (!is_followed())
 		return 0;
 	tell(s, EVENT_FAILED, error, NULL);
@@ -361,85 +312,151 @@ __noinline int failed(struct socket *s, __u64 cookie, __u32 error)
 	return 0;
 }
 
-/* The handshake is complete. rtt in microseconds. */
-static __always_inline void established(struct socket *s, __u64 cookie, __u32 rtt)
+/* Whose connection it is, if that matters to anybody. */
+static __always_inline void identify_if_blamed(struct sock *sk, const struct socket *s,
+					       struct identity *to)
 {
-	__u64 life = change_life(s, cookie, LIFE_ESTABLISHED, LIFE_TRIAL);
-	__u32 index = (__u32)s->backend;
-	struct load *load = load_of(index);
+	struct load *load = load_of((__u32)s->backend);
 
+	if (load && is_blamed(load))
+		identify(sk, to);
+}
+
+/* The handshake is complete. rtt in microseconds. */
+__noinline int established(struct socket *s, __u64 cookie, __u32 rtt, struct identity *who)
+{
+	struct load *load;
+	bool readmitted;
+	__u64 life;
+
+	if (!s || !who)
+		return 0;
+	life = change_life(s, cookie, LIFE_ESTABLISHED, 0);
+	load = load_of((__u32)s->backend);
 	if (!life || !load)
-		return;
-	measured_rtt(load, rtt);
-	if (load->failures)
-		load->failures = 0;
+		return 0;
+	if (life & LIFE_COUNTED)
+		measured_rtt(load, rtt);
 	if (is_followed()) {
 		struct traffic t = {.rtt = rtt};
 
 		tell(s, EVENT_ESTABLISHED, 0, &t);
 	}
-	if (life & LIFE_TRIAL || load->ejected) {
-		/* A trial, or a connection that was made because too many are ejected. */
-		readmit(load);
-		if (is_followed())
-			tell(s, EVENT_READMITTED, 0, NULL);
-	}
-}
-
-/*
- * The connection is over, however it ended; t may be NULL. It is counted back
- * once, whoever comes first. What never sent a SYN found no way to its backend.
- */
-__noinline int ended(struct socket *s, __u64 cookie, struct traffic *t)
-{
-	struct load *load;
-	__u64 life;
-
-	if (!s)
+	if (!is_blamed(load))
 		return 0;
-	life = change_life(s, cookie, 0, LIFE_COUNTED);
-	load = load_of((__u32)s->backend);
-	if (!(life & LIFE_COUNTED) || !load)
-		return 0;
-	if (t && life & LIFE_ESTABLISHED) {
-		/* Of a short connection the handshake has told it. */
-		if (t->rtt_min && (__u32)bpf_jiffies64() - (__u32)(life >> 32) > hz)
-			measured_rtt(load, t->rtt_min);
-		if (t->response)
-			measured_response(load, t->response);
-	}
-	if (life & LIFE_JUDGED && !(life & LIFE_SENT)) {
-		failed(s, cookie, ENETUNREACH);
-	} else {
-		if (life & LIFE_TRIAL && load->ejected & 1)
-			/* Nobody waited for the outcome: the next one is the trial. */
-			__sync_val_compare_and_swap(&load->ejected, load->ejected,
-						    bpf_jiffies64() << 1);
-		if (is_followed() && !(life & LIFE_FAILED))
-			tell(s, EVENT_CLOSED, 0, t);
-	}
-	__sync_fetch_and_sub(&load->inflight, 1);
+	readmitted = acquit(load, s->backend, who, false, bpf_jiffies64());
+	if (readmitted)
+		change_life(s, cookie, 0, LIFE_TRIAL);
+	if (readmitted && is_followed())
+		tell(s, EVENT_READMITTED, 0, NULL);
 	return 0;
 }
 
+/*
+ * The server of an established connection hung up at once, without a word: for its
+ * client that is no better than a refusal.
+ */
+__noinline int hung_up(struct socket *s, __u64 cookie, struct identity *who)
+{
+	struct incident what = {};
+	struct service_info *policy;
+	struct load *load;
+	__u64 life;
+
+	if (!s || !who)
+		return 0;
+	what.backend = s->backend;
+	what.age = (__u32)bpf_jiffies64() - (__u32)(s->life >> 32);
+	policy = service_of((__u32)s->backend);
+	load = load_of((__u32)s->backend);
+	if (what.age >= hz || !load || !policy)
+		return 0;
+	life = change_life(s, cookie, LIFE_FRUITLESS, LIFE_TRIAL);
+	if (!(life & LIFE_ESTABLISHED) || life & LIFE_FRUITLESS)
+		return 0;
+	what.kind = BLAME_FRUITLESS | (life & LIFE_TRIAL ? BLAME_TRIAL : 0);
+	if (blame(load, policy, who, &what) && is_followed())
+		tell(s, EVENT_EJECTED, 0, NULL);
+	return 0;
+}
+
+/* Nobody waits for the outcome of a trial any more: the next connection is the trial. */
+static __always_inline void give_up_trial(__u64 backend, const struct identity *who)
+{
+	struct blame *b = blame_of(who->client, backend);
+	__u64 old = b ? b->ejected : 0;
+
+	if (old & 1)
+		__sync_val_compare_and_swap(&b->ejected, old, bpf_jiffies64() << 1);
+}
+
+/*
+ * The connection is over, however it ended; t may be NULL, and who, when nobody can
+ * tell whose it was. It is counted back once, whoever comes first.
+ */
+__noinline int ended(struct socket *s, __u64 cookie, struct traffic *t, struct identity *who)
+{
+	struct load *load;
+	__u64 life;
+	bool udp;
+
+	if (!s)
+		return 0;
+	life = change_life(s, cookie, 0, LIFE_COUNTED | LIFE_TRIAL | LIFE_SENT);
+	udp = s->protocol == IPPROTO_UDP;
+	load = load_of((__u32)s->backend);
+	if (!(life & (LIFE_COUNTED | LIFE_TRIAL | LIFE_SENT)) || !load)
+		return 0;
+	if (life & LIFE_ESTABLISHED && t) {
+		/* Of a short connection the handshake has told it. */
+		if (life & LIFE_COUNTED && t->rtt_min &&
+		    (__u32)bpf_jiffies64() - (__u32)(life >> 32) > hz)
+			measured_rtt(load, t->rtt_min);
+		if (life & LIFE_COUNTED && t->response)
+			measured_response(load, t->response, t->received);
+		if (who && !(life & LIFE_FRUITLESS) && t->received > 1 && is_blamed(load) &&
+		    acquit(load, s->backend, who, true, life >> 32) && is_followed())
+			tell(s, EVENT_READMITTED, 0, NULL);
+	} else if (life & LIFE_TRIAL && who) {
+		give_up_trial(s->backend, who);
+	}
+	if (life & (LIFE_COUNTED | LIFE_SENT) && !(life & LIFE_FAILED) && is_followed())
+		tell(s, EVENT_CLOSED, 0, t);
+	if (life & LIFE_COUNTED)
+		__sync_fetch_and_sub(udp ? &load->datagrams : &load->inflight, 1);
+	return 0;
+}
+
+/* Give the place back, unless somebody else has done so. */
+static __always_inline void vacate(struct socket *s, __u64 cookie)
+{
+	__sync_val_compare_and_swap(&s->cookie, cookie, 0);
+}
+
 /* The socket is gone, or connects elsewhere. */
-static __always_inline void forget(__u64 cookie, struct traffic *t)
+static __always_inline void forget(__u64 cookie, struct traffic *t, struct identity *who)
 {
 	struct socket *s = place_of(cookie);
 	struct socket *more;
+	__u64 earlier = cookie | EARLIER;
 
 	if (!s)
 		return;
 	if (s->crowded) {
 		more = bpf_map_lookup_elem(&sockets_more, &cookie);
 		if (more) {
-			ended(more, cookie, t);
+			ended(more, cookie, t, who);
 			bpf_map_delete_elem(&sockets_more, &cookie);
+		}
+		more = bpf_map_lookup_elem(&sockets_more, &earlier);
+		if (more) {
+			ended(more, cookie, NULL, NULL);
+			bpf_map_delete_elem(&sockets_more, &earlier);
 		}
 	}
 	if (s->cookie == cookie) {
-		ended(s, cookie, t);
-		*(volatile __u64 *)&s->cookie = 0;
+		ended(s, cookie, t, who);
+		vacate(s, cookie);
 	}
 }
 

@@ -113,7 +113,7 @@ struct listener {
 
 /* What need not be looked up, because it is the usual case. */
 enum trait {
-	TRAIT_PLAIN = 1, /* no breaker and no slow start: every backend of the table will do */
+	TRAIT_PLAIN = 1, /* no limit and no slow start: who is not blamed will do */
 	TRAIT_EVEN = 2,  /* all backends have the same cost */
 	TRAIT_TIMED = 4, /* the service has a connect_timeout */
 	TRAIT_HOST = 8,  /* only for sockets in the host's network namespace */
@@ -167,28 +167,56 @@ struct backend {
 	__u32 generation;
 	__u32 service; /* index into services */
 	__u32 weight;
-	__u32 cost;    /* 256 * mean weight of the group / weight */
-	__u32 started; /* jiffies: when it began to take connections; 0: long ago */
-	__u32 pad[6];
+	__u32 cost; /* 256 * mean weight of the group / weight */
+	__u32 pad;
+	__u64 started; /* jiffies: when it began to take connections, or was removed; 0: long ago */
+	__u64 leave;   /* jiffies: when unconnected senders go elsewhere; 0: they need not */
+	__u32 pad2[2];
 };
 
 /*
  * One backend, as the programs find it. Only they write while anything refers to
- * it. Times are in jiffies, latencies in microseconds.
+ * it. Times are in jiffies, latencies in microseconds. What counts here counts
+ * for every client; what one client has met with stands in struct blame.
  */
 struct load {
-	__u32 inflight;      /* connections from connect() to their end */
+	__u32 inflight;      /* TCP connections from their SYN to their end */
 	__u32 rtt;           /* smoothed, of handshakes; 0: unknown */
 	__u32 response;      /* smoothed, from the request to the first byte; 0: unknown */
 	__u32 measured;      /* when rtt or response was last measured */
-	__u32 failures;      /* failed connects in a row */
-	__u32 ejections;     /* in a row, which makes the next one longer */
-	__u64 ejected;       /* 0: not; else until when << 1 | whether a trial is under way */
-	__u32 readmitted;    /* when the last ejection ended */
+	__u32 answer;        /* smoothed, bytes that a connection brought; 0: unknown */
+	__u32 accuser;       /* the principal that ejected it last, hashed; 0: nobody */
+	__u64 shunned;       /* until when << 1, because several clients found it dead; 0: not */
+	__u32 accused;       /* when accuser did */
 	__u32 last_response; /* as it was measured */
 	__u64 connections;   /* all that were ever begun */
-	__u64 failed;        /* of these, how many failed */
-	__u64 ejected_ever;  /* how often it was ejected */
+	__u32 failed;        /* of these, how many failed, modulo 2^32 */
+	__u32 datagrams;     /* connected UDP sockets */
+	__u32 ejected_ever;  /* how often a client ejected it, modulo 2^32 */
+	__u32 blamed;        /* until when somebody's blame may count; 0: nobody's does */
+};
+
+/* Whose connects met with what: see blame.h. */
+struct blame_key {
+	__u64 client;
+	__u64 backend; /* {generation << 32 | index} */
+};
+
+/* What one client has met with at one backend. */
+struct blame {
+	__u64 ejected;    /* 0: not; else until when << 1 | whether a trial is under way */
+	__u64 failed;     /* when a connect failed last */
+	__u64 readmitted; /* when the last ejection ended; 0: never */
+	__u32 failures;   /* in a row */
+	__u16 ejections;  /* in a row, which makes the next one longer */
+	__u8 fruitless;   /* the last failure was a connection that brought nothing */
+	__u8 pad;
+};
+
+/* How a connection failed its client. */
+enum blame_kind {
+	BLAME_TRIAL = 1,     /* it was a trial */
+	BLAME_FRUITLESS = 2, /* it was accepted, and closed at once without a word */
 };
 
 /* One backend, cold part: only user space reads it. */
@@ -210,21 +238,23 @@ struct service_info {
 	__u32 max_ejected;     /* percent */
 	__u32 connect_timeout; /* ms; 0: the host's */
 	__u32 slow_start;      /* ms; 0: none */
-	__u32 joined;          /* jiffies: when the last backend joined; 0: long ago */
+	__u64 joined;          /* jiffies: when the last backend joined; 0: long ago */
 	__u8 silent;           /* 1: no events */
 	__u8 keep;             /* 1: connections to a backend that is down are left alone */
 	__u8 balance;
 	__u8 pad;
 	__u32 affinity; /* seconds */
+	__u32 verdict; /* ms: how soon a living agent's probe takes a dead backend down; 0: no probe */
 	struct keepalive keepalive;
-	__u8 pad2[22]; /* what the programs obey is in one cache line */
+	__u8 pad2[14]; /* what the programs obey is in one cache line */
 	char name[NAME_LENGTH];
 };
 
 /*
- * A connected socket that was translated: which VIP the application named, and
- * what it became. cookie is the lock on the entry: whoever sets it from 0 owns
- * it.
+ * A socket that was translated when it connected: which VIP the application
+ * named, and what it became. cookie is the lock on the entry: whoever sets it
+ * from 0 owns it. An entry says something of its socket only while the socket's
+ * peer is addr and port; see "The life of an entry" in docs/ARCHITECTURE.md.
  */
 struct socket {
 	__u64 cookie;
@@ -235,7 +265,7 @@ struct socket {
 	__u8 crowded;  /* other sockets of this place are in sockets_more */
 	__u8 protocol; /* IPPROTO_TCP also for MPTCP; 0: an entry from before there was this field */
 	__u8 seen;     /* number of the walk over all sockets that met this one last */
-	__u8 pad;
+	__u8 earlier;  /* UDP: what it was before is kept until it is known which of them holds */
 	__u64 backend; /* {generation << 32 | index} */
 	__u64 life;    /* started << 32 | tag << 8 | enum life; one entry is one cache line */
 };
@@ -247,14 +277,28 @@ struct socket {
  * apart.
  */
 enum life {
-	LIFE_COUNTED = 1, /* in inflight of its backend */
+	LIFE_COUNTED = 1, /* in inflight or datagrams of its backend */
 	LIFE_TRIAL = 2,   /* its outcome decides on the backend's return */
 	LIFE_JUDGED = 4,  /* TCP, whose outcome these programs are told */
 	LIFE_SENT = 8,    /* a SYN has left */
 	LIFE_ESTABLISHED = 16,
-	LIFE_FAILED = 32, /* its failure is counted */
-	LIFE_TIMED = 64,  /* its service has a connect_timeout */
+	LIFE_FAILED = 32,     /* its failure is counted */
+	LIFE_TIMED = 64,      /* its service has a connect_timeout */
+	LIFE_FRUITLESS = 128, /* the server hung up at once, without a word */
 };
+
+/* An address and a port, as in struct socket. */
+struct endpoint {
+	__be32 addr[4];
+	__be16 port;
+	__u16 pad;
+};
+
+/*
+ * Where in sockets_more a UDP socket's earlier entry is. Cookies count sockets
+ * from 1 and never get there.
+ */
+#define EARLIER (1ULL << 63)
 
 /* A name that an unconnected UDP socket used for a backend. */
 struct udp_peer {
@@ -330,6 +374,7 @@ _Static_assert(sizeof(struct affinity_key) == 16, "no hidden padding in a key");
 _Static_assert(sizeof(struct slot) == 16, "four to a cache line");
 _Static_assert(sizeof(struct backend) == 64, "one to a cache line");
 _Static_assert(sizeof(struct load) == 64, "one to a cache line");
+_Static_assert(sizeof(struct blame_key) == 16, "no hidden padding in a key");
 _Static_assert(sizeof(struct service_info) == 256,
 	       "what is obeyed in one line, the name in others");
 _Static_assert(sizeof(struct socket) == 64, "one to a cache line");

@@ -102,6 +102,30 @@ struct {
 } loads SEC(".maps");
 
 /*
+ * blames: client and backend -> what that client met with there. Written where a
+ * connect fails or succeeds after failures; read by connect, but only of backends
+ * whose load says that somebody blames them. Bound: fixed; what was not asked for
+ * longest is forgotten first.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct blame_key);
+	__type(value, struct blame);
+	__uint(max_entries, 32768);
+} blames SEC(".maps");
+
+/*
+ * heartbeat: 0 -> until when the agent counts as alive and probing, in jiffies.
+ * Written by the agent, read of backends that are blamed.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 1);
+} heartbeat SEC(".maps");
+
+/*
  * flows: place of a follower -> its ring buffer. A follower brings its own and
  * takes it away again. Written by user space, read where events arise.
  */

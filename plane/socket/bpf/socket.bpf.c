@@ -9,6 +9,7 @@
  *	sockets, sockets_more, udp_peers, loads	what was done (these programs write)
  *
  *	maps.h		the maps
+ *	blame.h		whose failures count for whom
  *	choose.h	which backend a connection gets
  *	connection.h	what becomes of it, and what its backend learns from that
  *	this file	the hooks
@@ -22,6 +23,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "blame.h"
 #include "choose.h"
 #include "connection.h"
 #include "maps.h"
@@ -34,14 +36,13 @@
 #define TCP_KEEPIDLE 4
 #define TCP_KEEPINTVL 5
 #define TCP_KEEPCNT 6
+#define TCP_SYNCNT 7
+#define SOCK_BINDADDR_LOCK 4 /* include/net/sock.h: the process chose its source address */
 #define NSEC_PER_SEC 1000000000ULL
 #define MAPPED bpf_htonl(0xffff) /* third word of ::ffff:0:0/96, RFC 4291 2.5.5.2 */
 
 /* Sockets with this mark are probes: they reach the backend that they name. */
 const volatile __u32 probe_mark;
-
-/* The cookie of the host's own network namespace. */
-const volatile __u64 host_netns;
 
 /* A key has one byte for the protocol, and what it cuts off turns MPTCP into TCP. */
 _Static_assert((__u8)IPPROTO_MPTCP == IPPROTO_TCP, "to a service MPTCP is TCP");
@@ -148,14 +149,38 @@ static __always_inline struct backend *follow(__u64 ref)
 	return b;
 }
 
-/* The client of a connection: the address that it bound, else its network namespace. */
+/* The kernel's own socket behind a hook on addresses; NULL before Linux 6.2. */
+static __always_inline struct sock *sock_of(struct bpf_sock_addr *ctx)
+{
+	if (!bpf_cast_to_kern_ctx)
+		return NULL;
+	return ((struct bpf_sock_addr_kern *)bpf_cast_to_kern_ctx(ctx))->sk;
+}
+
+static __always_inline void identify_caller(struct bpf_sock_addr *ctx, struct identity *to)
+{
+	struct sock *sk = sock_of(ctx);
+
+	if (sk)
+		identify(sk, to);
+	else
+		identify_network(bpf_get_netns_cookie(ctx), to);
+}
+
+/*
+ * The client of a connection: the address that it bound, else its network
+ * namespace. What the kernel chose for an earlier connection is not the client's.
+ */
 static __always_inline __u64 client_hash(struct bpf_sock_addr *ctx)
 {
+	struct sock *kernel = sock_of(ctx);
 	struct bpf_sock *sk = ctx->sk;
 
-	if (sk && sk->family == AF_INET && sk->src_ip4)
+	if (kernel && !(BPF_CORE_READ_BITFIELD(kernel, sk_userlocks) & SOCK_BINDADDR_LOCK))
+		return mix(bpf_get_netns_cookie(ctx));
+	if (sk->family == AF_INET && sk->src_ip4)
 		return mix(sk->src_ip4);
-	if (sk && sk->family == AF_INET6) {
+	if (sk->family == AF_INET6) {
 		__u64 low = (__u64)sk->src_ip6[2] << 32 | sk->src_ip6[3];
 		__u64 high = (__u64)sk->src_ip6[0] << 32 | sk->src_ip6[1];
 
@@ -182,7 +207,7 @@ static __always_inline __u32 keeps(const struct search *s, __u32 family, __u64 r
 	if (!policy || !b || !load || b->state != BACKEND_SERVING || b->service != s->service ||
 	    is_mapped(b->addr) != (family == AF_INET))
 		return 0;
-	v = judge(s, b, load, policy);
+	v = judge(s, (__u32)ref, b, load, policy);
 	return v == USABLE || v == WARMING ? (__u32)ref : 0;
 }
 
@@ -197,8 +222,9 @@ static __always_inline __u64 refer(__u32 index)
 __noinline __u32 choose_again(struct bpf_sock_addr *ctx, struct search *s, __u32 family,
 			      __u32 seconds)
 {
+	struct sock *sk = sock_of(ctx);
 	struct affinity_key key = {
-		.client = bpf_get_netns_cookie(ctx),
+		.client = sk ? network_of(sk->__sk_common.skc_net.net) : bpf_get_netns_cookie(ctx),
 		.family = family,
 	};
 	__u64 now = bpf_ktime_get_coarse_ns();
@@ -235,63 +261,35 @@ __noinline __u32 choose_again(struct bpf_sock_addr *ctx, struct search *s, __u32
 	return keeps(s, family, won) ?: chosen;
 }
 
-/* How often to look elsewhere when others took the last place of a backend. */
-#define OVERTAKEN 3
-
-/*
- * The backend for a new connection, counted in its load, or 0 when there is none.
- */
+/* The backend for a new connection, or 0 when there is none. */
 static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct listener *l,
 				    __u32 family, bool *trial)
 {
-	__u32 most = 0;
-	int i;
+	struct search s = {
+		.service = l->service,
+		.slots = l->slots,
+		.count = l->count,
+		.balance = l->balance,
+		.traits = l->traits,
+		.judged = (__u8)ctx->protocol == IPPROTO_TCP,
+	};
+	struct identity who = {};
+	__u32 index;
 
 	if (!l->count)
 		return 0;
 	if (l->traits & TRAIT_PLAIN && !l->affinity && l->balance != BALANCE_SOURCE_HASH) {
-		__u32 index = choose_plain(l);
-		struct load *load = load_of(index);
-
-		if (!index || !load)
-			return 0;
-		__sync_fetch_and_add(&load->inflight, 1);
-		__sync_fetch_and_add(&load->connections, 1);
-		return index;
-	}
-	if (!(l->traits & TRAIT_PLAIN)) {
-		struct service_info *policy = bpf_map_lookup_elem(&services, &l->service);
-
-		if (!policy)
-			return 0;
-		most = policy->max_connections;
-	}
-	for (i = 0; i < OVERTAKEN; i++) {
-		struct search s = {
-			.service = l->service,
-			.slots = l->slots,
-			.count = l->count,
-			.balance = l->balance,
-			.traits = l->traits,
-			.judged = ctx->protocol == IPPROTO_TCP,
-		};
-		struct load *load;
-		__u32 index;
-
-		if (s.balance == BALANCE_SOURCE_HASH)
-			s.hash = client_hash(ctx);
-		index = l->affinity ? choose_again(ctx, &s, family, l->affinity) : choose(&s);
-		load = load_of(index);
-		if (!index || !load)
-			return 0;
-		*trial = s.trial;
-		if (__sync_fetch_and_add(&load->inflight, 1) < most || !most) {
-			__sync_fetch_and_add(&load->connections, 1);
+		index = choose_plain(&s);
+		if (index)
 			return index;
-		}
-		__sync_fetch_and_sub(&load->inflight, 1);
 	}
-	return 0;
+	identify_caller(ctx, &who);
+	s.client = who.client;
+	if (s.balance == BALANCE_SOURCE_HASH)
+		s.hash = client_hash(ctx);
+	index = l->affinity ? choose_again(ctx, &s, family, l->affinity) : choose(&s);
+	*trial = s.trial;
+	return index;
 }
 
 static __always_inline void fill(struct socket *s, struct bpf_sock_addr *ctx, const __be32 *vip,
@@ -316,6 +314,17 @@ static __noinline struct socket *make_more(__u64 cookie)
 	return bpf_map_lookup_elem(&sockets_more, &cookie);
 }
 
+/* An entry for a socket that has none, or NULL when there is no room. */
+static __always_inline struct socket *claim_place(__u64 cookie)
+{
+	struct socket *s = place_of(cookie);
+
+	if (!s || !__sync_val_compare_and_swap(&s->cookie, 0, cookie))
+		return s;
+	*(volatile __u8 *)&s->crowded = 1;
+	return make_more(cookie);
+}
+
 /*
  * Keep the name that the application used, for getpeername and recvmsg, and what
  * is to be done when the connection ends. Returns NULL when there is no room.
@@ -325,44 +334,156 @@ static __always_inline struct socket *remember(struct bpf_sock_addr *ctx, __u64 
 					       __u64 ref, __u8 flags)
 {
 	__u64 life = bpf_jiffies64() << 32 | tag_of(cookie) | flags;
-	struct socket *s = place_of(cookie);
+	struct socket *s = recall(cookie);
 
-	if (!s)
-		return NULL;
-	if (s->cookie != cookie && __sync_val_compare_and_swap(&s->cookie, 0, cookie)) {
-		*(volatile __u8 *)&s->crowded = 1;
-		s = make_more(cookie);
+	if (!s) {
+		s = claim_place(cookie);
 		if (!s) {
 			count(COUNTER_UNTRACKED);
 			return NULL;
 		}
+		s->earlier = 0;
 	}
 	fill(s, ctx, vip, b, ref, life);
 	return s;
 }
 
 /*
- * A socket that connects to no listener must not keep the name of an earlier
- * connection. Only a socket that had a peer can have one, and making a cookie
- * for all others would be most of what they pay.
+ * The cookie of a socket, 0 when it has none: then it was never translated. Making
+ * one would cost more than all else that is done for sockets of no service. Of
+ * MPTCP it is the first subflow that is translated, a socket of the kernel.
  */
-static __always_inline void forget_earlier(struct bpf_sock_addr *ctx, bool v4)
+static __always_inline __u64 cookie_of(struct bpf_sock_addr *ctx)
+{
+	struct sock *sk = sock_of(ctx);
+
+	if (!sk)
+		return bpf_get_socket_cookie(ctx);
+	if (ctx->protocol == IPPROTO_MPTCP) {
+		sk = first_subflow(sk);
+		return sk ? sk->__sk_common.skc_cookie.counter : 0;
+	}
+	return sk->__sk_common.skc_cookie.counter;
+}
+
+/*
+ * A value that the compiler must read here, and not by an offset that it computes
+ * from what came before: the verifier would not let it.
+ */
+#define READ_HERE(value, name)                                                                     \
+	({                                                                                         \
+		__u32 read = value;                                                                \
+		asm volatile("/* " name " */" : "+r"(read));                                       \
+		read;                                                                              \
+	})
+
+/* Where a socket is connected to, as the kernel has it. */
+static __always_inline void peer_of_socket(struct bpf_sock_addr *ctx, struct endpoint *to)
 {
 	struct bpf_sock *sk = ctx->sk;
 
-	if (sk &&
-	    (v4 ? sk->dst_ip4 : sk->dst_ip6[0] | sk->dst_ip6[1] | sk->dst_ip6[2] | sk->dst_ip6[3]))
-		forget(bpf_get_socket_cookie(ctx), NULL);
+	if (!sk)
+		return;
+	to->port = sk->dst_port;
+	if (sk->family == AF_INET) {
+		to->addr[2] = MAPPED;
+		to->addr[3] = READ_HERE(sk->dst_ip4, "IPv4");
+		return;
+	}
+	to->addr[0] = sk->dst_ip6[0];
+	to->addr[1] = sk->dst_ip6[1];
+	to->addr[2] = sk->dst_ip6[2];
+	to->addr[3] = sk->dst_ip6[3];
+}
+
+/* An entry says something of its socket only while that is connected to its backend. */
+static __always_inline bool is_live(const struct socket *s, const struct endpoint *peer)
+{
+	return s->port == peer->port && same(s->addr, peer->addr);
+}
+
+/*
+ * Put the entry of a UDP socket out of the way of the next one: it holds again if
+ * the connect() that is under way fails. It takes its count along. Returns whether
+ * there is room for it.
+ */
+static __noinline bool set_aside(struct socket *s, __u64 cookie)
+{
+	struct socket *place = place_of(cookie);
+	struct socket *earlier = place ? make_more(cookie | EARLIER) : NULL;
+
+	if (!earlier)
+		return false;
+	*(volatile __u8 *)&place->crowded = 1;
+	*earlier = *s;
+	earlier->earlier = 0;
+	change_life(s, cookie, 0, LIFE_COUNTED);
+	s->earlier = 1;
+	return true;
+}
+
+/*
+ * Which of the two entries that a UDP socket may have holds. The kernel keeps the
+ * old peer when a connect() fails after the hook, and tells nobody; so the peer
+ * decides. Returns the entry that says something of the socket as it is, or NULL.
+ */
+static __noinline struct socket *settle(struct socket *s, __u64 cookie, const struct endpoint *peer)
+{
+	__u64 key = cookie | EARLIER;
+	bool holds = is_live(s, peer);
+	struct socket *earlier;
+
+	if (!s->earlier)
+		return holds ? s : NULL;
+	earlier = bpf_map_lookup_elem(&sockets_more, &key);
+	if (earlier && !holds && is_live(earlier, peer))
+		return earlier;
+	s->earlier = 0;
+	if (earlier) {
+		ended(earlier, cookie, NULL, NULL);
+		bpf_map_delete_elem(&sockets_more, &key);
+	}
+	return holds ? s : NULL;
 }
 
 /* What this socket was told of its peer, if the peer is still the one it was. */
-static __always_inline struct socket *recall_peer(struct bpf_sock_addr *ctx, const __be32 *addr)
+static __always_inline struct socket *recall_peer(struct bpf_sock_addr *ctx)
 {
-	struct socket *s = recall(bpf_get_socket_cookie(ctx));
+	__u64 cookie = cookie_of(ctx);
+	struct socket *s = cookie ? recall(cookie) : NULL;
+	struct endpoint peer = {};
 
-	if (!s || s->port != (__be16)ctx->user_port || !same(s->addr, addr))
+	if (!s)
 		return NULL;
-	return s;
+	peer_of_socket(ctx, &peer);
+	return settle(s, cookie, &peer);
+}
+
+/*
+ * A socket connects to no listener. Of TCP, what it had is over: nobody connects
+ * who is connected. A UDP socket keeps its entry, because it keeps its peer if this
+ * fails; but the backend by its own name is not the VIP any more.
+ */
+static __noinline void connects_elsewhere(struct bpf_sock_addr *ctx, const __be32 *addr)
+{
+	struct identity who = {};
+	struct socket *s;
+	__u64 cookie;
+
+	/* Before Linux 6.2 looking for a cookie makes one. */
+	if (!bpf_cast_to_kern_ctx && ctx->sk && !ctx->sk->dst_port)
+		return;
+	cookie = cookie_of(ctx);
+	s = cookie ? recall(cookie) : NULL;
+	if (!s)
+		return;
+	if (s->protocol == IPPROTO_UDP) {
+		s = recall_peer(ctx);
+		if (s && (s->port != (__be16)ctx->user_port || !same(s->addr, addr)))
+			return;
+	}
+	identify_caller(ctx, &who);
+	forget(cookie, NULL, &who);
 }
 
 /* Where an unconnected UDP socket's datagrams to this VIP went so far. */
@@ -428,11 +549,33 @@ found:
 	bpf_spin_unlock(&p->lock);
 }
 
+/* For how long, in seconds, replies of a backend that was removed may still be under way. */
+#define LATE 5
+
+/* Whether a backend still answers for the VIP under which a datagram was sent to it. */
+static __always_inline bool answers_for(__u64 ref, const __be32 *vip, __be16 vip_port)
+{
+	__u32 index = (__u32)ref, generation = ref >> 32;
+	struct backend *b = bpf_map_lookup_elem(&backends, &index);
+	__u32 address4 = vip[3];
+
+	if (!b)
+		return false;
+	/* The generation grows by one when a backend is removed. */
+	if (b->generation != generation)
+		return b->generation == generation + 1 &&
+		       bpf_jiffies64() - b->started < LATE * (__u64)hz;
+	if (!is_mapped(vip))
+		address4 ^= vip[0] ^ vip[1] ^ vip[2];
+	return passes_filter(address4, (__u32)vip_port << 16 | IPPROTO_UDP);
+}
+
 /* The name under which this socket knows addr, into vip; false when it has none. */
 static __always_inline bool name_of(struct udp_peers *p, const __be32 *addr, __be16 port,
 				    __be32 *vip, __be16 *vip_port)
 {
 	bool found = false;
+	__u64 ref = 0;
 	int i;
 
 	bpf_spin_lock(&p->lock);
@@ -442,12 +585,13 @@ static __always_inline bool name_of(struct udp_peers *p, const __be32 *addr, __b
 		if (peer->port == port && same(peer->addr, addr)) {
 			copy(vip, peer->vip);
 			*vip_port = peer->vip_port;
+			ref = peer->backend;
 			found = true;
 			break;
 		}
 	}
 	bpf_spin_unlock(&p->lock);
-	return found;
+	return found && answers_for(ref, vip, *vip_port);
 }
 
 /* The application now uses addr by its own name: replies from there are not the VIP's. */
@@ -475,8 +619,11 @@ static __always_inline void unname_peer(struct bpf_sock_addr *ctx, const __be32 
 	bpf_spin_unlock(&p->lock);
 }
 
-/* Keepalive of the service, unless the application has chosen for itself. */
-static __always_inline void keep_alive(struct bpf_sock_addr *ctx, const struct keepalive *k)
+/*
+ * Keepalive of the service, unless the application has chosen for itself. A frame of
+ * its own, as the next one: connect() has little left of the stack.
+ */
+static __noinline void keep_alive(struct bpf_sock_addr *ctx, const struct keepalive *k)
 {
 	int on = 0, idle = k->idle, interval = k->interval, probes = k->probes;
 
@@ -490,6 +637,30 @@ static __always_inline void keep_alive(struct bpf_sock_addr *ctx, const struct k
 		bpf_setsockopt(ctx, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
 	if (probes)
 		bpf_setsockopt(ctx, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+}
+
+/*
+ * With a shorter first time-out as many SYNs are sent sooner. More of them keep a
+ * process as patient as it was (tcp_syn_retries; each waits twice as long), unless
+ * it has chosen for itself.
+ */
+static __noinline void keep_patience(struct bpf_sock_addr *ctx, __u32 timeout)
+{
+	struct inet_connection_sock *own;
+	int retries = 0, i;
+
+	if (!bpf_rdonly_cast || !sock_of(ctx))
+		return;
+	own = (struct inet_connection_sock *)bpf_rdonly_cast(
+		sock_of(ctx), bpf_core_type_id_kernel(struct inet_connection_sock));
+	if (own->icsk_syn_retries ||
+	    bpf_getsockopt(ctx, IPPROTO_TCP, TCP_SYNCNT, &retries, sizeof(retries)))
+		return;
+	for (i = 0; i < 7 && timeout < 1000; i++) {
+		timeout *= 2;
+		retries++;
+	}
+	bpf_setsockopt(ctx, IPPROTO_TCP, TCP_SYNCNT, &retries, sizeof(retries));
 }
 
 /* Tell followers that there was no backend for a process. */
@@ -522,88 +693,140 @@ static __always_inline int refuse(struct bpf_sock_addr *ctx, const struct listen
 	return 0;
 }
 
+/* connect() of TCP to a listener: its entry, which says nothing before a SYN has left. */
+static __always_inline void begin_tcp(struct bpf_sock_addr *ctx, const struct listener *l,
+				      const __be32 *vip, const struct backend *b, __u64 ref,
+				      __u64 cookie, bool trial)
+{
+	__u8 life = LIFE_JUDGED;
+	struct socket *s;
+
+	if (trial)
+		life |= LIFE_TRIAL;
+	if (l->traits & TRAIT_TIMED)
+		life |= LIFE_TIMED;
+	s = remember(ctx, cookie, vip, b, ref, life);
+	if (s && is_followed())
+		tell(s, EVENT_CONNECT, 0, NULL);
+	if (l->keepalive.idle)
+		keep_alive(ctx, &l->keepalive);
+	if (l->traits & TRAIT_TIMED) {
+		struct service_info *policy = bpf_map_lookup_elem(&services, &l->service);
+
+		if (policy)
+			keep_patience(ctx, policy->connect_timeout);
+	}
+}
+
+/*
+ * connect() of UDP to a listener: nothing will tell whether it succeeds. A frame of
+ * its own, too.
+ */
+static __noinline void begin_udp(struct bpf_sock_addr *ctx, const __be32 *vip,
+				 const struct backend *b, __u64 ref, __u64 cookie)
+{
+	struct load *load = load_of((__u32)ref);
+	struct socket *s = recall(cookie);
+
+	if (s && (recall_peer(ctx) != s || !set_aside(s, cookie)))
+		ended(s, cookie, NULL, NULL);
+	s = remember(ctx, cookie, vip, b, ref, LIFE_COUNTED);
+	if (!s || !load)
+		return;
+	__sync_fetch_and_add(&load->datagrams, 1);
+	__sync_fetch_and_add(&load->connections, 1);
+	if (is_followed())
+		tell(s, EVENT_CONNECT, 0, NULL);
+}
+
+/* Nobody connects who is connected: what a TCP socket had is over. A frame of its own. */
+static __noinline void is_over(struct bpf_sock_addr *ctx, __u64 cookie)
+{
+	struct identity who = {};
+
+	if (!recall(cookie))
+		return;
+	identify_caller(ctx, &who);
+	forget(cookie, NULL, &who);
+}
+
 /* connect() to a listener: the chosen backend, or NULL to refuse. */
 static __always_inline struct backend *
 connect_to(struct bpf_sock_addr *ctx, const struct listener *l, const __be32 *vip, __u32 family)
 {
 	__u64 cookie = bpf_get_socket_cookie(ctx);
-	struct socket *s = recall(cookie);
+	bool tcp = (__u8)ctx->protocol == IPPROTO_TCP;
 	struct backend *b;
-	struct load *load;
 	bool trial = false;
-	__u8 life = LIFE_COUNTED;
 	__u32 index;
 
-	/* It connects elsewhere: what it had is over, and does not count in this choice. */
-	if (s)
-		ended(s, cookie, NULL);
+	if (tcp)
+		is_over(ctx, cookie);
 	index = decide(ctx, l, family, &trial);
 	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
-	if (!b) {
-		if (s)
-			forget(cookie, NULL);
+	if (!b)
 		return NULL;
-	}
-	if (trial)
-		life |= LIFE_TRIAL;
-	if (ctx->protocol == IPPROTO_TCP)
-		life |= LIFE_JUDGED;
-	if (l->traits & TRAIT_TIMED)
-		life |= LIFE_TIMED;
-	s = remember(ctx, cookie, vip, b, reference(index, b), life);
-	if (!s) {
-		/* Nothing would count it back. */
-		load = load_of(index);
-		if (load)
-			__sync_fetch_and_sub(&load->inflight, 1);
-	} else if (is_followed()) {
-		tell(s, EVENT_CONNECT, 0, NULL);
-	}
-	if (l->keepalive.idle && (__u8)ctx->protocol == IPPROTO_TCP)
-		keep_alive(ctx, &l->keepalive);
+	if (tcp)
+		begin_tcp(ctx, l, vip, b, reference(index, b), cookie, trial);
+	else
+		begin_udp(ctx, vip, b, reference(index, b), cookie);
 	count(COUNTER_TRANSLATED);
 	return b;
 }
 
+/* Whether an unconnected socket that sent to this backend may go on doing so. */
+static __always_inline bool may_stay(const struct backend *b)
+{
+	if (b->reset || (b->leave && bpf_jiffies64() >= b->leave))
+		return false;
+	return b->state == BACKEND_SERVING || b->state == BACKEND_DRAINED;
+}
+
 /*
- * sendto() a listener on an unconnected UDP socket: a socket stays with its
- * backend. Nothing begins and nothing ends here, so that nothing is in flight.
+ * sendto() a listener. A connected socket that names its own VIP means its backend:
+ * the kernel takes replies from nobody else. An unconnected one stays with the
+ * backend that it had. Nothing begins and nothing ends here, so that nothing is in
+ * flight. Returns whether there is a backend, in to.
  */
-static __always_inline struct backend *send_to(struct bpf_sock_addr *ctx, const struct listener *l,
-					       const __be32 *vip, __u32 family)
+static __always_inline bool send_to(struct bpf_sock_addr *ctx, const struct listener *l,
+				    const __be32 *vip, __u32 family, struct endpoint *to)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct udp_peers *p;
 	struct backend *b;
-	struct load *load;
+	struct socket *s;
 	bool trial = false;
 	__u32 index;
 	__u64 ref;
 
 	if (!sk)
-		return NULL;
-	if (!sk->dst_port)
-		forget(bpf_get_socket_cookie(ctx), NULL);
+		return false;
+	s = recall_peer(ctx);
+	if (s && s->vip_port == (__be16)ctx->user_port && same(s->vip, vip)) {
+		copy(to->addr, s->addr);
+		to->port = s->port;
+		return true;
+	}
+	if (!s && !sk->dst_port)
+		forget(bpf_get_socket_cookie(ctx), NULL, NULL);
 	p = bpf_sk_storage_get(&udp_peers, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!p) {
 		count(COUNTER_UNTRACKED);
-		return NULL;
+		return false;
 	}
 	ref = peer_of(p, vip, ctx->user_port);
-	if (ref) {
-		b = follow(ref);
-		if (b && (b->state == BACKEND_SERVING || b->state == BACKEND_DRAINED))
-			return b;
+	b = ref ? follow(ref) : NULL;
+	if (!b || !may_stay(b)) {
+		index = decide(ctx, l, family, &trial);
+		b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
+		if (!b)
+			return false;
+		name_peer(p, vip, ctx->user_port, b, reference(index, b));
+		count(COUNTER_TRANSLATED);
 	}
-	index = decide(ctx, l, family, &trial);
-	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
-	load = load_of(index);
-	if (!b || !load)
-		return NULL;
-	__sync_fetch_and_sub(&load->inflight, 1);
-	name_peer(p, vip, ctx->user_port, b, reference(index, b));
-	count(COUNTER_TRANSLATED);
-	return b;
+	copy(to->addr, b->addr);
+	to->port = b->port;
+	return true;
 }
 
 static __always_inline void load_addr6(const struct bpf_sock_addr *ctx, __be32 *addr)
@@ -695,10 +918,11 @@ int connect4(struct bpf_sock_addr *ctx)
 	struct backend *b;
 
 	if (!find4(ctx, vip[3], &l)) {
-		forget_earlier(ctx, true);
+		connects_elsewhere(ctx, vip);
 		return 1;
 	}
-	if (is_probe(ctx))
+	/* A probe, or somebody has forbidden it: then nothing will become of it. */
+	if (is_probe(ctx) || bpf_get_retval())
 		return 1;
 	b = connect_to(ctx, &l, vip, AF_INET);
 	if (!b)
@@ -724,10 +948,11 @@ int connect6(struct bpf_sock_addr *ctx)
 		found = find6(ctx, vip, &l);
 	}
 	if (!found) {
-		forget_earlier(ctx, false);
+		connects_elsewhere(ctx, vip);
 		return 1;
 	}
-	if (is_probe(ctx))
+	/* A probe, or somebody has forbidden it: then nothing will become of it. */
+	if (is_probe(ctx) || bpf_get_retval())
 		return 1;
 	b = connect_to(ctx, &l, vip, family);
 	if (!b)
@@ -741,27 +966,26 @@ SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
 	__be32 vip[4] = {0, 0, MAPPED, ctx->user_ip4};
+	struct endpoint to = {};
 	struct listener l;
-	struct backend *b;
 
 	if (!find4(ctx, vip[3], &l)) {
 		unname_peer(ctx, vip);
 		return 1;
 	}
-	if (is_probe(ctx))
+	if (is_probe(ctx) || bpf_get_retval())
 		return 1;
-	b = send_to(ctx, &l, vip, AF_INET);
-	if (!b)
+	if (!send_to(ctx, &l, vip, AF_INET, &to))
 		return refuse(ctx, &l, vip);
-	store_addr4(ctx, b->addr, b->port);
+	store_addr4(ctx, to.addr, to.port);
 	return 1;
 }
 
 SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
+	struct endpoint to = {};
 	struct listener l;
-	struct backend *b;
 	__be32 vip[4];
 
 	load_addr6(ctx, vip);
@@ -769,40 +993,40 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 		unname_peer(ctx, vip);
 		return 1;
 	}
-	if (is_probe(ctx))
+	if (is_probe(ctx) || bpf_get_retval())
 		return 1;
-	b = send_to(ctx, &l, vip, AF_INET6);
-	if (!b)
+	if (!send_to(ctx, &l, vip, AF_INET6, &to))
 		return refuse(ctx, &l, vip);
-	store_addr6(ctx, b->addr, b->port);
+	store_addr6(ctx, to.addr, to.port);
 	return 1;
 }
 
 /*
- * The name of the sender of a datagram, into vip: from what this socket sent
- * without being connected, or because it is connected to a backend.
+ * The name of the sender of a datagram, into vip. What comes from the peer of a
+ * connected socket has the name under which that was connected; all else has the
+ * name under which this socket sent something there.
  */
 static __always_inline bool sender_name(struct bpf_sock_addr *ctx, const __be32 *from, __be32 *vip,
 					__be16 *vip_port)
 {
 	struct bpf_sock *sk = ctx->sk;
+	struct endpoint peer = {};
 	struct udp_peers *p;
 	struct socket *s;
 
 	if (!sk)
 		return false;
-	p = bpf_sk_storage_get(&udp_peers, sk, NULL, 0);
-	if (p && name_of(p, from, ctx->user_port, vip, vip_port))
+	peer_of_socket(ctx, &peer);
+	if (peer.port && peer.port == (__be16)ctx->user_port && same(peer.addr, from)) {
+		s = recall_peer(ctx);
+		if (!s)
+			return false;
+		copy(vip, s->vip);
+		*vip_port = s->vip_port;
 		return true;
-	/* A socket that was disconnected since (connect to AF_UNSPEC) has no peer. */
-	if (!sk->dst_port || sk->dst_port != (__be16)ctx->user_port)
-		return false;
-	s = recall_peer(ctx, from);
-	if (!s)
-		return false;
-	copy(vip, s->vip);
-	*vip_port = s->vip_port;
-	return true;
+	}
+	p = bpf_sk_storage_get(&udp_peers, sk, NULL, 0);
+	return p && name_of(p, from, ctx->user_port, vip, vip_port);
 }
 
 SEC("cgroup/recvmsg4")
@@ -832,8 +1056,7 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	__be32 peer[4] = {0, 0, MAPPED, ctx->user_ip4};
-	struct socket *s = recall_peer(ctx, peer);
+	struct socket *s = recall_peer(ctx);
 
 	if (s)
 		store_addr4(ctx, s->vip, s->vip_port);
@@ -843,49 +1066,80 @@ int getpeername4(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct socket *s;
-	__be32 peer[4];
+	struct socket *s = recall_peer(ctx);
 
-	load_addr6(ctx, peer);
-	s = recall_peer(ctx, peer);
 	if (s)
 		store_addr6(ctx, s->vip, s->vip_port);
 	return 1;
 }
 
-SEC("cgroup/sock_release")
-int sock_release(struct bpf_sock *sk)
+/* Tell what becomes of an entry whose socket the kernel is about to release. */
+static __always_inline void release(struct sock *sk, __u64 cookie, bool tcp)
 {
+	struct socket *s = cookie ? recall(cookie) : NULL;
+	struct identity who = {};
 	struct traffic t = {};
+
+	if (!s)
+		return;
+	if (tcp && bpf_rdonly_cast)
+		read_traffic(&t, bpf_rdonly_cast(sk, bpf_core_type_id_kernel(struct tcp_sock)));
+	identify_if_blamed(sk, s, &who);
+	forget(cookie, &t, who.client ? &who : NULL);
+}
+
+SEC("cgroup/sock_release")
+int sock_release(struct bpf_sock *ctx)
+{
+	struct sock *sk;
 	__u64 cookie;
 
-	/* Without a cookie it was never translated. Giving it one now would cost more than this. */
-	if (bpf_cast_to_kern_ctx)
-		cookie = ((struct sock *)bpf_cast_to_kern_ctx(sk))->__sk_common.skc_cookie.counter;
-	else
-		cookie = bpf_get_socket_cookie(sk);
-	if (!cookie || !recall(cookie))
+	if (!bpf_cast_to_kern_ctx) {
+		cookie = bpf_get_socket_cookie(ctx);
+		if (cookie && recall(cookie))
+			forget(cookie, NULL, NULL);
 		return 1;
-	if (sk->protocol == IPPROTO_TCP && bpf_cast_to_kern_ctx && bpf_rdonly_cast)
-		read_traffic(&t, bpf_rdonly_cast(bpf_cast_to_kern_ctx(sk),
-						 bpf_core_type_id_kernel(struct tcp_sock)));
-	forget(cookie, &t);
+	}
+	sk = bpf_cast_to_kern_ctx(ctx);
+	/* For a subflow, which is a socket of the kernel, this is not called. */
+	if (ctx->protocol == IPPROTO_MPTCP) {
+		struct sock *subflow = first_subflow(sk);
+
+		if (subflow)
+			release(subflow, subflow->__sk_common.skc_cookie.counter, true);
+		return 1;
+	}
+	release(sk, sk->__sk_common.skc_cookie.counter, ctx->protocol == IPPROTO_TCP);
 	return 1;
 }
 
 /* The entry of the connection that a sock_ops callback is about, or NULL. */
 static __always_inline struct socket *tracked(struct bpf_sock_ops *ctx, __u64 *cookie)
 {
-	struct bpf_sock_ops_kern *kernel;
-
 	/* Without a cookie it was never translated. Giving it one now would cost more than this. */
-	if (bpf_cast_to_kern_ctx) {
-		kernel = bpf_cast_to_kern_ctx(ctx);
-		*cookie = kernel->sk->__sk_common.skc_cookie.counter;
-	} else {
+	if (bpf_cast_to_kern_ctx)
+		*cookie = sock_of_ops(ctx)->__sk_common.skc_cookie.counter;
+	else
 		*cookie = bpf_get_socket_cookie(ctx);
-	}
 	return *cookie ? recall(*cookie) : NULL;
+}
+
+static __always_inline void identify_ops(struct bpf_sock_ops *ctx, struct identity *to)
+{
+	if (bpf_cast_to_kern_ctx)
+		identify(sock_of_ops(ctx), to);
+	else
+		identify_network(bpf_get_netns_cookie(ctx), to);
+}
+
+/* As identify_ops(), if it matters to anybody whose connection it is. */
+static __always_inline void identify_ops_if_blamed(struct bpf_sock_ops *ctx, const struct socket *s,
+						   struct identity *to)
+{
+	struct load *load = load_of((__u32)s->backend);
+
+	if (load && is_blamed(load))
+		identify_ops(ctx, to);
 }
 
 static __always_inline struct tcp_sock *tcp_sock_of(struct bpf_sock_ops *ctx)
@@ -901,17 +1155,67 @@ static __always_inline struct tcp_sock *tcp_sock_of(struct bpf_sock_ops *ctx)
 /* This one, which is rare, says that the connection is LIFE_TIMED: it spares others a look-up. */
 #define IS_TIMED BPF_SOCK_OPS_RETRANS_CB_FLAG
 
-/* A SYN is about to leave. The socket of no service asks for nothing more. */
+/*
+ * What happens in a network namespace that root did not make is not counted: whoever
+ * made it has every address there that he likes.
+ */
+static __always_inline bool counts(struct bpf_sock_ops *ctx)
+{
+	return !bpf_cast_to_kern_ctx || is_roots(sock_of_ops(ctx)->__sk_common.skc_net.net);
+}
+
+static __always_inline void peer_of_ops(struct bpf_sock_ops *ctx, struct endpoint *to)
+{
+	/* The port lies in the upper half (net/core/filter.c, sock_ops_convert_ctx_access). */
+	to->port = ctx->remote_port >> 16;
+	if (ctx->family == AF_INET) {
+		to->addr[2] = MAPPED;
+		to->addr[3] = READ_HERE(ctx->remote_ip4, "IPv4");
+		return;
+	}
+	to->addr[0] = ctx->remote_ip6[0];
+	to->addr[1] = ctx->remote_ip6[1];
+	to->addr[2] = ctx->remote_ip6[2];
+	to->addr[3] = ctx->remote_ip6[3];
+}
+
+/*
+ * A SYN is about to leave: here a connection begins. What an earlier connect(), one
+ * that found no way, left behind says nothing of it. The socket of no service asks
+ * for nothing more.
+ */
 static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
+	struct endpoint peer = {};
+	struct load *load;
+	struct socket *s;
 	__u64 cookie, life;
-	struct socket *s = tracked(ctx, &cookie);
 
-	life = s ? change_life(s, cookie, LIFE_SENT, 0) : 0;
-	if (!(life & LIFE_COUNTED))
+	s = tracked(ctx, &cookie);
+	if (!s)
 		return;
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | ASKED |
-					       (life & LIFE_TIMED ? IS_TIMED : 0));
+	peer_of_ops(ctx, &peer);
+	if (!is_live(s, &peer)) {
+		forget(cookie, NULL, NULL);
+		return;
+	}
+	load = load_of((__u32)s->backend);
+	if (!load)
+		return;
+	/* Counted first: who sees the mark may count it back at once. */
+	if (counts(ctx)) {
+		__sync_fetch_and_add(&load->inflight, 1);
+		life = change_life(s, cookie, LIFE_SENT | LIFE_COUNTED, 0);
+		if (!life || life & LIFE_COUNTED)
+			__sync_fetch_and_sub(&load->inflight, 1);
+		else
+			__sync_fetch_and_add(&load->connections, 1);
+	} else {
+		life = change_life(s, cookie, LIFE_SENT, 0);
+	}
+	if (life)
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | ASKED |
+						       (life & LIFE_TIMED ? IS_TIMED : 0));
 }
 
 /* The first retransmission timer of a SYN, in jiffies, or -1 for the host's. */
@@ -932,62 +1236,95 @@ static __always_inline int first_timeout(struct bpf_sock_ops *ctx)
 
 static __always_inline void on_timeout(struct bpf_sock_ops *ctx)
 {
-	__u64 cookie;
+	struct identity who = {};
 	struct socket *s;
+	__u64 cookie;
 
 	if (ctx->state != BPF_TCP_SYN_SENT)
 		return;
 	s = tracked(ctx, &cookie);
-	if (s)
-		failed(s, cookie, ETIMEDOUT);
-}
-
-static __always_inline bool is_subflow(struct tcp_sock *t)
-{
-	return t && bpf_core_field_exists(t->is_mptcp) && t->is_mptcp;
+	if (!s || s->life & LIFE_FAILED)
+		return;
+	identify_ops(ctx, &who);
+	failed(s, cookie, ETIMEDOUT, &who);
 }
 
 static __always_inline void on_established(struct bpf_sock_ops *ctx)
 {
-	__u64 cookie;
-	struct socket *s = tracked(ctx, &cookie);
-
-	if (s)
-		established(s, cookie, ctx->srtt_us >> 3);
-}
-
-/* The connection is over, be its file closed or not. A subflow of MPTCP has no file. */
-static __always_inline void on_close(struct bpf_sock_ops *ctx)
-{
-	struct traffic traffic = {};
-	struct tcp_sock *t;
+	struct identity who = {};
 	struct socket *s;
 	__u64 cookie;
 
 	s = tracked(ctx, &cookie);
 	if (!s)
 		return;
-	t = tcp_sock_of(ctx);
-	if (ctx->args[0] == BPF_TCP_SYN_SENT && t) {
-		__u16 error = ((struct sock *)t)->sk_err;
+	identify_ops_if_blamed(ctx, s, &who);
+	established(s, cookie, ctx->srtt_us >> 3, &who);
+}
 
-		/* Without an error it was the process that gave up. */
-		if (error)
-			failed(s, cookie, error);
-	}
-	if (t)
+/* A FIN counts as a byte (net/ipv4/tcp_input.c, tcp_data_queue). */
+static __always_inline bool said_nothing(const struct tcp_sock *t)
+{
+	return t && t->bytes_received <= 1;
+}
+
+/* The server has closed its side first. */
+static __always_inline void on_hang_up(struct bpf_sock_ops *ctx)
+{
+	struct identity who = {};
+	struct socket *s;
+	__u64 cookie;
+
+	s = tracked(ctx, &cookie);
+	if (!s || !said_nothing(tcp_sock_of(ctx)))
+		return;
+	identify_ops(ctx, &who);
+	hung_up(s, cookie, &who);
+}
+
+/* The connection is over, be its file closed or not: nobody asks for its name again. */
+static __always_inline void on_close(struct bpf_sock_ops *ctx)
+{
+	struct traffic traffic = {};
+	struct identity who = {};
+	struct tcp_sock *t;
+	struct socket *s;
+	__u16 error = 0;
+	__u64 cookie;
+
+	s = tracked(ctx, &cookie);
+	if (!s)
+		return;
+	t = tcp_sock_of(ctx);
+	if (t) {
+		error = ((struct sock *)t)->sk_err;
 		read_traffic(&traffic, t);
-	ended(s, cookie, &traffic);
-	if (is_subflow(t))
-		forget(cookie, &traffic);
+	}
+	if (error)
+		identify_ops(ctx, &who);
+	else
+		identify_ops_if_blamed(ctx, s, &who);
+	/* Without an error it was the process that gave up. */
+	if (ctx->args[0] == BPF_TCP_SYN_SENT && error)
+		failed(s, cookie, error, &who);
+	if (ctx->args[0] == BPF_TCP_ESTABLISHED && error == ECONNRESET && said_nothing(t))
+		hung_up(s, cookie, &who);
+	forget(cookie, &traffic, who.client ? &who : NULL);
 }
 
 static __always_inline void on_state(struct bpf_sock_ops *ctx)
 {
-	if (ctx->args[1] == BPF_TCP_ESTABLISHED)
+	switch (ctx->args[1]) {
+	case BPF_TCP_ESTABLISHED:
 		on_established(ctx);
-	else if (ctx->args[1] == BPF_TCP_CLOSE)
+		break;
+	case BPF_TCP_CLOSE_WAIT:
+		on_hang_up(ctx);
+		break;
+	case BPF_TCP_CLOSE:
 		on_close(ctx);
+		break;
+	}
 }
 
 /*
@@ -1022,14 +1359,14 @@ const volatile bool by_diag;
 
 /*
  * Close a socket if its connection goes to a backend from which connections are
- * to be taken away. Returns whether it did.
+ * to be taken away; s is live. Returns whether it did.
  */
 static __always_inline bool reset(struct sock_common *sk, struct socket *s)
 {
 	__u32 index = (__u32)s->backend;
 	struct backend *b = bpf_map_lookup_elem(&backends, &index);
 
-	if (!b || !b->reset || !(s->life & LIFE_COUNTED))
+	if (!b || !b->reset)
 		return false;
 	/* The generation grows by one when a backend is removed. */
 	if (b->generation - (__u32)(s->backend >> 32) > 1)
@@ -1041,6 +1378,20 @@ static __always_inline bool reset(struct sock_common *sk, struct socket *s)
 	return true;
 }
 
+static __always_inline void peer_of_common(const struct sock_common *sk, struct endpoint *to)
+{
+	to->port = sk->skc_dport;
+	if (sk->skc_family == AF_INET) {
+		to->addr[2] = MAPPED;
+		to->addr[3] = READ_HERE(sk->skc_daddr, "IPv4");
+		return;
+	}
+	to->addr[0] = sk->skc_v6_daddr.in6_u.u6_addr32[0];
+	to->addr[1] = sk->skc_v6_daddr.in6_u.u6_addr32[1];
+	to->addr[2] = sk->skc_v6_daddr.in6_u.u6_addr32[2];
+	to->addr[3] = sk->skc_v6_daddr.in6_u.u6_addr32[3];
+}
+
 /* Which walk over all sockets this is; written by user space before it begins. */
 volatile __u32 walk;
 
@@ -1050,12 +1401,14 @@ int reset_tcp(struct bpf_iter__tcp *ctx)
 	struct sock_common *sk = ctx->sk_common;
 	__u64 cookie = sk ? sk->skc_cookie.counter : 0;
 	struct socket *s = cookie ? recall(cookie) : NULL;
+	struct endpoint peer = {};
 
 	if (!s)
 		return 0;
 	s->seen = walk;
-	if (reset(sk, s))
-		ended(s, cookie, NULL);
+	peer_of_common(sk, &peer);
+	if (is_live(s, &peer) && reset(sk, s))
+		ended(s, cookie, NULL, NULL);
 	return 0;
 }
 
@@ -1064,27 +1417,32 @@ int reset_udp(struct bpf_iter__udp *ctx)
 {
 	struct sock_common *sk = (struct sock_common *)ctx->udp_sk;
 	__u64 cookie = sk ? sk->skc_cookie.counter : 0;
-	struct socket *s = cookie ? recall(cookie) : NULL;
+	struct socket *s = cookie ? recall(cookie) : NULL, *holds;
+	struct endpoint peer = {};
 
 	if (!s)
 		return 0;
+	peer_of_common(sk, &peer);
+	holds = settle(s, cookie, &peer);
 	s->seen = walk;
-	/* No hook tells that a UDP socket is disconnected. */
-	if (reset(sk, s) || !sk->skc_dport)
-		ended(s, cookie, NULL);
+	if (holds)
+		holds->seen = walk;
+	/* No hook tells that a UDP socket was disconnected, or connected elsewhere. */
+	if (!holds || reset(sk, holds))
+		forget(cookie, NULL, NULL);
 	return 0;
 }
 
 /*
- * Whether an entry is of a socket that a complete walk did not meet: a UDP socket
- * that was disconnected, of which no hook tells, or one that was closed while
- * somebody had taken the hooks away.
+ * Whether an entry is of a socket that a complete walk did not meet: one that found
+ * no way and was closed without a word, as sockets of the kernel are, or one that
+ * was closed while somebody had taken the hooks away.
  */
 static __always_inline bool is_stale(struct socket *s, const struct expiry *e)
 {
 	__u32 started = s->life >> 32;
 
-	if (!(s->life & LIFE_COUNTED) || s->seen == (__u8)walk || (__s32)(started - e->before) >= 0)
+	if (s->seen == (__u8)walk || (__s32)(started - e->before) >= 0)
 		return false;
 	return s->protocol == IPPROTO_UDP || (e->tcp && s->life & LIFE_JUDGED);
 }
@@ -1096,20 +1454,20 @@ static long expire_place(__u32 place, struct expiry *e)
 
 	if (!cookie || !is_stale(s, e))
 		return 0;
-	ended(s, cookie, NULL);
-	__sync_val_compare_and_swap(&s->cookie, cookie, 0);
+	ended(s, cookie, NULL, NULL);
+	vacate(s, cookie);
 	e->count++;
 	return 0;
 }
 
 static long expire_more(void *map, const __u64 *key, struct socket *s, struct expiry *e)
 {
-	__u64 cookie = *key;
+	__u64 place = *key;
 
 	if (!is_stale(s, e))
 		return 0;
-	ended(s, cookie, NULL);
-	bpf_map_delete_elem(map, &cookie);
+	ended(s, place & ~EARLIER, NULL, NULL);
+	bpf_map_delete_elem(map, &place);
 	e->count++;
 	return 0;
 }

@@ -1,0 +1,302 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * Whose failures count for whom. A process can make its own connects fail in
+ * many ways: options of its socket, an address that it bound, a packet filter
+ * that means it alone, a network namespace of its own. So a failure speaks to
+ * the client that met it, and to nobody else: a backend is ejected for that
+ * client. Only what several clients found who cannot be the same person makes
+ * others avoid the backend, and even that refuses nobody.
+ *
+ * A load says whether anybody blames its backend at all (blamed), so that the
+ * others, which is nearly always all, never look here.
+ */
+#ifndef PENTAD_SOCKET_BLAME_H
+#define PENTAD_SOCKET_BLAME_H
+
+#include <stdbool.h>
+
+#include <bpf/bpf_core_read.h>
+
+#include "kernel.h"
+#include "maps.h"
+
+/* Ticks of bpf_jiffies64() in a second. */
+const volatile __u32 hz;
+
+/* The cookie of the host's own network namespace. */
+const volatile __u64 host_netns;
+
+/* How long a trial may go without an outcome before another may begin. */
+#define TRIAL_SECONDS 10
+
+/* An ejection is at most this many times the configured one. */
+#define EJECTION_GROWTH 10
+
+/* How deep user namespaces can be (kernel/user_namespace.c), and one. */
+#define USER_NAMESPACES 33
+
+/* Who owns a socket. */
+struct identity {
+	__u64 client;    /* network namespace, user and cgroup */
+	__u32 principal; /* network namespace and user, hashed; 0: is no witness for others */
+	__u32 pad;
+};
+
+/* How a connection failed its client. */
+struct incident {
+	__u64 backend; /* {generation << 32 | index} */
+	__u32 age;     /* of the connection, in ticks */
+	__u32 kind;    /* enum blame_kind */
+};
+
+static __always_inline __u32 ticks(__u32 ms)
+{
+	return (__u64)ms * hz / 1000;
+}
+
+/* The finalizer of MurmurHash3 (Appleby, public domain): every bit moves half of the others. */
+static __always_inline __u64 mix(__u64 x)
+{
+	x ^= x >> 33;
+	x *= 0xff51afd7ed558ccdULL;
+	x ^= x >> 33;
+	x *= 0xc4ceb9fe1a85ec53ULL;
+	x ^= x >> 33;
+	return x;
+}
+
+/*
+ * Whether a network namespace was made by root: the host's own, one made by
+ * `ip netns` or a container runtime, also for a container in a user namespace that
+ * root made for it. In all others whoever made them has the network that he likes,
+ * with any address on it, and what happens there says nothing of a backend.
+ */
+static __always_inline bool is_roots(const struct net *net)
+{
+	struct user_namespace *ns = net->user_ns;
+
+	return ns->level == 0 || (ns->level == 1 && ns->owner.val == 0);
+}
+
+/* The user of the host who is behind a user namespace that was not there first. */
+static __always_inline __u32 maker_of(struct user_namespace *ns)
+{
+	int i;
+
+	for (i = 0; i < USER_NAMESPACES; i++) {
+		if (!ns || ns->level <= 1)
+			break;
+		ns = ns->parent;
+	}
+	return ns ? ns->owner.val : 0;
+}
+
+/*
+ * All network namespaces of one user's own making are one: there is no end of
+ * them, and what is kept of each client is bounded.
+ */
+static __always_inline __u64 network_of(const struct net *net)
+{
+	return is_roots(net) ? net->net_cookie : (__u64)maker_of(net->user_ns) << 32 | 1ULL << 31;
+}
+
+/*
+ * Whether the file of a socket was opened by somebody in the host's user
+ * namespace. In another one a user may have many numbers.
+ */
+static __always_inline bool is_opened_by_user(struct sock *sk)
+{
+	struct socket___kernel *s = sk->sk_socket;
+	struct file *f = s ? s->file : NULL;
+
+	return f && f->f_cred->user_ns->level == 0;
+}
+
+static __always_inline void identify(struct sock *sk, struct identity *to)
+{
+	struct net *net = sk->__sk_common.skc_net.net;
+	__u64 principal = mix(network_of(net)) ^ mix((__u64)sk->sk_uid.val << 1 | 1);
+
+	to->client = mix(principal ^ mix(sk->sk_cgrp_data.cgroup->kn->id));
+	to->principal = is_roots(net) && is_opened_by_user(sk) ? (__u32)mix(principal) | 1 : 0;
+}
+
+/* Before Linux 6.2 a socket's owner cannot be read: then a namespace is one client. */
+static __always_inline void identify_network(__u64 netns, struct identity *to)
+{
+	to->client = mix(netns);
+	to->principal = (__u32)mix(netns) | 1;
+}
+
+/* The kernel's own socket behind a sock_ops callback. */
+static __always_inline struct sock *sock_of_ops(struct bpf_sock_ops *ctx)
+{
+	return ((struct bpf_sock_ops_kern *)bpf_cast_to_kern_ctx(ctx))->sk;
+}
+
+static __always_inline struct load *load_of(__u32 backend)
+{
+	__u32 chunk = backend >> LOAD_CHUNK_BITS, place = backend & (LOAD_CHUNK - 1);
+	void *loads_of_chunk = bpf_map_lookup_elem(&loads, &chunk);
+
+	return loads_of_chunk ? bpf_map_lookup_elem(loads_of_chunk, &place) : NULL;
+}
+
+static __always_inline bool is_agent_alive(__u64 now)
+{
+	__u32 zero = 0;
+	__u64 *until = bpf_map_lookup_elem(&heartbeat, &zero);
+
+	return until && now < *until;
+}
+
+/* Whether anybody's blame may count. It only spares the look at blames: a wrong yes does no harm. */
+static __always_inline bool is_blamed(struct load *load)
+{
+	__u32 until = *(volatile __u32 *)&load->blamed;
+
+	if (!until)
+		return false;
+	if ((__s32)(until - (__u32)bpf_jiffies64()) > 0)
+		return true;
+	__sync_val_compare_and_swap(&load->blamed, until, 0);
+	return false;
+}
+
+static __always_inline struct blame *blame_of(__u64 client, __u64 backend)
+{
+	struct blame_key key = {.client = client, .backend = backend};
+
+	return bpf_map_lookup_elem(&blames, &key);
+}
+
+/*
+ * When an ejection ends. While a living agent probes the backend it has not gone
+ * on longer than the probe takes to say so: what the probe finds well is tried.
+ */
+static __always_inline __u64 ejected_until(const struct blame *b, const struct service_info *policy,
+					   __u64 now)
+{
+	__u64 until = b->ejected >> 1;
+	__u64 vouched = b->failed + ticks(policy->verdict);
+
+	return policy->verdict && vouched < until && is_agent_alive(now) ? vouched : until;
+}
+
+/*
+ * A client that can be a witness has ejected a backend. When another one did so
+ * shortly before, all others avoid it for as long; but what a living agent probes
+ * is for the agent to judge.
+ */
+static __always_inline void accuse(struct load *load, const struct service_info *policy,
+				   __u32 principal, __u64 until, __u64 now)
+{
+	__u32 earlier = load->accuser, when = load->accused;
+
+	if (!principal)
+		return;
+	load->accuser = principal;
+	load->accused = now;
+	if (!earlier || earlier == principal ||
+	    (__u32)now - when > EJECTION_GROWTH * ticks(policy->ejection))
+		return;
+	if (policy->verdict && is_agent_alive(now))
+		return;
+	*(volatile __u64 *)&load->shunned = until << 1;
+}
+
+/*
+ * Eject for twice as long as the last time, unless the backend has done well for
+ * long. old is the value of ejected that the caller saw: only one of those who
+ * see the same reason ejects.
+ */
+static __always_inline bool eject(struct load *load, struct blame *b,
+				  const struct service_info *policy, __u64 old, __u32 principal)
+{
+	__u64 base = ticks(policy->ejection), now = bpf_jiffies64();
+	__u32 times = b->ejections, growth;
+	__u64 until;
+
+	if (!old && times && now - b->readmitted > EJECTION_GROWTH * base)
+		times = 0;
+	growth = times < 4 ? 1 << times : EJECTION_GROWTH;
+	if (growth > EJECTION_GROWTH)
+		growth = EJECTION_GROWTH;
+	until = now + base * growth;
+	if (__sync_val_compare_and_swap(&b->ejected, old, until << 1) != old)
+		return false;
+	b->ejections = times < 100 ? times + 1 : times;
+	b->failures = 0;
+	__sync_fetch_and_add(&load->ejected_ever, 1);
+	accuse(load, policy, principal, until, now);
+	return true;
+}
+
+/*
+ * A client's connect to a backend failed, or brought nothing. Returns whether the
+ * backend is ejected now for that client.
+ */
+static __noinline bool blame(struct load *load, const struct service_info *policy,
+			     const struct identity *who, const struct incident *what)
+{
+	struct blame_key key = {.client = who->client, .backend = what->backend};
+	__u64 now = bpf_jiffies64(), old;
+	struct blame *b = bpf_map_lookup_elem(&blames, &key);
+
+	if (!b) {
+		struct blame fresh = {};
+
+		bpf_map_update_elem(&blames, &key, &fresh, BPF_NOEXIST);
+		b = bpf_map_lookup_elem(&blames, &key);
+		if (!b)
+			return false;
+	}
+	/* What began before the backend came back says nothing about it now. */
+	if (now - what->age < b->readmitted)
+		return false;
+	/* As long as an ejection may last, and what comes after it is measured by it. */
+	load->blamed = (__u32)(now + 2 * EJECTION_GROWTH * (__u64)ticks(policy->ejection) +
+			       2 * TRIAL_SECONDS * hz)
+			       ?: 1;
+	b->failed = now;
+	b->fruitless = what->kind & BLAME_FRUITLESS ? 1 : 0;
+	old = *(volatile __u64 *)&b->ejected;
+	if (what->kind & BLAME_TRIAL)
+		return eject(load, b, policy, old, who->principal);
+	if (__sync_fetch_and_add(&b->failures, 1) + 1 < policy->failures || !policy->failures ||
+	    old)
+		return false;
+	return eject(load, b, policy, 0, who->principal);
+}
+
+/*
+ * A client's connection to a backend went well; fruitful: it brought something. began,
+ * in jiffies, is since when what is said of the backend holds: what a connection
+ * brought before the backend failed says nothing about it now. Returns whether that
+ * ended an ejection.
+ */
+static __always_inline bool acquit(struct load *load, __u64 backend, const struct identity *who,
+				   bool fruitful, __u32 began)
+{
+	struct blame *b = blame_of(who->client, backend);
+	bool ended = false;
+
+	/* Of who accepts and says nothing it is known when the connection is over. */
+	if (b && (fruitful || !b->fruitless) && (__s32)(began - (__u32)b->failed) >= 0) {
+		ended = b->ejected;
+		b->failures = 0;
+		b->fruitless = 0;
+		if (ended) {
+			b->readmitted = bpf_jiffies64();
+			*(volatile __u64 *)&b->ejected = 0;
+		}
+	}
+	if (who->principal && load->shunned && (__s32)(began - load->accused) >= 0) {
+		*(volatile __u64 *)&load->shunned = 0;
+		load->accuser = 0;
+		ended = true;
+	}
+	return ended;
+}
+
+#endif
