@@ -3,6 +3,7 @@ package probe
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os/exec"
@@ -40,6 +41,9 @@ func newExec(h service.Health) Func {
 		switch {
 		case ctx.Err() != nil:
 			return fmt.Errorf("%s: killed at the time-out", argv[0])
+		case errors.Is(err, exec.ErrWaitDelay):
+			// It has ended with 0; a child of it holds the output open.
+			return nil
 		case err != nil:
 			return fmt.Errorf("%s: %w: %s", argv[0], err, out.line())
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -23,19 +24,25 @@ func newGRPC(h service.Health, dial dialFunc) Func {
 	}
 	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
-		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) { return dial(ctx, "tcp", address) }),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxBody)),
+		grpc.WithMaxHeaderListSize(maxBody),
+		grpc.WithReadBufferSize(4 << 10),
+		grpc.WithWriteBufferSize(4 << 10),
 		grpc.WithNoProxy(),
 	}
 	return func(ctx context.Context, addr netip.AddrPort) error {
-		c, err := grpc.NewClient("passthrough:///"+addr.String(), options...)
+		var d dialing
+		dialer := grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			return d.through(dial)(ctx, "tcp", address)
+		})
+		c, err := grpc.NewClient("passthrough:///"+addr.String(), append(slices.Clone(options), dialer)...)
 		if err != nil {
 			return err
 		}
 		defer c.Close()
 		r, err := grpc_health_v1.NewHealthClient(c).Check(ctx, &grpc_health_v1.HealthCheckRequest{Service: h.Path})
 		if err != nil {
-			return err
+			return own(err, d.noted())
 		}
 		if r.Status != grpc_health_v1.HealthCheckResponse_SERVING {
 			return fmt.Errorf("it says %s", r.Status)

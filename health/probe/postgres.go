@@ -3,9 +3,12 @@ package probe
 import (
 	"context"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/pentad/pentad/service"
 )
@@ -24,7 +27,18 @@ func newPostgres(h service.Health, dial dialFunc) Func {
 			return err
 		}
 		c.Host, c.Port, c.User, c.Password = addr.Addr().String(), addr.Port(), h.User, password
-		c.DialFunc = pgconn.DialFunc(dial)
+		var d dialing
+		defer d.close()
+		c.DialFunc = func(_ context.Context, network, address string) (net.Conn, error) {
+			// The library cancels a query by another connection, when the probe is over.
+			return d.through(dial)(ctx, network, address)
+		}
+		// The library makes room for what a server announces before it comes.
+		c.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
+			f := pgproto3.NewFrontend(r, w)
+			f.SetMaxBodyLen(maxBody)
+			return f
+		}
 		c.Fallbacks, c.RuntimeParams = nil, map[string]string{"application_name": "pentad"}
 		if h.TLS {
 			c.TLSConfig = tlsConfig(h)

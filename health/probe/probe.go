@@ -1,6 +1,7 @@
 // Package probe asks one backend whether it is well. A probe is a function of
 // a context and an address; it keeps no state and decides nothing. There is one
-// file a protocol, and the protocols are spoken by their own client libraries.
+// file a protocol, and the protocols are spoken by their own client libraries,
+// unless those believe a server's word on how much memory its answer takes.
 //
 // A probe costs a bounded read and ends with its context, whatever the server
 // does. It closes its connection by a reset: it is nobody's client, and thousands
@@ -27,9 +28,22 @@ type Func func(ctx context.Context, addr netip.AddrPort) error
 
 // New returns the probe that the settings ask for. Sockets get the mark unless
 // it is 0; the program of an exec probe makes its own sockets. The error says
-// what the settings got wrong.
+// what the settings got wrong. What the probe returns is ErrOwn when the fault
+// was the prober's.
 func New(h service.Health, mark int) (Func, error) {
-	dial := newDial(mark)
+	f, err := newFunc(h, newDial(mark))
+	if err != nil {
+		return nil, err
+	}
+	return judged(f), nil
+}
+
+// judged marks which failures of a probe are the prober's own.
+func judged(f Func) Func {
+	return func(ctx context.Context, addr netip.AddrPort) error { return own(f(ctx, addr), ctx.Err()) }
+}
+
+func newFunc(h service.Health, dial dialFunc) (Func, error) {
 	switch h.Probe {
 	case service.ProbeTCP:
 		return newTCP(dial), nil
