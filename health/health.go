@@ -6,12 +6,14 @@ package health
 import (
 	"container/heap"
 	"context"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/health/probe"
 	"github.com/pentad/pentad/service"
@@ -39,10 +41,6 @@ type Target struct {
 	Known  bool // whether Down is worth anything
 }
 
-// maxInFlight bounds the probes under way at once. It is far above what a
-// healthy fleet needs, and below the usual limit on files.
-const maxInFlight = 4096
-
 // firstWithin is how far the first probes of new targets are spread.
 const firstWithin = 500 * time.Millisecond
 
@@ -58,11 +56,19 @@ type Monitor struct {
 	mu      sync.Mutex
 	targets map[Key]*target
 	due     queue
+	lanes   lanes
 	wake    chan struct{}
-	probes  map[probeKey]probe.Func
+	probes  map[probeKey]*shared
 
-	results atomic.Uint64
-	late    atomic.Int64 // how late the last probe started, ns
+	results uint64
+	late    time.Duration // how late the last probe started
+	latest  string        // the service of that probe
+}
+
+// shared is a probe and how many targets use it.
+type shared struct {
+	probe probe.Func
+	users int
 }
 
 type probeKey struct {
@@ -76,6 +82,9 @@ type target struct {
 	machine machine
 	probe   probe.Func
 	at      time.Time // of the next probe
+	was     time.Time // when the probe that waits was due
+	waiting bool      // in its lane
+	own     error     // why the last probe could not be made; nil: it could
 	spread  bool      // the second probe has its time
 	gone    bool
 }
@@ -84,9 +93,18 @@ type target struct {
 // a time and must not call the monitor.
 func New(log *slog.Logger, report func([]Change)) *Monitor {
 	return &Monitor{
-		log: log, report: report, targets: make(map[Key]*target),
-		wake: make(chan struct{}, 1), probes: make(map[probeKey]probe.Func),
+		log: log, report: report, targets: make(map[Key]*target), lanes: newLanes(slotsFor(maxFiles())),
+		wake: make(chan struct{}, 1), probes: make(map[probeKey]*shared),
 	}
+}
+
+// maxFiles is how many files this process may have open.
+func maxFiles() uint64 {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return 2 * maxInFlight
+	}
+	return limit.Cur
 }
 
 // Update probes, from now on, the targets of add and no longer those of remove.
@@ -96,7 +114,7 @@ func (m *Monitor) Update(add []Target, remove []Key) {
 	defer m.mu.Unlock()
 	for _, k := range remove {
 		if t := m.targets[k]; t != nil {
-			t.gone = true
+			m.retire(t)
 			delete(m.targets, k)
 		}
 	}
@@ -104,6 +122,11 @@ func (m *Monitor) Update(add []Target, remove []Key) {
 	for _, a := range add {
 		m.add(a, now)
 	}
+	m.awake()
+}
+
+// awake lets Run look at what is to be done.
+func (m *Monitor) awake() {
 	select {
 	case m.wake <- struct{}{}:
 	default:
@@ -123,7 +146,7 @@ func (m *Monitor) add(a Target, now time.Time) {
 	t := &target{Target: a, probe: f, machine: machine{up: !a.Down, known: a.Known}}
 	if old != nil {
 		t.machine = old.machine
-		old.gone = true
+		m.retire(old)
 	}
 	t.at = now.Add(rand.N(min(a.Health.Interval, firstWithin)))
 	m.targets[a.Key] = t
@@ -134,28 +157,57 @@ func (m *Monitor) add(a Target, now time.Time) {
 func (m *Monitor) probeFor(a Target) (probe.Func, error) {
 	k := probeKey{a.Health, a.Mark}
 	if f := m.probes[k]; f != nil {
-		return f, nil
+		f.users++
+		return f.probe, nil
 	}
 	f, err := probe.New(a.Health, a.Mark)
 	if err != nil {
 		return nil, err
 	}
-	m.probes[k] = f
+	m.probes[k] = &shared{f, 1}
 	return f, nil
+}
+
+// retire ends the probing of a target.
+func (m *Monitor) retire(t *target) {
+	t.gone = true
+	k := probeKey{t.Health, t.Mark}
+	f := m.probes[k]
+	if f.users--; f.users == 0 {
+		delete(m.probes, k)
+	}
 }
 
 // Stats says how the probing goes.
 type Stats struct {
 	Targets int
 	Probes  uint64        // finished since the start
-	Late    time.Duration // how late the last probe started
+	Late    time.Duration // how late the last probe started, or one that still waits
+	Latest  string        // the service of that probe
+
+	// Unmade is how many targets could not be probed last time, by a fault of this
+	// host; their states are what they were. Fault is what one of them met with.
+	Unmade int
+	Fault  error
 }
 
 // Stats returns how the probing goes.
 func (m *Monitor) Stats() Stats {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return Stats{Targets: len(m.targets), Probes: m.results.Load(), Late: time.Duration(m.late.Load())}
+	s := Stats{Targets: len(m.targets), Probes: m.results, Late: m.late, Latest: m.latest}
+	if service, since := m.lanes.oldest(); service != "" {
+		if waits := time.Since(since); waits > s.Late {
+			s.Late, s.Latest = waits, service
+		}
+	}
+	for _, t := range m.targets {
+		if t.own != nil {
+			s.Unmade++
+			s.Fault = t.own
+		}
+	}
+	return s
 }
 
 // outcome is the end of one probe.
@@ -167,7 +219,6 @@ type outcome struct {
 // Run probes until the context ends, and returns when the last probe has ended.
 func (m *Monitor) Run(ctx context.Context) {
 	outcomes := make(chan outcome, 256)
-	slots := make(chan struct{}, maxInFlight)
 	var probes sync.WaitGroup
 	collected := make(chan struct{})
 	go func() {
@@ -183,10 +234,10 @@ func (m *Monitor) Run(ctx context.Context) {
 		case <-timer.C:
 		}
 		for _, t := range m.ready(time.Now()) {
-			slots <- struct{}{}
 			probes.Go(func() {
-				outcomes <- outcome{t, t.run(ctx)}
-				<-slots
+				err := t.run(ctx)
+				m.finish(t)
+				outcomes <- outcome{t, err}
 			})
 		}
 		timer.Reset(m.untilNext(time.Now()))
@@ -194,6 +245,16 @@ func (m *Monitor) Run(ctx context.Context) {
 	probes.Wait()
 	close(outcomes)
 	<-collected
+}
+
+// finish gives the slot of a probe to the next.
+func (m *Monitor) finish(t *target) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.lanes.done(t)
+	if m.lanes.waiting > 0 {
+		m.awake()
+	}
 }
 
 func (t *target) run(ctx context.Context) error {
@@ -218,21 +279,27 @@ func (t *target) next(now time.Time) time.Time {
 	return now.Add(wait)
 }
 
-// ready takes the targets whose time has come.
+// ready takes the targets whose time has come and for whom there is a slot.
 func (m *Monitor) ready(now time.Time) []*target {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var ready []*target
 	for len(m.due) > 0 && !m.due[0].at.After(now) {
 		t := m.due[0]
 		if t.gone {
 			heap.Pop(&m.due)
 			continue
 		}
-		m.late.Store(int64(now.Sub(t.at)))
-		ready = append(ready, t)
+		if !t.waiting {
+			t.was = t.at
+		}
+		m.lanes.wait(t)
 		t.at = t.next(now)
 		heap.Fix(&m.due, 0)
+	}
+	var ready []*target
+	for t := m.lanes.next(); t != nil; t = m.lanes.next() {
+		m.late, m.latest = now.Sub(t.was), t.Service
+		ready = append(ready, t)
 	}
 	return ready
 }
@@ -268,10 +335,14 @@ func (m *Monitor) collect(outcomes <-chan outcome) {
 }
 
 func (m *Monitor) observe(o outcome) (Change, bool) {
-	m.results.Add(1)
 	t := o.target
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.results++
+	if t.own = nil; errors.Is(o.err, probe.ErrOwn) {
+		t.own = o.err
+		return Change{}, false
+	}
 	if t.gone || !t.machine.observe(o.err == nil, t.Health.Rise, t.Health.Fall) {
 		return Change{}, false
 	}
