@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/api/guard"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
 	"github.com/pentad/pentad/plane/nat"
@@ -685,10 +686,7 @@ func (a *Agent) Status() api.Status {
 	if a.monitor != nil {
 		st := a.monitor.Stats()
 		s.Probes = api.Probes{Targets: st.Targets, Done: st.Probes, Late: st.Late}
-		if st.Late > time.Second {
-			s.Problems = append(s.Problems, fmt.Sprintf(
-				"probes start %s late: this host cannot keep up; probe fewer backends or less often", st.Late.Round(time.Millisecond)))
-		}
+		s.Problems = append(s.Problems, probing(st)...)
 	}
 	if a.invalid != nil {
 		s.Config.Error = a.invalid.Error()
@@ -701,18 +699,36 @@ func (a *Agent) Status() api.Status {
 	return s
 }
 
+// probing says what is wrong with the probes.
+func probing(st health.Stats) (problems []string) {
+	if st.Late > time.Second {
+		problems = append(problems, fmt.Sprintf(
+			"probes of service %s start %s late: too many of its backends are silent, or this host cannot keep up; probe fewer backends, less often, or with a shorter timeout",
+			st.Latest, st.Late.Round(time.Millisecond)))
+	}
+	if st.Unmade > 0 {
+		problems = append(problems, fmt.Sprintf(
+			"%d backends cannot be probed, by a fault of this host, and count as what they were: %v", st.Unmade, st.Fault))
+	}
+	return problems
+}
+
 // server is one address that the agent serves.
 type server struct {
-	http.Server
+	*http.Server
 	listener net.Listener
 }
+
+// maxStrangers is how many connections of whoever asks for metrics are open at
+// once.
+const maxStrangers = 64
 
 func (a *Agent) serve(c config.API) ([]*server, error) {
 	l, err := api.Listen(a.opts.RunDir)
 	if err != nil {
 		return nil, err
 	}
-	servers := []*server{{Server: http.Server{Handler: api.Handler(a)}, listener: l}}
+	servers := []*server{{Server: &http.Server{Handler: api.Handler(a)}, listener: l}}
 	// Metrics are worth less than services: without the port the agent runs on.
 	l, err = net.Listen("tcp", c.Listen.String())
 	if err != nil {
@@ -720,7 +736,7 @@ func (a *Agent) serve(c config.API) ([]*server, error) {
 		return servers, nil
 	}
 	return append(servers, &server{
-		Server:   http.Server{Handler: a.metricsHandler(), ReadHeaderTimeout: 10 * time.Second},
+		Server:   guard.NewLimit(maxStrangers).Server(guard.Local(a.metricsHandler())),
 		listener: l,
 	}), nil
 }

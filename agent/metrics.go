@@ -33,11 +33,11 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_connections_despite_ejection_total", "counter", "", "Connections that went to an ejected backend because too many are ejected."},
 	{"pentad_connections_reset_total", "counter", "", "Connections closed because their backend was down or gone."},
 	{"pentad_binds_refused_total", "counter", "", "Sockets of the host that wanted a port that is held for a service."},
-	{"pentad_backend_connections_in_flight", "gauge", "service,backend", "Connections from connect() to their end."},
+	{"pentad_backend_connections_in_flight", "gauge", "service,backend", "TCP connections from their SYN to their end, and connected UDP sockets."},
 	{"pentad_backend_connections_total", "counter", "service,backend", "Connections that were begun."},
-	{"pentad_backend_connect_failures_total", "counter", "service,backend", "Connects that were refused, found no way, or got no answer in time."},
-	{"pentad_backend_ejections_total", "counter", "service,backend", "How often the backend was ejected."},
-	{"pentad_backend_ejected", "gauge", "service,backend", "1 while the backend is ejected, else 0."},
+	{"pentad_backend_connect_failures_total", "counter", "service,backend", "Connects whose SYN was refused, found no way, or got no answer in time."},
+	{"pentad_backend_ejections_total", "counter", "service,backend", "How often a client ejected the backend."},
+	{"pentad_backend_ejected", "gauge", "service,backend", "1 while any client does not use the backend, else 0."},
 	{"pentad_backend_rtt_seconds", "gauge", "service,backend", "Smoothed round trip time of handshakes; absent while unknown."},
 	{"pentad_backend_response_seconds", "gauge", "service,backend", "Smoothed time from a request to the first byte of its answer; absent while unknown."},
 	{"pentad_backend_metrics_omitted", "gauge", "", "1 when there are more than 10,000 backends, for which there are no metrics each, else 0."},
@@ -47,7 +47,8 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_cluster_ports_unserved", "gauge", "", "Ports of Services whose protocol is not served: SCTP."},
 	{"pentad_cluster_away_seconds", "gauge", "", "For how long the API server has not answered; 0 while it does."},
 	{"pentad_probes_total", "counter", "", "Probes that ended."},
-	{"pentad_probe_delay_seconds", "gauge", "", "How late the last probe started."},
+	{"pentad_probe_delay_seconds", "gauge", "", "How late the last probe started, or one that still waits."},
+	{"pentad_probes_unmade", "gauge", "", "Backends whose last probe could not be made, by a fault of this host: they count as what they were."},
 }
 
 // collector reads the kernel and the agent when it is scraped.
@@ -107,6 +108,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		st := monitor.Stats()
 		counter("pentad_probes_total", st.Probes)
 		gauge("pentad_probe_delay_seconds", st.Late.Seconds())
+		gauge("pentad_probes_unmade", float64(st.Unmade))
 	}
 	if s := a.Status(); s.Cluster != nil {
 		gauge("pentad_cluster_services", float64(s.Cluster.Services))

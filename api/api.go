@@ -16,6 +16,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // DefaultRunDir is where the agent's socket lies.
@@ -134,12 +136,11 @@ func Listen(runDir string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("agent socket: %w", err)
 	}
+	// Nobody else may connect, not even before a chmod.
+	mask := unix.Umask(0o177)
 	l, err := net.Listen("unix", path)
+	unix.Umask(mask)
 	if err != nil {
-		return nil, fmt.Errorf("agent socket: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		l.Close()
 		return nil, fmt.Errorf("agent socket: %w", err)
 	}
 	return l, nil

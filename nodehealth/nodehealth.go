@@ -17,6 +17,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/pentad/pentad/api/guard"
 )
 
 // Check is one Service that has a port to be asked at.
@@ -39,6 +41,8 @@ type Server struct {
 	log   *slog.Logger
 	state func() State
 
+	limit *guard.Limit
+
 	mu     sync.Mutex
 	checks map[uint16]*check
 }
@@ -49,9 +53,13 @@ type check struct {
 	server *http.Server
 }
 
+// maxConnections is how many connections of load balancers are open at once, to all
+// ports together.
+const maxConnections = 256
+
 // New returns a server that asks state for each answer.
 func New(state func() State, log *slog.Logger) *Server {
-	return &Server{log: log, state: state, checks: make(map[uint16]*check)}
+	return &Server{log: log, state: state, checks: make(map[uint16]*check), limit: guard.NewLimit(maxConnections)}
 }
 
 // Run serves /healthz and /livez until the context ends. Services are worth more
@@ -67,7 +75,7 @@ func (s *Server) Run(ctx context.Context, at netip.AddrPort) {
 		st := s.state()
 		s.answer(w, st, st.Healthy)
 	})
-	srv := newServer(mux)
+	srv := s.limit.Server(mux)
 	defer s.closeAll()
 	go func() {
 		<-ctx.Done()
@@ -88,10 +96,6 @@ func (s *Server) Run(ctx context.Context, at netip.AddrPort) {
 		case <-time.After(time.Second):
 		}
 	}
-}
-
-func newServer(h http.Handler) *http.Server {
-	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute}
 }
 
 func (s *Server) answer(w http.ResponseWriter, st State, good bool) {
@@ -148,7 +152,7 @@ func (s *Server) open(c Check) error {
 	if err != nil {
 		return err
 	}
-	srv := newServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { s.answerCheck(w, c.Port) }))
+	srv := s.limit.Server(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { s.answerCheck(w, c.Port) }))
 	s.checks[c.Port] = &check{c, srv}
 	// It ends when it is closed.
 	go func() { _ = srv.Serve(l) }()
