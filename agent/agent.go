@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -113,7 +114,7 @@ func Run(ctx context.Context, opts Options) error {
 	if err := socket.CheckHost(); err != nil {
 		return err
 	}
-	lock, err := socket.Lock(opts.Pins)
+	lock, err := socket.LockWithin(ctx, opts.Pins, downPatience)
 	if err != nil {
 		return err
 	}
@@ -472,7 +473,12 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 		st := a.state[k]
 		st.drained, st.drainUntil = d.Drained, 0
 		if d.Drained && d.Timeout > 0 {
-			st.drainUntil = uint32(time.Now().Add(d.Timeout + time.Second - 1).Unix())
+			until := time.Now().Unix() + int64((d.Timeout-1)/time.Second) + 1
+			if until > math.MaxUint32 {
+				d.done <- fmt.Errorf("timeout %s: %w: it ends after the year 2106", d.Timeout, api.ErrRefused)
+				return nil
+			}
+			st.drainUntil = uint32(until)
 		}
 		a.setState(k, st)
 		a.awaitDrains()

@@ -15,7 +15,8 @@ import (
 	"github.com/pentad/pentad/plane/socket"
 )
 
-// How long Down waits for an agent after asking it to end, and after killing it.
+// How long Down waits for an agent after asking it to end, and after killing it; and
+// Run for one that is going.
 const downPatience = 5 * time.Second
 
 // Down removes everything of pentad from the kernel, whatever state it is in: a
@@ -39,8 +40,9 @@ func Down(ctx context.Context, pins, runDir string) error {
 // evict ends the agent that holds the lock and takes the lock.
 func evict(ctx context.Context, pins string, held *socket.LockedError) (*os.File, error) {
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		// Of one that is just going the kernel does not tell who it is.
 		if held.PID == 0 {
-			return nil, held
+			return socket.LockWithin(ctx, pins, downPatience)
 		}
 		if err := syscall.Kill(held.PID, signal); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return nil, fmt.Errorf("ending the agent, process %d: %w", held.PID, err)

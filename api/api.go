@@ -95,6 +95,9 @@ type Agent interface {
 // ErrNotFound is returned by an Agent for an object that does not exist.
 var ErrNotFound = errors.New("not found")
 
+// ErrRefused is returned by an Agent for what makes no sense.
+var ErrRefused = errors.New("not possible")
+
 // Handler serves the agent's API.
 func Handler(a Agent) http.Handler {
 	mux := http.NewServeMux()
@@ -110,6 +113,8 @@ func Handler(a Agent) http.Handler {
 		switch err := a.Drain(r.Context(), req); {
 		case errors.Is(err, ErrNotFound):
 			reply(w, http.StatusNotFound, Failure{err.Error()})
+		case errors.Is(err, ErrRefused):
+			reply(w, http.StatusBadRequest, Failure{err.Error()})
 		case err != nil:
 			reply(w, http.StatusInternalServerError, Failure{err.Error()})
 		default:

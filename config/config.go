@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -94,7 +93,7 @@ func (e Errors) Error() string {
 // Load reads and checks a file. The error is of type Errors when the file could
 // be read.
 func Load(path string) (*Config, error) {
-	data, err := os.ReadFile(path)
+	data, err := Read(path)
 	if err != nil {
 		return nil, fmt.Errorf("configuration %s cannot be read: %w", path, errors.Unwrap(err))
 	}
@@ -144,6 +143,9 @@ func (d *decoder) document(data []byte) *yaml.Node {
 	if doc.Kind == 0 {
 		d.errorf(&yaml.Node{Line: 1, Column: 1},
 			"the file is empty; a host without services is written \"services: []\"")
+		return nil
+	}
+	if !d.bounded(doc.Content[0]) {
 		return nil
 	}
 	return doc.Content[0]

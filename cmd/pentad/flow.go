@@ -130,11 +130,17 @@ func followFlows(ctx context.Context, pins string, want filter, f format, out, e
 	show := f.flowPrinter(out)
 	tracker := flow.NewTracker()
 	var told uint64
+	var lapsed time.Duration
 	var failed error
 	tellLost := func() {
 		if n := follower.Lost(); n > told {
 			fmt.Fprintf(errOut, "pentad: %d events were lost: they came faster than they could be shown\n", n-told)
 			told = n
+		}
+		if d := follower.Lapsed(); d > lapsed {
+			fmt.Fprintf(errOut, "pentad: nothing was followed for %s: this command did not run, and what happened meanwhile is not shown\n",
+				(d - lapsed).Round(100*time.Millisecond))
+			lapsed = d
 		}
 	}
 	ctx, stop := context.WithCancel(ctx)

@@ -84,7 +84,10 @@ type Follower struct {
 	placed bool // place is this follower's
 	ring   *ebpf.Map
 	reader *ringbuf.Reader
+	dir    string
 	missed uint64 // in the place before this follower had it
+	before uint64 // events missed in places that it had before
+	lapsed time.Duration
 	booted time.Time
 	names  map[uint32]knownName
 }
@@ -102,15 +105,15 @@ func Follow(dir string) (*Follower, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &Follower{set: set, names: make(map[uint32]knownName)}
-	if err := f.begin(dir); err != nil {
+	f := &Follower{set: set, dir: dir, names: make(map[uint32]knownName)}
+	if err := f.begin(); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
-func (f *Follower) begin(dir string) error {
+func (f *Follower) begin() error {
 	var err error
 	if f.clock, err = newClock(); err != nil {
 		return err
@@ -127,20 +130,19 @@ func (f *Follower) begin(dir string) error {
 	if f.reader, err = ringbuf.NewReader(f.ring); err != nil {
 		return fmt.Errorf("ring buffer: %w", err)
 	}
-	// Followers agree among themselves who gets which place.
-	lock, err := os.Open(dir)
+	return f.claim()
+}
+
+// claim takes a free place. Followers agree among themselves who gets which.
+func (f *Follower) claim() error {
+	lock, err := os.Open(f.dir)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return fmt.Errorf("lock on %s: %w", dir, err)
+		return fmt.Errorf("lock on %s: %w", f.dir, err)
 	}
-	return f.claim()
-}
-
-// claim takes a free place.
-func (f *Follower) claim() error {
 	now, err := f.clock.now()
 	if err != nil {
 		return err
@@ -149,11 +151,12 @@ func (f *Follower) claim() error {
 	if err != nil {
 		return err
 	}
-	for i, until := range untils {
-		if until > now {
+	// The place that it had, if it is free, so that nothing is left there.
+	for i := range uint32(len(untils)) {
+		place := (f.place + i) % uint32(len(untils))
+		if untils[place] > now {
 			continue
 		}
-		place := uint32(i)
 		if err := f.set.maps[kernelMapLost].Lookup(place, &f.missed); err != nil {
 			return err
 		}
@@ -239,7 +242,18 @@ func (f *Follower) Lost() uint64 {
 	if err := f.set.maps[kernelMapLost].Lookup(f.place, &n); err != nil {
 		return 0
 	}
-	return n - f.missed
+	return f.before + n - f.missed
+}
+
+// Lapsed returns for how long this follower did not say that it is there, so that
+// it was told nothing: because it was stopped, or got no processor.
+func (f *Follower) Lapsed() time.Duration { return f.lapsed }
+
+// comeBack follows again after the lease has lapsed: its place may be another's.
+func (f *Follower) comeBack(gap time.Duration) error {
+	f.lapsed += gap
+	f.before, f.placed = f.Lost(), false
+	return f.claim()
 }
 
 // Run calls each for every event until the context ends.
@@ -248,7 +262,11 @@ func (f *Follower) Run(ctx context.Context, each func(Event)) error {
 	renewed := time.Now()
 	for ctx.Err() == nil {
 		if time.Since(renewed) > leaseEvery {
-			if err := f.renew(); err != nil {
+			if gap := time.Since(renewed) - leaseTime; gap > 0 {
+				if err := f.comeBack(gap); err != nil {
+					return err
+				}
+			} else if err := f.renew(); err != nil {
 				return err
 			}
 			if !f.set.pinned() {

@@ -2,6 +2,7 @@ package socket
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -60,6 +61,49 @@ func Lock(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("lock on %s: %w", dir, err)
 	}
 	return f, nil
+}
+
+// LockWithin is Lock, but while the holder is going, or the kernel does not tell
+// who it is, it tries again: a process that was killed holds its files a moment
+// longer than it can be seen.
+func LockWithin(ctx context.Context, dir string, patience time.Duration) (*os.File, error) {
+	for deadline := time.Now().Add(patience); ; {
+		f, err := Lock(dir)
+		var held *LockedError
+		if !errors.As(err, &held) || !isGoing(held.PID) || time.Now().After(deadline) {
+			return f, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// isGoing reports whether a process is gone, or about to be: a zombie, or with a
+// SIGKILL that it has not died of yet (proc_pid_status(5)).
+func isGoing(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if pid == 0 || err != nil {
+		return true
+	}
+	for line := range strings.Lines(string(b)) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), ":")
+		value = strings.TrimSpace(value)
+		switch key {
+		case "State":
+			if strings.HasPrefix(value, "Z") || strings.HasPrefix(value, "X") {
+				return true
+			}
+		case "SigPnd", "ShdPnd":
+			pending, _ := strconv.ParseUint(value, 16, 64)
+			if pending>>(unix.SIGKILL-1)&1 != 0 {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // Holder returns the process that holds the lock on the pin directory, or 0.

@@ -12,6 +12,7 @@
 package socket
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -76,7 +77,7 @@ type FullError struct {
 
 // Error names the services.
 func (e *FullError) Error() string {
-	return fmt.Sprintf("no room in the kernel for %d services (%s): %v", len(e.Services), shorten(e.Services, 5), e.Cause)
+	return fmt.Sprintf("no room in the kernel for %d services (%s): %v", len(e.Services), shorten(e.Services, 5), cmp.Or(e.Cause, errMap))
 }
 
 // Unwrap returns the cause.
@@ -89,7 +90,10 @@ func shorten(names []string, n int) string {
 	return strings.Join(names, ", ")
 }
 
-var errLimit = errors.New("the limit on backends is reached")
+var (
+	errLimit = errors.New("the limit on backends is reached")
+	errMap   = errors.New("they need more than one map may hold")
+)
 
 // New returns a plane that has not touched the kernel yet. The caller holds the
 // lock on the pins.

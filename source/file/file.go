@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/config"
 )
@@ -27,15 +28,46 @@ type Update struct {
 	Err    error
 }
 
-// Source watches one file. Files written in place, replaced by rename, and
-// reached through symbolic links that are switched (as Kubernetes mounts a
-// ConfigMap) are all noticed.
+// lookEvery is how often the file is looked at without a reason: a directory that
+// is put in the place of another, or mounted over it, tells nobody.
+const lookEvery = time.Second
+
+// Source watches one file. Files written in place, replaced by rename or with
+// their directory, and reached through symbolic links that are switched (as
+// Kubernetes mounts a ConfigMap) are all noticed.
 type Source struct {
 	path    string
 	watcher *fsnotify.Watcher
-	names   map[string]bool // what the contents of the file depend on
-	watched map[string]bool // their directories
+	names   map[string]bool     // what the contents of the file depend on
+	watched map[string]identity // their directories
+	seen    look
 	last    []byte
+}
+
+// identity tells one file or directory from another of the same name.
+type identity struct{ device, inode uint64 }
+
+// look is what can be told of the file without reading it.
+type look struct {
+	file, dir     identity
+	size          int64
+	changed       unix.Timespec
+	missing, lost error // why the file, or its directory, cannot be looked at
+}
+
+func identify(path string) (identity, unix.Stat_t, error) {
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	return identity{st.Dev, st.Ino}, st, err
+}
+
+func (s *Source) look() look {
+	var l look
+	var st unix.Stat_t
+	l.file, st, l.missing = identify(s.path)
+	l.size, l.changed = st.Size, st.Ctim
+	l.dir, _, l.lost = identify(filepath.Dir(s.path))
+	return l
 }
 
 // New returns a source for the file. Close it.
@@ -48,7 +80,7 @@ func New(path string) (*Source, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watching %s: %w", path, err)
 	}
-	s := &Source{path: path, watcher: w, watched: make(map[string]bool)}
+	s := &Source{path: path, watcher: w, watched: make(map[string]identity)}
 	if err := s.follow(); err != nil {
 		w.Close()
 		return nil, fmt.Errorf("watching %s: %w", path, err)
@@ -61,7 +93,8 @@ func (s *Source) Close() error { return s.watcher.Close() }
 
 // Load reads the file as it is now. Run reports only what differs from it.
 func (s *Source) Load() (*config.Config, error) {
-	data, err := os.ReadFile(s.path)
+	s.seen = s.look()
+	data, err := config.Read(s.path)
 	if err != nil {
 		return nil, fmt.Errorf("configuration cannot be read: %w", err)
 	}
@@ -90,19 +123,21 @@ func (s *Source) follow() error {
 	for name := range s.names {
 		wanted[filepath.Dir(name)] = true
 	}
-	for dir := range s.watched {
-		if !wanted[dir] {
+	for dir, was := range s.watched {
+		if is, _, err := identify(dir); !wanted[dir] || err != nil || is != was {
 			// It may be gone already.
 			_ = s.watcher.Remove(dir)
 			delete(s.watched, dir)
 		}
 	}
 	for dir := range wanted {
-		if s.watched[dir] {
+		if _, ok := s.watched[dir]; ok {
 			continue
 		}
+		// Looked at first: one that is put in its place now is seen the next time.
+		is, _, _ := identify(dir)
 		if err := s.watcher.Add(dir); err == nil {
-			s.watched[dir] = true
+			s.watched[dir] = is
 		} else if dir == filepath.Dir(s.path) {
 			return err
 		}
@@ -136,6 +171,8 @@ func (s *Source) Run(ctx context.Context, emit func(Update)) error {
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
 	defer timer.Stop()
+	looks := time.NewTicker(lookEvery)
+	defer looks.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -153,10 +190,14 @@ func (s *Source) Run(ctx context.Context, emit func(Update)) error {
 			if e.Op != fsnotify.Chmod && s.names[e.Name] {
 				timer.Reset(quiet)
 			}
-		case <-timer.C:
-			if err := s.follow(); err != nil {
-				emit(Update{Err: fmt.Errorf("watching %s: %w", s.path, err)})
+		case <-looks.C:
+			if s.look() != s.seen {
+				timer.Reset(quiet)
 			}
+		case <-timer.C:
+			s.seen = s.look()
+			// What cannot be watched can be looked at, if it is there.
+			_ = s.follow()
 			s.read(emit)
 		}
 	}
@@ -165,7 +206,7 @@ func (s *Source) Run(ctx context.Context, emit func(Update)) error {
 func isOverflow(err error) bool { return err == fsnotify.ErrEventOverflow }
 
 func (s *Source) read(emit func(Update)) {
-	data, err := os.ReadFile(s.path)
+	data, err := config.Read(s.path)
 	if err != nil {
 		s.last = nil
 		emit(Update{Err: fmt.Errorf("configuration cannot be read: %w", err)})
