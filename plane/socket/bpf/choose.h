@@ -41,10 +41,11 @@ struct search {
 	__u32 slots; /* the table at hand */
 	__u32 count;
 	__u32 balance;
-	__u32 traits; /* of the listener */
-	__u64 hash;   /* of the client, for BALANCE_SOURCE_HASH */
-	__u64 client; /* whose blame counts */
-	bool judged;  /* the outcome of this connection will be known */
+	__u32 traits;     /* of the listener */
+	__u64 hash;       /* of the client, for BALANCE_SOURCE_HASH */
+	__u64 client;     /* whose blame counts */
+	__u64 remembered; /* the backend that this client had before, as affinity has it; 0: none */
+	bool judged;      /* the outcome of this connection will be known */
 	bool met_ejected;
 	bool trial;      /* the chosen backend is on trial */
 	__u32 desperate; /* best of the groups in panic; 0: none */

@@ -218,44 +218,57 @@ static __always_inline __u64 refer(__u32 index)
 	return b ? reference(index, b) : 0;
 }
 
-/* As choose(), but a client that was here within the time-out goes where it went. */
-__noinline __u32 choose_again(struct bpf_sock_addr *ctx, struct search *s, __u32 family,
-			      __u32 seconds)
+static __always_inline void affinity_of(struct bpf_sock_addr *ctx, const struct search *s,
+					__u32 family, struct affinity_key *to)
 {
 	struct sock *sk = sock_of(ctx);
-	struct affinity_key key = {
-		.client = sk ? network_of(sk->__sk_common.skc_net.net) : bpf_get_netns_cookie(ctx),
-		.family = family,
-	};
+
+	to->client = sk ? network_of(sk->__sk_common.skc_net.net) : bpf_get_netns_cookie(ctx);
+	to->service = s->service;
+	to->family = family;
+}
+
+/* Where a client that was here within the time-out went, if it may go there again, or 0. */
+__noinline __u32 remembered(struct bpf_sock_addr *ctx, struct search *s, __u32 family,
+			    __u32 seconds)
+{
 	__u64 now = bpf_ktime_get_coarse_ns();
-	struct affinity_entry fresh = {};
+	struct affinity_key key = {};
 	struct affinity_entry *e;
-	__u64 old = 0, won;
-	__u32 chosen, kept;
+	__u32 kept;
 
 	if (!s)
 		return 0;
-	key.service = s->service;
+	affinity_of(ctx, s, family, &key);
 	e = bpf_map_lookup_elem(&affinity, &key);
-	if (e) {
-		old = e->backend;
-		kept = now - e->used < seconds * NSEC_PER_SEC ? keeps(s, family, old) : 0;
-		e->used = now;
-		if (kept)
-			return kept;
-	}
-	chosen = choose(s);
+	if (!e)
+		return 0;
+	s->remembered = e->backend;
+	kept = now - e->used < seconds * NSEC_PER_SEC ? keeps(s, family, e->backend) : 0;
+	e->used = now;
+	return kept;
+}
+
+/* Remember what was chosen for a client. Returns it, or what another thread of it got first. */
+__noinline __u32 settled(struct bpf_sock_addr *ctx, struct search *s, __u32 family, __u32 chosen)
+{
+	struct affinity_entry fresh = {};
+	struct affinity_key key = {};
+	struct affinity_entry *e;
+	__u64 won;
+
+	if (!s)
+		return 0;
+	affinity_of(ctx, s, family, &key);
 	fresh.backend = refer(chosen);
-	fresh.used = now;
-	if (!e) {
-		if (!bpf_map_update_elem(&affinity, &key, &fresh, BPF_NOEXIST))
-			return chosen;
-		e = bpf_map_lookup_elem(&affinity, &key);
-		if (!e)
-			return chosen;
-	}
-	won = __sync_val_compare_and_swap(&e->backend, old, fresh.backend);
-	if (won == old || s->trial)
+	fresh.used = bpf_ktime_get_coarse_ns();
+	if (!s->remembered && !bpf_map_update_elem(&affinity, &key, &fresh, BPF_NOEXIST))
+		return chosen;
+	e = bpf_map_lookup_elem(&affinity, &key);
+	if (!e)
+		return chosen;
+	won = __sync_val_compare_and_swap(&e->backend, s->remembered, fresh.backend);
+	if (won == s->remembered || s->trial)
 		return chosen;
 	/* Another thread of this client was first: go with it. */
 	return keeps(s, family, won) ?: chosen;
@@ -287,9 +300,12 @@ static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct list
 	s.client = who.client;
 	if (s.balance == BALANCE_SOURCE_HASH)
 		s.hash = client_hash(ctx);
-	index = l->affinity ? choose_again(ctx, &s, family, l->affinity) : choose(&s);
+	index = l->affinity ? remembered(ctx, &s, family, l->affinity) : 0;
+	if (index)
+		return index;
+	index = choose(&s);
 	*trial = s.trial;
-	return index;
+	return l->affinity ? settled(ctx, &s, family, index) : index;
 }
 
 static __always_inline void fill(struct socket *s, struct bpf_sock_addr *ctx, const __be32 *vip,
@@ -459,33 +475,6 @@ static __always_inline struct socket *recall_peer(struct bpf_sock_addr *ctx)
 	return settle(s, cookie, &peer);
 }
 
-/*
- * A socket connects to no listener. Of TCP, what it had is over: nobody connects
- * who is connected. A UDP socket keeps its entry, because it keeps its peer if this
- * fails; but the backend by its own name is not the VIP any more.
- */
-static __noinline void connects_elsewhere(struct bpf_sock_addr *ctx, const __be32 *addr)
-{
-	struct identity who = {};
-	struct socket *s;
-	__u64 cookie;
-
-	/* Before Linux 6.2 looking for a cookie makes one. */
-	if (!bpf_cast_to_kern_ctx && ctx->sk && !ctx->sk->dst_port)
-		return;
-	cookie = cookie_of(ctx);
-	s = cookie ? recall(cookie) : NULL;
-	if (!s)
-		return;
-	if (s->protocol == IPPROTO_UDP) {
-		s = recall_peer(ctx);
-		if (s && (s->port != (__be16)ctx->user_port || !same(s->addr, addr)))
-			return;
-	}
-	identify_caller(ctx, &who);
-	forget(cookie, NULL, &who);
-}
-
 /* Where an unconnected UDP socket's datagrams to this VIP went so far. */
 static __always_inline __u64 peer_of(struct udp_peers *p, const __be32 *vip, __be16 port)
 {
@@ -512,14 +501,14 @@ static __always_inline __u64 peer_of(struct udp_peers *p, const __be32 *vip, __b
  * left of the stack.
  */
 static __noinline void name_peer(struct udp_peers *p, const __be32 *vip, __be16 vip_port,
-				 const struct backend *b, __u64 ref)
+				 const struct endpoint *to, __u64 ref)
 {
 	__be32 addr[4];
-	__be16 port = b->port;
+	__be16 port = to->port;
 	__u32 place;
 	int i;
 
-	copy(addr, b->addr);
+	copy(addr, to->addr);
 	bpf_spin_lock(&p->lock);
 	for (i = 0; i < UDP_PEERS; i++) {
 		struct udp_peer *peer = &p->peer[i];
@@ -547,6 +536,25 @@ found:
 	p->peer[place].backend = ref;
 	p->peer[place].current = 1;
 	bpf_spin_unlock(&p->lock);
+}
+
+/*
+ * A UDP socket is about to have another peer, or none. What its former one sent may
+ * still wait to be read.
+ */
+static __noinline void name_former(struct bpf_sock_addr *ctx, const struct socket *s)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct endpoint to = {.port = s->port};
+	__be32 vip[4];
+	struct udp_peers *p;
+
+	p = sk ? bpf_sk_storage_get(&udp_peers, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE) : NULL;
+	if (!p)
+		return;
+	copy(to.addr, s->addr);
+	copy(vip, s->vip);
+	name_peer(p, vip, s->vip_port, &to, s->backend);
 }
 
 /* For how long, in seconds, replies of a backend that was removed may still be under way. */
@@ -594,8 +602,21 @@ static __always_inline bool name_of(struct udp_peers *p, const __be32 *addr, __b
 	return found && answers_for(ref, vip, *vip_port);
 }
 
+/*
+ * The entry of a UDP socket that has no peer any more, and had this one; NULL when it
+ * has another or never had one.
+ */
+static __always_inline struct socket *former_peer(struct bpf_sock_addr *ctx, const __be32 *addr,
+						  __be16 port)
+{
+	__u64 cookie = cookie_of(ctx);
+	struct socket *s = cookie ? recall(cookie) : NULL;
+
+	return s && s->port == port && same(s->addr, addr) ? s : NULL;
+}
+
 /* The application now uses addr by its own name: replies from there are not the VIP's. */
-static __always_inline void unname_peer(struct bpf_sock_addr *ctx, const __be32 *addr)
+static __noinline void unname_peer(struct bpf_sock_addr *ctx, const __be32 *addr)
 {
 	struct bpf_sock *sk = ctx->sk;
 	__be16 port = ctx->user_port;
@@ -604,6 +625,9 @@ static __always_inline void unname_peer(struct bpf_sock_addr *ctx, const __be32 
 
 	if (!sk)
 		return;
+	/* Before Linux 6.2 looking for a cookie makes one. */
+	if (bpf_cast_to_kern_ctx && !sk->dst_port && former_peer(ctx, addr, port))
+		forget(cookie_of(ctx), NULL, NULL);
 	p = bpf_sk_storage_get(&udp_peers, sk, NULL, 0);
 	if (!p)
 		return;
@@ -617,6 +641,35 @@ static __always_inline void unname_peer(struct bpf_sock_addr *ctx, const __be32 
 		}
 	}
 	bpf_spin_unlock(&p->lock);
+}
+
+/*
+ * A socket connects to no listener. Of TCP, what it had is over: nobody connects
+ * who is connected. A UDP socket keeps its entry, because it keeps its peer if this
+ * fails; but the backend by its own name is not the VIP any more.
+ */
+static __noinline void connects_elsewhere(struct bpf_sock_addr *ctx, const __be32 *addr)
+{
+	struct identity who = {};
+	struct socket *s;
+	__u64 cookie;
+
+	/* Before Linux 6.2 looking for a cookie makes one. */
+	if (!bpf_cast_to_kern_ctx && ctx->sk && !ctx->sk->dst_port)
+		return;
+	cookie = cookie_of(ctx);
+	s = cookie ? recall(cookie) : NULL;
+	if (!s)
+		return;
+	if (s->protocol == IPPROTO_UDP) {
+		s = recall_peer(ctx);
+		if (s && (s->port != (__be16)ctx->user_port || !same(s->addr, addr))) {
+			name_former(ctx, s);
+			return;
+		}
+	}
+	identify_caller(ctx, &who);
+	forget(cookie, NULL, &who);
 }
 
 /*
@@ -728,8 +781,11 @@ static __noinline void begin_udp(struct bpf_sock_addr *ctx, const __be32 *vip,
 	struct load *load = load_of((__u32)ref);
 	struct socket *s = recall(cookie);
 
-	if (s && (recall_peer(ctx) != s || !set_aside(s, cookie)))
-		ended(s, cookie, NULL, NULL);
+	if (s) {
+		name_former(ctx, s);
+		if (recall_peer(ctx) != s || !set_aside(s, cookie))
+			ended(s, cookie, NULL, NULL);
+	}
 	s = remember(ctx, cookie, vip, b, ref, LIFE_COUNTED);
 	if (!s || !load)
 		return;
@@ -782,6 +838,18 @@ static __always_inline bool may_stay(const struct backend *b)
 	return b->state == BACKEND_SERVING || b->state == BACKEND_DRAINED;
 }
 
+/* No hook told that a UDP socket was disconnected: now it is seen. */
+static __noinline void disconnected(struct bpf_sock_addr *ctx)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct socket *s = recall(cookie);
+
+	if (!s)
+		return;
+	name_former(ctx, s);
+	forget(cookie, NULL, NULL);
+}
+
 /*
  * sendto() a listener. A connected socket that names its own VIP means its backend:
  * the kernel takes replies from nobody else. An unconnected one stays with the
@@ -808,7 +876,7 @@ static __always_inline bool send_to(struct bpf_sock_addr *ctx, const struct list
 		return true;
 	}
 	if (!s && !sk->dst_port)
-		forget(bpf_get_socket_cookie(ctx), NULL, NULL);
+		disconnected(ctx);
 	p = bpf_sk_storage_get(&udp_peers, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!p) {
 		count(COUNTER_UNTRACKED);
@@ -816,16 +884,19 @@ static __always_inline bool send_to(struct bpf_sock_addr *ctx, const struct list
 	}
 	ref = peer_of(p, vip, ctx->user_port);
 	b = ref ? follow(ref) : NULL;
-	if (!b || !may_stay(b)) {
-		index = decide(ctx, l, family, &trial);
-		b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
-		if (!b)
-			return false;
-		name_peer(p, vip, ctx->user_port, b, reference(index, b));
-		count(COUNTER_TRANSLATED);
+	if (b && may_stay(b)) {
+		copy(to->addr, b->addr);
+		to->port = b->port;
+		return true;
 	}
+	index = decide(ctx, l, family, &trial);
+	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
+	if (!b)
+		return false;
 	copy(to->addr, b->addr);
 	to->port = b->port;
+	name_peer(p, vip, ctx->user_port, to, reference(index, b));
+	count(COUNTER_TRANSLATED);
 	return true;
 }
 
@@ -1004,7 +1075,7 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 /*
  * The name of the sender of a datagram, into vip. What comes from the peer of a
  * connected socket has the name under which that was connected; all else has the
- * name under which this socket sent something there.
+ * name under which this socket sent something there, or was connected there before.
  */
 static __always_inline bool sender_name(struct bpf_sock_addr *ctx, const __be32 *from, __be32 *vip,
 					__be16 *vip_port)
@@ -1026,7 +1097,14 @@ static __always_inline bool sender_name(struct bpf_sock_addr *ctx, const __be32 
 		return true;
 	}
 	p = bpf_sk_storage_get(&udp_peers, sk, NULL, 0);
-	return p && name_of(p, from, ctx->user_port, vip, vip_port);
+	if (p && name_of(p, from, ctx->user_port, vip, vip_port))
+		return true;
+	s = former_peer(ctx, from, ctx->user_port);
+	if (!s || !answers_for(s->backend, s->vip, s->vip_port))
+		return false;
+	copy(vip, s->vip);
+	*vip_port = s->vip_port;
+	return true;
 }
 
 SEC("cgroup/recvmsg4")
