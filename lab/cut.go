@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 
@@ -33,7 +34,38 @@ func (h *Host) CutOff(addr netip.Addr) error {
 	return nil
 }
 
-// Mend ends every CutOff.
+// Deny keeps the packets of one user from leaving the host, without a word or, for
+// TCP, by a reset: as a network policy for one tenant does.
+func (h *Host) Deny(uid uint32, reset bool) error {
+	c, err := nftables.New(nftables.WithNetNSFd(int(h.ns)))
+	if err != nil {
+		return err
+	}
+	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable})
+	chain := c.AddChain(&nftables.Chain{
+		Name: "output", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
+	})
+	rule := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeySKUID, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.NativeEndian.AppendUint32(nil, uid)},
+	}
+	if reset {
+		rule = append(rule,
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+			&expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
+	} else {
+		rule = append(rule, &expr.Verdict{Kind: expr.VerdictDrop})
+	}
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule})
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("denying user %d: %w", uid, err)
+	}
+	return nil
+}
+
+// Mend ends every CutOff and Deny.
 func (h *Host) Mend() error {
 	c, err := nftables.New(nftables.WithNetNSFd(int(h.ns)))
 	if err != nil {
