@@ -85,6 +85,8 @@ type Agent struct {
 	vips      map[netip.AddrPort]bool // of TCP: probes must not be translated there
 	monitored *service.Snapshot       // what the monitor was told of last
 	remark    map[netip.AddrPort]bool // addresses that became a VIP, or are one no more, since then
+	recalled  []*service.Service      // what an earlier agent left, until it was compared
+	renamed   map[string]string       // services that have another name since then, new to old
 
 	mu       sync.Mutex // guards what follows, which the API reads
 	snapshot *service.Snapshot
@@ -223,6 +225,7 @@ func (a *Agent) recall() (map[health.Key]bool, error) {
 		return nil, nil
 	}
 	known := make(map[health.Key]bool)
+	a.recalled = v.Services
 	for _, s := range v.Services {
 		for _, b := range s.Backends {
 			k := health.Key{Service: s.Name, Address: b.Address}
@@ -499,6 +502,7 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 func (a *Agent) apply(ctx context.Context) error {
 	last := a.snapshot
 	services, partial := a.desired()
+	a.rename(services)
 	next := last.Next(a.config.Scope.Cgroup, a.overlay(services))
 	if a.cluster != nil {
 		next = next.With(a.cluster.ranges(), partial)
@@ -599,7 +603,7 @@ func (a *Agent) targets(last, next *service.Snapshot, known map[health.Key]bool)
 		}
 		for _, b := range s.Backends {
 			k := health.Key{Service: s.Name, Address: b.Address}
-			t := health.Target{Key: k, Health: s.Health, Down: b.Down, Known: known[k]}
+			t := health.Target{Key: k, Health: s.Health, Down: b.Down, Known: known[k] || known[health.Key{Service: a.renamed[s.Name], Address: b.Address}] || a.knew(last, s.Name, b.Address)}
 			if a.vips[b.Address] {
 				t.Mark = socket.ProbeMark
 			}
@@ -613,6 +617,17 @@ func (a *Agent) targets(last, next *service.Snapshot, known map[health.Key]bool)
 		remove = append(remove, missing(s, &service.Service{})...)
 	}
 	return add, remove
+}
+
+// knew reports whether a backend was probed under the name that its service had.
+func (a *Agent) knew(last *service.Snapshot, name string, addr netip.AddrPort) bool {
+	old := a.renamed[name]
+	if old == "" {
+		return false
+	}
+	s := last.Find(old)
+	return s != nil && s.Health.Probe != service.ProbeNone &&
+		slices.ContainsFunc(s.Backends, func(b service.Backend) bool { return b.Address == addr })
 }
 
 // remarked returns the services that have a backend whose address became a VIP,
@@ -643,6 +658,31 @@ func missing(old, other *service.Service) []health.Key {
 	return keys
 }
 
+// rename takes what is known of backends along when their service changes its name.
+func (a *Agent) rename(services []*service.Service) {
+	last := a.snapshot.Services
+	if a.recalled != nil {
+		last, a.recalled = a.recalled, nil
+	}
+	names := service.Renamed(last, services)
+	if len(names) == 0 {
+		return
+	}
+	now := make(map[string]string, len(names))
+	for name, old := range names {
+		now[old] = name
+	}
+	state := make(map[health.Key]state, len(a.state))
+	for k, st := range a.state {
+		if name, ok := now[k.Service]; ok {
+			k.Service = name
+		}
+		state[k] = st
+	}
+	a.state = state
+	a.renamed = names
+}
+
 // prune forgets the state of backends that are not in the configuration.
 func (a *Agent) prune() {
 	if a.snapshot.Partial {
@@ -662,7 +702,7 @@ func (a *Agent) follow(known map[health.Key]bool) {
 		return
 	}
 	a.monitor.Update(a.targets(a.monitored, a.snapshot, known))
-	a.monitored = a.snapshot
+	a.monitored, a.renamed = a.snapshot, nil
 }
 
 // Drain implements api.Agent.

@@ -566,6 +566,26 @@ func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, now m
 	}
 }
 
+// rename gives services new names, new to old. Their installation writes them.
+func (l *ledger) rename(names map[string]string) {
+	moved := make(map[string]*entry, len(names))
+	for name, old := range names {
+		if e := l.byName[old]; e != nil {
+			moved[name] = e
+			delete(l.byName, old)
+		}
+	}
+	for name, e := range moved {
+		// Nobody else may have that name: of two the younger one yields.
+		if l.byName[name] == nil {
+			e.name = name
+			l.byName[name] = e
+		} else {
+			l.byName[e.name] = e
+		}
+	}
+}
+
 // remove stages the removal of a service.
 func (l *ledger) remove(name string, now moment, w *writes) {
 	e := l.byName[name]

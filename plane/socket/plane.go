@@ -515,6 +515,7 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 // kernel will show then, and the names of services that did not fit.
 func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.Snapshot, []string) {
 	changed, removed := service.Diff(p.applied, snap)
+	p.ledger.rename(service.Renamed(p.applied.Services, snap.Services))
 	for _, s := range removed {
 		p.ledger.remove(s.Name, now, w)
 	}
