@@ -253,6 +253,11 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	defer udp.Stop()
 	a.awaitDrains()
 	defer a.drainOver.Stop()
+	scope, err := newScopeWatch()
+	if err != nil {
+		return fmt.Errorf("watching the scope: %w", err)
+	}
+	defer scope.close()
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
 	wait := retryFirst
@@ -266,6 +271,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	}
 	for {
 		var err error
+		scope.follow(a.config.Scope.Cgroup)
 		select {
 		case <-ctx.Done():
 			a.log.Info("agent stops; the services stay in the kernel")
@@ -281,6 +287,16 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			err = a.apply(ctx)
 		case d := <-a.drains:
 			err = a.drain(ctx, d)
+		case e := <-scope.watcher.Events:
+			if !scope.isMade(e) || a.plane.CheckHooks() {
+				continue
+			}
+			a.log.Info("the cgroup of the scope was made again", "cgroup", a.config.Scope.Cgroup)
+			err = a.apply(ctx)
+			a.plane.CountBack(ctx, true)
+		case <-scope.watcher.Errors:
+			// Events were lost: what they would have told is seen with the next tick.
+			continue
 		case <-hooks.C:
 			a.beat()
 			// What failed is tried again anyway.

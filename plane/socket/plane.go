@@ -62,6 +62,7 @@ type Plane struct {
 	unswept string // why the last walk over all sockets was not complete
 	set     *mapSet
 	ledger  *ledger
+	loaded  *loaded // nil: no programs are
 	links   attacher
 	applied *service.Snapshot // what the ledger knows to be in the kernel
 	partial bool              // the kernel may show services that applied does not name
@@ -116,7 +117,8 @@ func (p *Plane) Close() {
 	p.set.close()
 	p.clock.close()
 	p.sweeper.close()
-	p.set, p.clock, p.sweeper = nil, nil, nil
+	p.loaded.close()
+	p.set, p.clock, p.sweeper, p.loaded = nil, nil, nil, nil
 }
 
 // Apply makes the kernel look like the snapshot. It may be called again after
@@ -624,25 +626,44 @@ func (p *Plane) larger(c capacity) (*mapSet, error) {
 	return set, nil
 }
 
-// attach loads the programs of this pentad over the current maps, switches the
-// hooks to them, and declares the maps to be the ones that count.
-func (p *Plane) attach(cgroup string) error {
-	programs, walk, err := p.load()
-	if err != nil {
-		return err
+// loaded are programs that the kernel has verified, over the maps of one set. That
+// takes it the better part of a second, which a cgroup that was made again has not.
+type loaded struct {
+	set      *mapSet
+	programs map[string]*ebpf.Program
+	walk     *ebpf.Variable
+}
+
+func (l *loaded) close() {
+	if l == nil {
+		return
 	}
-	defer func() {
-		for _, prog := range programs {
-			prog.Close()
+	for _, p := range l.programs {
+		p.Close()
+	}
+}
+
+// attach loads the programs of this pentad over the current maps, unless they are,
+// switches the hooks to them, and declares the maps to be the ones that count.
+func (p *Plane) attach(cgroup string) error {
+	if p.loaded == nil || p.loaded.set != p.set {
+		programs, walk, err := p.load()
+		if err != nil {
+			return err
 		}
-	}()
-	if err := p.links.attach(programs, cgroup); err != nil {
+		p.loaded.close()
+		p.loaded = &loaded{p.set, programs, walk}
+	}
+	if err := p.links.attach(p.loaded.programs, cgroup); err != nil {
 		return err
 	}
 	p.sweeper.close()
-	if p.sweeper, err = newSweeper(programs, walk, p.clock); err != nil {
+	sweeper, err := newSweeper(p.loaded.programs, p.loaded.walk, p.clock)
+	if err != nil {
+		p.sweeper = nil
 		return err
 	}
+	p.sweeper = sweeper
 	p.cgroup = cgroup
 	if err := p.set.commit(p.opts.Version); err != nil {
 		return fmt.Errorf("pins under %s: %w", p.dir, err)

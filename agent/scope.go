@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"path/filepath"
+	"strings"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/pentad/pentad/plane/socket"
+)
+
+// scopeWatch tells when the cgroup of the scope is made again: a unit that is
+// restarted has another one of the same name, and its processes connect at once.
+type scopeWatch struct {
+	watcher *fsnotify.Watcher
+	cgroup  string // its name
+	root    string // of the hierarchy
+	path    string // of the cgroup
+}
+
+// newScopeWatch returns a watch of nothing. It works without one, too, only later.
+func newScopeWatch() (*scopeWatch, error) {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, err
+	}
+	return &scopeWatch{watcher: w}, nil
+}
+
+func (s *scopeWatch) close() { s.watcher.Close() }
+
+// follow watches the cgroup of this name from now on.
+func (s *scopeWatch) follow(cgroup string) {
+	if cgroup == s.cgroup {
+		return
+	}
+	root, err := socket.CgroupRoot()
+	if err != nil {
+		return
+	}
+	for _, dir := range s.watcher.WatchList() {
+		// It may be gone already.
+		_ = s.watcher.Remove(dir)
+	}
+	s.cgroup, s.root, s.path = cgroup, root, filepath.Join(root, cgroup)
+	s.look()
+}
+
+// look watches every directory on the way to the cgroup that there is: each of them
+// may go and come again.
+func (s *scopeWatch) look() {
+	for dir := s.path; dir != s.root && len(dir) > len(s.root); {
+		dir = filepath.Dir(dir)
+		// One that is missing is told of by the one above it.
+		_ = s.watcher.Add(dir)
+	}
+}
+
+// isMade reports whether an event says that the cgroup may be there again.
+func (s *scopeWatch) isMade(e fsnotify.Event) bool {
+	if e.Name != s.path && !strings.HasPrefix(s.path, e.Name+"/") {
+		return false
+	}
+	s.look()
+	return e.Has(fsnotify.Create)
+}
