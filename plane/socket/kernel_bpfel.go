@@ -254,7 +254,7 @@ type kernelSocket struct {
 	Crowded  uint8
 	Protocol uint8
 	Seen     uint8
-	Earlier  uint8
+	Udp      uint8
 	Backend  uint64
 	Life     uint64
 }

@@ -403,7 +403,7 @@ __noinline int ended(struct socket *s, __u64 cookie, struct traffic *t, struct i
 	if (!s)
 		return 0;
 	life = change_life(s, cookie, 0, LIFE_COUNTED | LIFE_TRIAL | LIFE_SENT);
-	udp = s->protocol == IPPROTO_UDP;
+	udp = s->udp & UDP_COUNTED;
 	load = load_of((__u32)s->backend);
 	if (!(life & (LIFE_COUNTED | LIFE_TRIAL | LIFE_SENT)) || !load)
 		return 0;

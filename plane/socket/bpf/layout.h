@@ -265,9 +265,15 @@ struct socket {
 	__u8 crowded;  /* other sockets of this place are in sockets_more */
 	__u8 protocol; /* IPPROTO_TCP also for MPTCP; 0: an entry from before there was this field */
 	__u8 seen;     /* number of the walk over all sockets that met this one last */
-	__u8 earlier;  /* UDP: what it was before is kept until it is known which of them holds */
+	__u8 udp;      /* enum udp_entry */
 	__u64 backend; /* {generation << 32 | index} */
 	__u64 life;    /* started << 32 | tag << 8 | enum life; one entry is one cache line */
+};
+
+/* What an entry of UDP has beside it. */
+enum udp_entry {
+	UDP_EARLIER = 1, /* what the socket was before is kept until it is known which holds */
+	UDP_COUNTED = 2, /* counted in datagrams; an entry of layout 3 is so in inflight */
 };
 
 /*

@@ -316,6 +316,8 @@ static __always_inline void fill(struct socket *s, struct bpf_sock_addr *ctx, co
 	s->vip_port = ctx->user_port;
 	s->port = b->port;
 	s->protocol = ctx->protocol;
+	if (ctx->protocol == IPPROTO_UDP)
+		s->udp |= UDP_COUNTED;
 	s->backend = ref;
 	*(volatile __u64 *)&s->life = life;
 }
@@ -358,7 +360,7 @@ static __always_inline struct socket *remember(struct bpf_sock_addr *ctx, __u64 
 			count(COUNTER_UNTRACKED);
 			return NULL;
 		}
-		s->earlier = 0;
+		s->udp = 0;
 	}
 	fill(s, ctx, vip, b, ref, life);
 	return s;
@@ -432,9 +434,9 @@ static __noinline bool set_aside(struct socket *s, __u64 cookie)
 		return false;
 	*(volatile __u8 *)&place->crowded = 1;
 	*earlier = *s;
-	earlier->earlier = 0;
+	earlier->udp &= ~UDP_EARLIER;
 	change_life(s, cookie, 0, LIFE_COUNTED);
-	s->earlier = 1;
+	s->udp |= UDP_EARLIER;
 	return true;
 }
 
@@ -449,12 +451,12 @@ static __noinline struct socket *settle(struct socket *s, __u64 cookie, const st
 	bool holds = is_live(s, peer);
 	struct socket *earlier;
 
-	if (!s->earlier)
+	if (!(s->udp & UDP_EARLIER))
 		return holds ? s : NULL;
 	earlier = bpf_map_lookup_elem(&sockets_more, &key);
 	if (earlier && !holds && is_live(earlier, peer))
 		return earlier;
-	s->earlier = 0;
+	s->udp &= ~UDP_EARLIER;
 	if (earlier) {
 		ended(earlier, cookie, NULL, NULL);
 		bpf_map_delete_elem(&sockets_more, &key);
@@ -786,10 +788,15 @@ static __noinline void begin_udp(struct bpf_sock_addr *ctx, const __be32 *vip,
 		if (recall_peer(ctx) != s || !set_aside(s, cookie))
 			ended(s, cookie, NULL, NULL);
 	}
-	s = remember(ctx, cookie, vip, b, ref, LIFE_COUNTED);
-	if (!s || !load)
+	if (!load)
 		return;
+	/* Counted first: who sees the mark may count it back at once. */
 	__sync_fetch_and_add(&load->datagrams, 1);
+	s = remember(ctx, cookie, vip, b, ref, LIFE_COUNTED);
+	if (!s) {
+		__sync_fetch_and_sub(&load->datagrams, 1);
+		return;
+	}
 	__sync_fetch_and_add(&load->connections, 1);
 	if (is_followed())
 		tell(s, EVENT_CONNECT, 0, NULL);
