@@ -13,6 +13,9 @@ GENERATE = $(GO) generate ./plane/... ./bench/... && $(GO) generate ./cmd/...
 GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
 CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')
 
+# Packages whose tests need neither root nor a kernel of their own.
+PURE     = ./api/... ./config ./flow ./health/... ./ipam ./nodehealth ./service ./source/file
+
 .PHONY: all build generate format check test bench bench-kube demo install clean
 
 all: build
@@ -31,11 +34,12 @@ format:
 	clang-format-19 -i $(CFILES)
 
 check:
-	scripts/need generate
+	scripts/need generate check
 	@bad=$$(gofmt -l $(GOFILES)); [ -z "$$bad" ] || { echo "gofmt would change: $$bad; run make format"; exit 1; }
 	clang-format-19 --dry-run -Werror $(CFILES)
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	CGO_ENABLED=1 $(GO) test -race -count=1 $(PURE)
 	$(GO) mod tidy -diff
 	@before=$$(git status --porcelain); $(GENERATE) && after=$$(git status --porcelain) && \
 	[ "$$before" = "$$after" ] || { echo "generated files were not up to date:"; git diff --stat; exit 1; }

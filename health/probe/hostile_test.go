@@ -80,8 +80,8 @@ func say(c net.Conn, answers []string) {
 	}
 }
 
-// face lets a probe meet a server and returns what it said and what it allocated.
-func face(t *testing.T, h service.Health, answers []string) (error, uint64) {
+// face lets a probe meet a server and returns what it allocated and what it said.
+func face(t *testing.T, h service.Health, answers []string) (used uint64, err error) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -103,7 +103,7 @@ func face(t *testing.T, h service.Health, answers []string) (error, uint64) {
 	runtime.ReadMemStats(&after)
 	l.Close()
 	served.Wait()
-	return err, after.TotalAlloc - before.TotalAlloc
+	return after.TotalAlloc - before.TotalAlloc, err
 }
 
 func hostileProbe(t testing.TB, p service.Probe) service.Health {
@@ -118,7 +118,7 @@ func hostileProbe(t testing.TB, p service.Probe) service.Health {
 func TestHostileServers(t *testing.T) {
 	for p, servers := range hostile {
 		for _, answers := range servers {
-			err, used := face(t, hostileProbe(t, p), answers)
+			used, err := face(t, hostileProbe(t, p), answers)
 			if used > maxMemory {
 				t.Errorf("%s: %.60q: %d MiB were allocated", p, answers, used>>20)
 			}
@@ -140,7 +140,7 @@ func FuzzServer(f *testing.F) {
 	f.Fuzz(func(t *testing.T, kind byte, first, rest string) {
 		p := kinds[int(kind)%len(kinds)]
 		began := time.Now()
-		if _, used := face(t, hostileProbe(t, p), []string{first, rest, rest}); used > maxMemory {
+		if used, _ := face(t, hostileProbe(t, p), []string{first, rest, rest}); used > maxMemory {
 			t.Errorf("%s: %d MiB were allocated", p, used>>20)
 		}
 		if d := time.Since(began); d > patience {
