@@ -492,7 +492,10 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 		st := a.state[k]
 		st.drained, st.drainUntil = d.Drained, 0
 		if d.Drained && d.Timeout > 0 {
-			until := time.Now().Unix() + int64((d.Timeout-1)/time.Second) + 1
+			// The next second, and not by time.Add, which overflows.
+			now := time.Now()
+			part := time.Duration(now.Nanosecond()) + d.Timeout%time.Second
+			until := now.Unix() + int64(d.Timeout/time.Second) + int64((part+time.Second-1)/time.Second)
 			if until > math.MaxUint32 {
 				d.done <- fmt.Errorf("timeout %s: %w: it ends after the year 2106", d.Timeout, api.ErrRefused)
 				return nil

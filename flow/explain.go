@@ -316,7 +316,7 @@ func describe(b service.Backend, l socket.Load) string {
 func whom(l socket.Load) string {
 	switch {
 	case l.Shunned:
-		return "for all"
+		return "by several clients, and others avoid it"
 	case l.Clients == 1:
 		return "for 1 client"
 	}

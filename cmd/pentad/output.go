@@ -220,7 +220,7 @@ func why(b service.Backend, state service.State, l socket.Load) string {
 func blamed(l socket.Load) string {
 	of := "failed connects of " + count(l.Clients, "client")
 	if l.Shunned {
-		of = "failed connects of several clients, for all"
+		of = "failed connects of several clients, and others avoid it"
 	}
 	switch {
 	case l.Trial:

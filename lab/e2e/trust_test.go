@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/plane/socket"
 )
 
 // nobody is a user without any privilege.
@@ -205,6 +208,13 @@ const trusting = `services:
   health: {probe: none}
   breaker: {failures: 3, ejection: 30s, maxEjected: 100%, maxConnections: 50}
   connect: {timeout: 50ms}
+  backends: [10.0.0.1:7000, 10.0.0.2:7000]
+- name: sticky
+  listen: [192.0.2.12:80]
+  affinity: {timeout: 1h}
+  health: {probe: none}
+  breaker: {failures: 3, ejection: 30s, maxEjected: 100%}
+  connect: {timeout: 50ms}
   backends: [10.0.0.1:7000, 10.0.0.2:7000]`
 
 // trustingWorld has a service of two servers that are well.
@@ -266,10 +276,14 @@ func TestFilteredUser(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			w := trustingWorld(t)
+			session := w.answers("192.0.2.12:80", 5)
+			if len(session) != 1 {
+				t.Fatalf("a session goes to %v", session)
+			}
 			if err := w.Deny(nobody, c.reset); err != nil {
 				t.Fatal(err)
 			}
-			t.Log(w.client("attack", "filtered", "192.0.2.10:80"))
+			t.Log(w.client("attack", "filtered", "192.0.2.10:80"), w.client("attack", "filtered", "192.0.2.12:80"))
 			clients := 0
 			for addr, l := range w.view().Loads["web"] {
 				if l.Shunned {
@@ -281,9 +295,119 @@ func TestFilteredUser(t *testing.T) {
 				t.Errorf("backends are ejected for %d clients, want 1", clients)
 			}
 			w.honest()
+			// Not less of it either: 14 standard deviations.
+			if a := w.answers("192.0.2.10:80", 400); a["one"] < 60 || a["two"] < 60 {
+				t.Errorf("of 400 connections of others %v", a)
+			}
+			again := w.answers("192.0.2.12:80", 5)
+			for who := range session {
+				if again[who] != 5 {
+					t.Errorf("a session of another user went to %v, and now to %v", session, again)
+				}
+			}
 			w.atRest()
 		})
 	}
+}
+
+// Nobody connects more than once: what the first ones met with helps those after
+// them, be they processes of many users or of one in many cgroups.
+func TestManyClients(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	for _, many := range []string{"users", "cgroups"} {
+		for _, balance := range []string{"random", "least-connections", "least-latency", "source-hash"} {
+			t.Run(many+"-"+balance, func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t, "10.0.0.1", "10.0.0.2")
+				w.serve("one", "10.0.0.1:7000")
+				w.run("services: [{name: web, listen: [192.0.2.10:80], balance: " + balance + ", health: {probe: none}, backends: [10.0.0.1:7000, 10.0.0.2:7000]}]")
+				w.agent.Kill()
+				const n = 200
+				root, err := socket.CgroupRoot()
+				if err != nil {
+					t.Fatal(err)
+				}
+				p, err := w.Start(role("many", many, filepath.Join(root, w.Scope()), "192.0.2.10:80", strconv.Itoa(n)), lab.Inside)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := p.Wait(); err != nil {
+					t.Fatalf("%v: %s", err, p.Log)
+				}
+				failed, err := strconv.Atoi(strings.TrimSpace(p.Log.String()))
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Logf("%d of %d failed", failed, n)
+				// Two witnesses, and two more each time that the others have a try.
+				if failed > 2+n/50 {
+					t.Errorf("%d of %d connects failed", failed, n)
+				}
+				w.atRest()
+			})
+		}
+	}
+}
+
+func init() {
+	clients["many"] = many
+	clients["one of many"] = oneOfMany
+}
+
+// many lets many processes connect, each once, and prints how many failed.
+func many(args []string) error {
+	kind, scope, to := args[0], args[1], args[2]
+	n, err := strconv.Atoi(args[3])
+	if err != nil {
+		return err
+	}
+	failed := 0
+	for i := range n {
+		cgroup := filepath.Join(scope, fmt.Sprint("one-", i))
+		uid := "0"
+		if kind == "users" {
+			cgroup, uid = scope, strconv.Itoa(20000+i)
+		} else if err := os.Mkdir(cgroup, 0o755); err != nil {
+			return err
+		}
+		cmd := role("one of many", cgroup, uid, to)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			if !strings.Contains(string(out), "refused") {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			failed++
+		}
+		if kind != "users" {
+			if err := os.Remove(cgroup); err != nil {
+				return err
+			}
+		}
+	}
+	fmt.Println(failed)
+	return nil
+}
+
+// oneOfMany connects once, as a user and in a cgroup.
+func oneOfMany(args []string) error {
+	uid, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(args[0], "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
+		return err
+	}
+	if err := syscall.Setresuid(uid, uid, uid); err != nil {
+		return err
+	}
+	fd, err := dial(unix.SOCK_STREAM, 0, netip.MustParseAddrPort(args[2]))
+	if err != nil {
+		return err
+	}
+	if firstLine(fd) == "" {
+		return errors.New("no answer")
+	}
+	return nil
 }
 
 // holdNothing holds sockets that are no connections: UDP, deferred, and failed ones.

@@ -2,6 +2,7 @@ package socket
 
 import (
 	"fmt"
+	"math"
 	"time"
 )
 
@@ -11,6 +12,7 @@ type blames struct {
 	now     uint64
 	alive   bool // the agent's heartbeat is not over
 	clients map[uint64][]kernelBlame
+	common  map[uint64][]kernelBlame // of principals
 }
 
 // readBlames reads what every client blames backends for.
@@ -19,7 +21,7 @@ func (s *mapSet) readBlames(c *clock) (*blames, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map blames: %w", err)
 	}
-	b := &blames{clock: c, clients: make(map[uint64][]kernelBlame)}
+	b := &blames{clock: c, clients: make(map[uint64][]kernelBlame), common: make(map[uint64][]kernelBlame)}
 	if b.now, err = c.now(); err != nil {
 		return nil, err
 	}
@@ -29,7 +31,12 @@ func (s *mapSet) readBlames(c *clock) (*blames, error) {
 	}
 	b.alive = b.now < until
 	for i, k := range all.keys {
-		b.clients[k.Backend] = append(b.clients[k.Backend], all.values[i])
+		// Principals have 32 bits, clients 64.
+		of := b.clients
+		if k.Client <= math.MaxUint32 {
+			of = b.common
+		}
+		of[k.Backend] = append(of[k.Backend], all.values[i])
 	}
 	return b, nil
 }
@@ -59,7 +66,11 @@ func (b *blames) load(l *kernelLoad, policy *kernelServiceInfo, ref uint64) Load
 			load.For = max(load.For, b.clock.duration(until-b.now))
 		}
 	}
-	if until := l.Shunned >> 1; until > b.now && policy.Failures > 0 {
+	until := l.Shunned >> 1
+	for _, c := range b.common[ref] {
+		until = max(until, c.Ejected>>1)
+	}
+	if until > b.now && policy.Failures > 0 {
 		load.Ejected, load.Shunned = true, true
 		load.For = max(load.For, b.clock.duration(until-b.now))
 	}

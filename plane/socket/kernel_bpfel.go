@@ -87,7 +87,7 @@ type kernelBlame struct {
 	Failures   uint32
 	Ejections  uint16
 	Fruitless  uint8
-	Pad        uint8
+	Unsent     uint8
 }
 
 type kernelBlameKey struct {

@@ -44,7 +44,7 @@ type Load struct {
 
 	Ejected bool          // some clients do not use it, or are trying it
 	Clients int           // how many; see struct blame in bpf/layout.h
-	Shunned bool          // the others avoid it, too, because several clients ejected it
+	Shunned bool          // others avoid it, too, because several clients found it dead
 	Trial   bool          // one connection is trying it
 	For     time.Duration // how much longer it is ejected; 0: the next connection tries it
 }

@@ -38,7 +38,7 @@ const volatile __u64 host_netns;
 /* Who owns a socket. */
 struct identity {
 	__u64 client;    /* network namespace, user and cgroup */
-	__u32 principal; /* network namespace and user, hashed; 0: is no witness for others */
+	__u32 principal; /* network namespace and user, hashed, even; 0: is no witness for others */
 	__u32 pad;
 };
 
@@ -101,31 +101,36 @@ static __always_inline __u64 network_of(const struct net *net)
 }
 
 /*
- * Whether the file of a socket was opened by somebody in the host's user
- * namespace. In another one a user may have many numbers.
+ * Who opened a socket; NULL when its file is closed. The owner of a socket, sk_uid, is
+ * whom a user makes it: fchown() gives it to any of his subordinate numbers.
  */
-static __always_inline bool is_opened_by_user(struct sock *sk)
+static __always_inline const struct cred *opener_of(struct sock *sk)
 {
 	struct socket___kernel *s = sk->sk_socket;
 	struct file *f = s ? s->file : NULL;
 
-	return f && f->f_cred->user_ns->level == 0;
+	return f ? f->f_cred : NULL;
 }
 
+/* Who opened it in another user namespace may have many numbers, and is no witness. */
 static __always_inline void identify(struct sock *sk, struct identity *to)
 {
 	struct net *net = sk->__sk_common.skc_net.net;
-	__u64 principal = mix(network_of(net)) ^ mix((__u64)sk->sk_uid.val << 1 | 1);
+	const struct cred *opener = opener_of(sk);
+	__u32 uid = opener ? opener->uid.val : sk->sk_uid.val;
+	__u64 principal = mix(network_of(net)) ^ mix((__u64)uid << 1 | 1);
 
 	to->client = mix(principal ^ mix(sk->sk_cgrp_data.cgroup->kn->id));
-	to->principal = is_roots(net) && is_opened_by_user(sk) ? (__u32)mix(principal) | 1 : 0;
+	to->principal = 0;
+	if (opener && opener->user_ns->level == 0 && is_roots(net))
+		to->principal = ((__u32)mix(principal) & ~1U) | 2;
 }
 
 /* Before Linux 6.2 a socket's owner cannot be read: then a namespace is one client. */
 static __always_inline void identify_network(__u64 netns, struct identity *to)
 {
 	to->client = mix(netns);
-	to->principal = (__u32)mix(netns) | 1;
+	to->principal = ((__u32)mix(netns) & ~1U) | 2;
 }
 
 /* The kernel's own socket behind a sock_ops callback. */
@@ -183,26 +188,46 @@ static __always_inline __u64 ejected_until(const struct blame *b, const struct s
 	return policy->verdict && vouched < until && is_agent_alive(now) ? vouched : until;
 }
 
-/*
- * A client that can be a witness has ejected a backend. When another one did so
- * shortly before, all others avoid it for as long; but what a living agent probes
- * is for the agent to judge.
- */
-static __always_inline void accuse(struct load *load, const struct service_info *policy,
-				   __u32 principal, __u64 until, __u64 now)
+static __always_inline struct blame *make_blame(__u64 client, __u64 backend)
 {
-	__u32 earlier = load->accuser, when = load->accused;
+	struct blame_key key = {.client = client, .backend = backend};
+	struct blame *b = bpf_map_lookup_elem(&blames, &key);
+	struct blame fresh = {};
 
-	if (!principal)
+	if (b)
+		return b;
+	bpf_map_update_elem(&blames, &key, &fresh, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&blames, &key);
+}
+
+/*
+ * A client that can be a witness met with a failure. When another one did so shortly
+ * before, and none succeeded in between, it is the backend's: then those avoid it who
+ * have the same principal, if both witnesses had, or all, if they had not. Who only
+ * avoids is not refused for it. What a living agent probes is for the agent to judge.
+ */
+static __noinline void testify(struct load *load, const struct service_info *policy,
+			       const struct identity *who, __u64 backend, bool fruitless)
+{
+	__u64 base = ticks(policy->ejection), now = bpf_jiffies64(), last;
+	__u32 earlier = load->accuser, when = load->accused;
+	struct blame *common;
+
+	if (!who->principal || (policy->verdict && is_agent_alive(now)))
 		return;
-	load->accuser = principal;
+	load->accuser = who->principal | fruitless;
 	load->accused = now;
-	if (!earlier || earlier == principal ||
-	    (__u32)now - when > EJECTION_GROWTH * ticks(policy->ejection))
+	if (earlier && earlier >> 1 != who->principal >> 1 && (__u32)now - when <= base)
+		*(volatile __u64 *)&load->shunned = (now + base) << 1;
+	common = make_blame(who->principal, backend);
+	if (!common)
 		return;
-	if (policy->verdict && is_agent_alive(now))
-		return;
-	*(volatile __u64 *)&load->shunned = until << 1;
+	last = common->readmitted;
+	if (last && last != who->client && now - common->failed <= base)
+		*(volatile __u64 *)&common->ejected = (now + base) << 1;
+	common->readmitted = who->client;
+	common->failed = now;
+	common->fruitless = fruitless;
 }
 
 /*
@@ -211,7 +236,7 @@ static __always_inline void accuse(struct load *load, const struct service_info 
  * see the same reason ejects.
  */
 static __always_inline bool eject(struct load *load, struct blame *b,
-				  const struct service_info *policy, __u64 old, __u32 principal)
+				  const struct service_info *policy, __u64 old)
 {
 	__u64 base = ticks(policy->ejection), now = bpf_jiffies64();
 	__u32 times = b->ejections, growth;
@@ -228,7 +253,6 @@ static __always_inline bool eject(struct load *load, struct blame *b,
 	b->ejections = times < 100 ? times + 1 : times;
 	b->failures = 0;
 	__sync_fetch_and_add(&load->ejected_ever, 1);
-	accuse(load, policy, principal, until, now);
 	return true;
 }
 
@@ -239,18 +263,11 @@ static __always_inline bool eject(struct load *load, struct blame *b,
 static __noinline bool blame(struct load *load, const struct service_info *policy,
 			     const struct identity *who, const struct incident *what)
 {
-	struct blame_key key = {.client = who->client, .backend = what->backend};
+	struct blame *b = make_blame(who->client, what->backend);
 	__u64 now = bpf_jiffies64(), old;
-	struct blame *b = bpf_map_lookup_elem(&blames, &key);
 
-	if (!b) {
-		struct blame fresh = {};
-
-		bpf_map_update_elem(&blames, &key, &fresh, BPF_NOEXIST);
-		b = bpf_map_lookup_elem(&blames, &key);
-		if (!b)
-			return false;
-	}
+	if (!b)
+		return false;
 	/* What began before the backend came back says nothing about it now. */
 	if (now - what->age < b->readmitted)
 		return false;
@@ -259,14 +276,19 @@ static __noinline bool blame(struct load *load, const struct service_info *polic
 			       2 * TRIAL_SECONDS * hz)
 			       ?: 1;
 	b->failed = now;
+	if (what->kind & BLAME_UNSENT) {
+		b->unsent = b->unsent < 3 ? b->unsent + 1 : 3;
+		return false;
+	}
 	b->fruitless = what->kind & BLAME_FRUITLESS ? 1 : 0;
+	testify(load, policy, who, what->backend, b->fruitless);
 	old = *(volatile __u64 *)&b->ejected;
 	if (what->kind & BLAME_TRIAL)
-		return eject(load, b, policy, old, who->principal);
+		return eject(load, b, policy, old);
 	if (__sync_fetch_and_add(&b->failures, 1) + 1 < policy->failures || !policy->failures ||
 	    old)
 		return false;
-	return eject(load, b, policy, 0, who->principal);
+	return eject(load, b, policy, 0);
 }
 
 /*
@@ -286,15 +308,24 @@ static __always_inline bool acquit(struct load *load, __u64 backend, const struc
 		ended = b->ejected;
 		b->failures = 0;
 		b->fruitless = 0;
+		b->unsent = 0;
 		if (ended) {
 			b->readmitted = bpf_jiffies64();
 			*(volatile __u64 *)&b->ejected = 0;
 		}
 	}
-	if (who->principal && load->shunned && (__s32)(began - load->accused) >= 0) {
+	if (!who->principal)
+		return ended;
+	if (load->accuser && (fruitful || !(load->accuser & 1)) &&
+	    (__s32)(began - load->accused) >= 0) {
+		ended = ended || load->shunned;
 		*(volatile __u64 *)&load->shunned = 0;
 		load->accuser = 0;
-		ended = true;
+	}
+	b = blame_of(who->principal, backend);
+	if (b && (fruitful || !b->fruitless) && (__s32)(began - (__u32)b->failed) >= 0) {
+		b->readmitted = 0;
+		*(volatile __u64 *)&b->ejected = 0;
 	}
 	return ended;
 }

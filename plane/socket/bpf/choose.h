@@ -31,7 +31,7 @@ enum verdict {
 	FULL,    /* has maxConnections */
 	EJECTED, /* by this client's failures */
 	DUE,     /* ejected, and one connection may try it */
-	SHUNNED, /* several others found it dead; this client has not */
+	SHUNNED, /* several clients found it dead; this one has not */
 	WARMING, /* slow start: not this time */
 };
 
@@ -41,11 +41,15 @@ struct search {
 	__u32 slots; /* the table at hand */
 	__u32 count;
 	__u32 balance;
-	__u32 traits;     /* of the listener */
-	__u64 hash;       /* of the client, for BALANCE_SOURCE_HASH */
-	__u64 client;     /* whose blame counts */
+	__u32 traits; /* of the listener */
+	__u64 hash;   /* of the client, for BALANCE_SOURCE_HASH */
+	__u64 client; /* whose blame counts */
+	__u32 principal;
+	__u32 drawn; /* what was drawn already, and its fellow; 0: nothing */
+	__u32 fellow;
 	__u64 remembered; /* the backend that this client had before, as affinity has it; 0: none */
 	bool judged;      /* the outcome of this connection will be known */
+	bool apart;       /* affinity: goes elsewhere than its network namespace does */
 	bool met_ejected;
 	bool trial;      /* the chosen backend is on trial */
 	__u32 desperate; /* best of the groups in panic; 0: none */
@@ -85,6 +89,15 @@ static __always_inline bool in_slow_start(const struct backend *b, __u64 readmit
 	return age < window && bpf_get_prandom_u32() % window > age + window / 10;
 }
 
+/* Whether several clients found a backend dead, of the same principal or of two. */
+static __always_inline bool is_shunned(const struct search *s, const struct load *load,
+				       __u64 backend, __u64 now)
+{
+	struct blame *common = s->principal ? blame_of(s->principal, backend) : NULL;
+
+	return now < load->shunned >> 1 || (common && now < common->ejected >> 1);
+}
+
 static __always_inline enum verdict judge(const struct search *s, __u32 index,
 					  const struct backend *b, struct load *load,
 					  const struct service_info *policy)
@@ -104,7 +117,7 @@ static __always_inline enum verdict judge(const struct search *s, __u32 index,
 		/* What has no outcome cannot be a trial, and does not wait for one. */
 		return s->judged ? DUE : USABLE;
 	}
-	if (ejects && now < load->shunned >> 1 && s->judged)
+	if (ejects && s->judged && is_shunned(s, load, reference(index, b), now))
 		return SHUNNED;
 	return in_slow_start(b, own ? own->readmitted : 0, policy, now) ? WARMING : USABLE;
 }
@@ -171,11 +184,16 @@ __noinline __u32 sample(struct search *s, __u32 other, __u32 despite_ejection)
 	if (!policy)
 		return 0;
 	for (i = 0; i < DRAWS; i++) {
-		__u32 index = draw(s->slots, s->count, bpf_get_prandom_u32());
-		struct backend *b = bpf_map_lookup_elem(&backends, &index);
-		struct load *load = load_of(index);
+		__u32 index = i ? 0 : other ? s->fellow : s->drawn;
+		struct backend *b;
+		struct load *load;
 		enum verdict v;
 
+		/* A second draw in place of the first would halve the share of whom somebody blames. */
+		if (!index)
+			index = draw(s->slots, s->count, bpf_get_prandom_u32());
+		b = bpf_map_lookup_elem(&backends, &index);
+		load = load_of(index);
 		if (!b || !load || index == other)
 			continue;
 		v = judge(s, index, b, load, policy);
@@ -266,9 +284,10 @@ static __always_inline __u32 penalty(struct load *load, __u64 backend, __u64 cli
 	__u32 bits;
 	__u64 age;
 
-	if (!own || (!own->failures && !own->ejections))
+	if (!own)
 		return 0;
-	bits = own->failures < 3 ? own->failures * FAILURE_BITS : 3 * FAILURE_BITS;
+	bits = own->failures + own->unsent;
+	bits = bits < 3 ? bits * FAILURE_BITS : 3 * FAILURE_BITS;
 	age = (bpf_jiffies64() - own->failed) / hz;
 	return age < bits ? bits - age : 0;
 }
@@ -293,7 +312,10 @@ __noinline __u64 score(__u32 index, __u32 balance, __u32 even, __u64 client)
 	 */
 	crowd = (__u64)(load->inflight + load->datagrams) * (even ? 256 : b->cost) + 256;
 	if (balance == BALANCE_LEAST_LATENCY) {
-		latency = aged(load->rtt + load->response, load, bpf_jiffies64());
+		latency = load->rtt + load->response;
+		/* It fades so that somebody tries it. Whom it lets wait does. */
+		if (!load->inflight)
+			latency = aged(latency, load, bpf_jiffies64());
 		if (latency > SLOWEST)
 			latency = SLOWEST;
 	}
@@ -313,16 +335,28 @@ static __always_inline bool is_hasty(const struct load *load, const struct load 
 	       (__u64)load->answer * HASTY < other->answer;
 }
 
+/*
+ * Whether connections wait at a backend of which no answer is known, while the other
+ * one answers. Its handshakes, which are the kernel's, say nothing of its answers.
+ */
+static __always_inline bool is_mute(const struct load *load, const struct load *other)
+{
+	return load->inflight && !load->response && other->response;
+}
+
 /* Power of two choices: the second only if it is clearly better. */
 __noinline __u32 better(struct search *s, __u32 first, __u32 second)
 {
 	struct load *mine = load_of(first), *other = load_of(second);
+	__u32 balance;
 	__u64 a, b;
 
 	if (!s || !mine || !other || is_hasty(other, mine))
 		return first;
-	a = score(first, s->balance, s->traits & TRAIT_EVEN, s->client);
-	b = score(second, s->balance, s->traits & TRAIT_EVEN, s->client);
+	balance = is_mute(mine, other) || is_mute(other, mine) ? BALANCE_LEAST_CONNECTIONS
+							       : s->balance;
+	a = score(first, balance, s->traits & TRAIT_EVEN, s->client);
+	b = score(second, balance, s->traits & TRAIT_EVEN, s->client);
 	return b * 5 / 4 < a ? second : first;
 }
 
@@ -336,6 +370,7 @@ static __always_inline __u32 choose_plain(struct search *s)
 	struct load *load = load_of(first);
 	__u32 second;
 
+	s->drawn = first;
 	if (!load || is_blamed(load))
 		return 0;
 	if (s->balance == BALANCE_RANDOM || s->count < 2)
@@ -343,6 +378,7 @@ static __always_inline __u32 choose_plain(struct search *s)
 	second = draw_other(s->slots, s->count, first);
 	if (!second)
 		return first;
+	s->fellow = second;
 	load = load_of(second);
 	if (!load || is_blamed(load))
 		return 0;
@@ -392,6 +428,7 @@ static long try_next_group(__u32 i __attribute__((unused)), struct search **sear
 
 	s->slots = head + 1;
 	s->count = next ? next->first : 0;
+	s->drawn = s->fellow = 0;
 	if (!s->count)
 		return 1;
 	s->usable = from_table(s);

@@ -183,7 +183,9 @@ static __always_inline void measured_rtt(struct load *load, __u32 sample)
 {
 	__u32 now = bpf_jiffies64();
 
-	load->response = aged(load->response, load, now);
+	/* Where others wait still, their silence is no reason to think better of it. */
+	if (load->inflight <= 1)
+		load->response = aged(load->response, load, now);
 	load->rtt = smooth(aged(load->rtt, load, now), sample ?: 1);
 	load->measured = now;
 }
@@ -380,6 +382,43 @@ __noinline int hung_up(struct socket *s, __u64 cookie, struct identity *who)
 	return 0;
 }
 
+/*
+ * No SYN ever left: there is no way to the backend, or this connect had a fault of its
+ * own. It makes the backend less attractive to who met that, and no more.
+ */
+__noinline int unsent(struct socket *s, __u64 cookie, struct identity *who)
+{
+	struct incident what = {.kind = BLAME_UNSENT};
+	struct service_info *policy;
+	struct load *load;
+	__u64 life;
+
+	if (!s || !who)
+		return 0;
+	life = change_life(s, cookie, LIFE_FAILED, 0);
+	load = load_of((__u32)s->backend);
+	policy = service_of((__u32)s->backend);
+	if (!load || !policy || !(life & LIFE_JUDGED) || life & (LIFE_SENT | LIFE_FAILED))
+		return 0;
+	what.backend = s->backend;
+	blame(load, policy, who, &what);
+	if (is_followed())
+		tell(s, EVENT_FAILED, 0, NULL);
+	return 0;
+}
+
+/* A process that gives up sooner than this has other reasons than silence. Five of a second. */
+#define PATIENT 5
+
+/* Whether a process gives a connect up that was answered by nobody for a while. */
+static __always_inline bool is_unanswered(const struct socket *s)
+{
+	__u64 life = s->life;
+
+	return life & LIFE_SENT && !(life & (LIFE_ESTABLISHED | LIFE_FAILED)) &&
+	       (__u32)bpf_jiffies64() - (__u32)(life >> 32) >= hz / PATIENT;
+}
+
 /* Nobody waits for the outcome of a trial any more: the next connection is the trial. */
 static __always_inline void give_up_trial(__u64 backend, const struct identity *who)
 {
@@ -414,10 +453,13 @@ __noinline int ended(struct socket *s, __u64 cookie, struct traffic *t, struct i
 			measured_rtt(load, t->rtt_min);
 		if (life & LIFE_COUNTED && t->response)
 			measured_response(load, t->response, t->received);
-		if (who && !(life & LIFE_FRUITLESS) && t->received > 1 && is_blamed(load) &&
-		    acquit(load, s->backend, who, true, life >> 32) && is_followed())
+		/* Who talks and is not hung up on has found a server, also one that says nothing. */
+		if (who && !(life & LIFE_FRUITLESS) && (t->received > 1 || t->sent) &&
+		    is_blamed(load) && acquit(load, s->backend, who, true, life >> 32) &&
+		    is_followed())
 			tell(s, EVENT_READMITTED, 0, NULL);
-	} else if (life & LIFE_TRIAL && who) {
+	}
+	if (life & LIFE_TRIAL && who) {
 		give_up_trial(s->backend, who);
 	}
 	if (life & (LIFE_COUNTED | LIFE_SENT) && !(life & LIFE_FAILED) && is_followed())

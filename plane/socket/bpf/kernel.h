@@ -39,6 +39,7 @@ typedef struct {
 
 /* include/linux/cred.h, include/linux/fs.h, include/linux/net.h */
 struct cred {
+	kuid_t uid;
 	struct user_namespace *user_ns;
 };
 

@@ -180,14 +180,14 @@ struct backend {
  * for every client; what one client has met with stands in struct blame.
  */
 struct load {
-	__u32 inflight;      /* TCP connections from their SYN to their end */
-	__u32 rtt;           /* smoothed, of handshakes; 0: unknown */
-	__u32 response;      /* smoothed, from the request to the first byte; 0: unknown */
-	__u32 measured;      /* when rtt or response was last measured */
-	__u32 answer;        /* smoothed, bytes that a connection brought; 0: unknown */
-	__u32 accuser;       /* the principal that ejected it last, hashed; 0: nobody */
-	__u64 shunned;       /* until when << 1, because several clients found it dead; 0: not */
-	__u32 accused;       /* when accuser did */
+	__u32 inflight; /* TCP connections from their SYN to their end */
+	__u32 rtt;      /* smoothed, of handshakes; 0: unknown */
+	__u32 response; /* smoothed, from the request to the first byte; 0: unknown */
+	__u32 measured; /* when rtt or response was last measured */
+	__u32 answer;   /* smoothed, bytes that a connection brought; 0: unknown */
+	__u32 accuser;  /* the principal that found it dead last; 0: nobody, or it was well since */
+	__u64 shunned;  /* until when << 1, because several clients found it dead; 0: not */
+	__u32 accused;  /* when accuser did */
 	__u32 last_response; /* as it was measured */
 	__u64 connections;   /* all that were ever begun */
 	__u32 failed;        /* of these, how many failed, modulo 2^32 */
@@ -210,13 +210,20 @@ struct blame {
 	__u32 failures;   /* in a row */
 	__u16 ejections;  /* in a row, which makes the next one longer */
 	__u8 fruitless;   /* the last failure was a connection that brought nothing */
-	__u8 pad;
+	__u8 unsent;      /* connects in a row that failed before a SYN left, up to 3 */
 };
+
+/*
+ * Under a principal in place of a client stands what its clients found together:
+ * failed and ejected, and in readmitted the client that failed last; 0 after one
+ * that did not.
+ */
 
 /* How a connection failed its client. */
 enum blame_kind {
 	BLAME_TRIAL = 1,     /* it was a trial */
 	BLAME_FRUITLESS = 2, /* it was accepted, and closed at once without a word */
+	BLAME_UNSENT = 4,    /* no SYN left: at most the way to the backend is at fault */
 };
 
 /* One backend, cold part: only user space reads it. */

@@ -224,11 +224,31 @@ static __always_inline void affinity_of(struct bpf_sock_addr *ctx, const struct 
 	struct sock *sk = sock_of(ctx);
 
 	to->client = sk ? network_of(sk->__sk_common.skc_net.net) : bpf_get_netns_cookie(ctx);
+	if (s->apart)
+		to->client = s->client;
 	to->service = s->service;
 	to->family = family;
 }
 
-/* Where a client that was here within the time-out went, if it may go there again, or 0. */
+/* Whether a backend serves all but this client, by its own failures there. */
+static __always_inline bool fails_only(const struct search *s, __u64 ref)
+{
+	struct service_info *policy = bpf_map_lookup_elem(&services, &s->service);
+	struct backend *b = follow(ref);
+	struct load *load = load_of((__u32)ref);
+	enum verdict v;
+
+	if (!policy || !b || !load || b->state != BACKEND_SERVING || b->service != s->service)
+		return false;
+	v = judge(s, (__u32)ref, b, load, policy);
+	return v == EJECTED || v == DUE;
+}
+
+/*
+ * Where a client that was here within the time-out went, if it may go there again, or 0.
+ * Who is kept from there by nothing but his own failures goes elsewhere, and leaves
+ * the others in his network namespace where they are.
+ */
 __noinline __u32 remembered(struct bpf_sock_addr *ctx, struct search *s, __u32 family,
 			    __u32 seconds)
 {
@@ -243,8 +263,16 @@ __noinline __u32 remembered(struct bpf_sock_addr *ctx, struct search *s, __u32 f
 	e = bpf_map_lookup_elem(&affinity, &key);
 	if (!e)
 		return 0;
-	s->remembered = e->backend;
 	kept = now - e->used < seconds * NSEC_PER_SEC ? keeps(s, family, e->backend) : 0;
+	if (!kept && now - e->used < seconds * NSEC_PER_SEC && fails_only(s, e->backend)) {
+		s->apart = true;
+		affinity_of(ctx, s, family, &key);
+		e = bpf_map_lookup_elem(&affinity, &key);
+		if (!e)
+			return 0;
+		kept = now - e->used < seconds * NSEC_PER_SEC ? keeps(s, family, e->backend) : 0;
+	}
+	s->remembered = e->backend;
 	e->used = now;
 	return kept;
 }
@@ -274,23 +302,26 @@ __noinline __u32 settled(struct bpf_sock_addr *ctx, struct search *s, __u32 fami
 	return keeps(s, family, won) ?: chosen;
 }
 
-/* The backend for a new connection, or 0 when there is none. */
-static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct listener *l,
-				    __u32 family, bool *trial)
+/* What decide() returns beside the backend: this connection tries it. */
+#define TRIES_IT (1ULL << 32)
+
+/*
+ * The backend for a new connection, or 0 when there is none. A global function, which
+ * the verifier looks at once and by itself: that is most of what it takes to load this.
+ */
+__noinline __u64 decide(struct bpf_sock_addr *ctx, struct listener *l, __u32 family)
 {
-	struct search s = {
-		.service = l->service,
-		.slots = l->slots,
-		.count = l->count,
-		.balance = l->balance,
-		.traits = l->traits,
-		.judged = (__u8)ctx->protocol == IPPROTO_TCP,
-	};
+	struct search s = {.judged = (__u8)ctx->protocol == IPPROTO_TCP};
 	struct identity who = {};
 	__u32 index;
 
-	if (!l->count)
+	if (!l || !l->count)
 		return 0;
+	s.service = l->service;
+	s.slots = l->slots;
+	s.count = l->count;
+	s.balance = l->balance;
+	s.traits = l->traits;
 	if (l->traits & TRAIT_PLAIN && !l->affinity && l->balance != BALANCE_SOURCE_HASH) {
 		index = choose_plain(&s);
 		if (index)
@@ -298,14 +329,16 @@ static __always_inline __u32 decide(struct bpf_sock_addr *ctx, const struct list
 	}
 	identify_caller(ctx, &who);
 	s.client = who.client;
+	s.principal = who.principal;
 	if (s.balance == BALANCE_SOURCE_HASH)
 		s.hash = client_hash(ctx);
 	index = l->affinity ? remembered(ctx, &s, family, l->affinity) : 0;
 	if (index)
 		return index;
 	index = choose(&s);
-	*trial = s.trial;
-	return l->affinity ? settled(ctx, &s, family, index) : index;
+	if (l->affinity)
+		index = settled(ctx, &s, family, index);
+	return s.trial ? TRIES_IT | index : index;
 }
 
 static __always_inline void fill(struct socket *s, struct bpf_sock_addr *ctx, const __be32 *vip,
@@ -671,6 +704,8 @@ static __noinline void connects_elsewhere(struct bpf_sock_addr *ctx, const __be3
 		}
 	}
 	identify_caller(ctx, &who);
+	if (s)
+		unsent(s, cookie, &who);
 	forget(cookie, NULL, &who);
 }
 
@@ -802,35 +837,39 @@ static __noinline void begin_udp(struct bpf_sock_addr *ctx, const __be32 *vip,
 		tell(s, EVENT_CONNECT, 0, NULL);
 }
 
-/* Nobody connects who is connected: what a TCP socket had is over. A frame of its own. */
-static __noinline void is_over(struct bpf_sock_addr *ctx, __u64 cookie)
+/* Nobody connects who is connected: what a TCP socket had is over. */
+__noinline int is_over(struct bpf_sock_addr *ctx, __u64 cookie)
 {
+	struct socket *s = recall(cookie);
 	struct identity who = {};
 
-	if (!recall(cookie))
-		return;
+	if (!s)
+		return 0;
 	identify_caller(ctx, &who);
+	unsent(s, cookie, &who);
 	forget(cookie, NULL, &who);
+	return 0;
 }
 
 /* connect() to a listener: the chosen backend, or NULL to refuse. */
-static __always_inline struct backend *
-connect_to(struct bpf_sock_addr *ctx, const struct listener *l, const __be32 *vip, __u32 family)
+static __always_inline struct backend *connect_to(struct bpf_sock_addr *ctx, struct listener *l,
+						  const __be32 *vip, __u32 family)
 {
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	bool tcp = (__u8)ctx->protocol == IPPROTO_TCP;
 	struct backend *b;
-	bool trial = false;
+	__u64 decision;
 	__u32 index;
 
 	if (tcp)
 		is_over(ctx, cookie);
-	index = decide(ctx, l, family, &trial);
+	decision = decide(ctx, l, family);
+	index = decision;
 	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
 	if (!b)
 		return NULL;
 	if (tcp)
-		begin_tcp(ctx, l, vip, b, reference(index, b), cookie, trial);
+		begin_tcp(ctx, l, vip, b, reference(index, b), cookie, decision & TRIES_IT);
 	else
 		begin_udp(ctx, vip, b, reference(index, b), cookie);
 	count(COUNTER_TRANSLATED);
@@ -863,14 +902,13 @@ static __noinline void disconnected(struct bpf_sock_addr *ctx)
  * backend that it had. Nothing begins and nothing ends here, so that nothing is in
  * flight. Returns whether there is a backend, in to.
  */
-static __always_inline bool send_to(struct bpf_sock_addr *ctx, const struct listener *l,
+static __always_inline bool send_to(struct bpf_sock_addr *ctx, struct listener *l,
 				    const __be32 *vip, __u32 family, struct endpoint *to)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct udp_peers *p;
 	struct backend *b;
 	struct socket *s;
-	bool trial = false;
 	__u32 index;
 	__u64 ref;
 
@@ -896,7 +934,7 @@ static __always_inline bool send_to(struct bpf_sock_addr *ctx, const struct list
 		to->port = b->port;
 		return true;
 	}
-	index = decide(ctx, l, family, &trial);
+	index = decide(ctx, l, family);
 	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
 	if (!b)
 		return false;
@@ -1169,7 +1207,14 @@ static __always_inline void release(struct sock *sk, __u64 cookie, bool tcp)
 		return;
 	if (tcp && bpf_rdonly_cast)
 		read_traffic(&t, bpf_rdonly_cast(sk, bpf_core_type_id_kernel(struct tcp_sock)));
-	identify_if_blamed(sk, s, &who);
+	if (tcp && (is_unanswered(s) || !(s->life & LIFE_SENT)))
+		identify(sk, &who);
+	else
+		identify_if_blamed(sk, s, &who);
+	if (tcp && is_unanswered(s))
+		failed(s, cookie, ETIMEDOUT, &who);
+	else if (tcp && !(s->life & LIFE_SENT))
+		unsent(s, cookie, &who);
 	forget(cookie, &t, who.client ? &who : NULL);
 }
 
@@ -1385,11 +1430,13 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx)
 		error = ((struct sock *)t)->sk_err;
 		read_traffic(&traffic, t);
 	}
+	if (!error && is_unanswered(s))
+		error = ETIMEDOUT;
 	if (error)
 		identify_ops(ctx, &who);
 	else
 		identify_ops_if_blamed(ctx, s, &who);
-	/* Without an error it was the process that gave up. */
+	/* Without an error it was the process that gave up, sooner than silence says anything. */
 	if (ctx->args[0] == BPF_TCP_SYN_SENT && error)
 		failed(s, cookie, error, &who);
 	if (ctx->args[0] == BPF_TCP_ESTABLISHED && error == ECONNRESET && said_nothing(t))
