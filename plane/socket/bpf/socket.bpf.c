@@ -697,15 +697,16 @@ static __noinline void connects_elsewhere(struct bpf_sock_addr *ctx, const __be3
 	if (!s)
 		return;
 	if (s->protocol == IPPROTO_UDP) {
-		s = recall_peer(ctx);
-		if (s && (s->port != (__be16)ctx->user_port || !same(s->addr, addr))) {
+		struct socket *holds = recall_peer(ctx);
+
+		if (s->port != (__be16)ctx->user_port || !same(s->addr, addr)) {
 			name_former(ctx, s);
-			return;
+			if (holds)
+				return;
 		}
 	}
 	identify_caller(ctx, &who);
-	if (s)
-		unsent(s, cookie, &who);
+	unsent(s, cookie, &who);
 	forget(cookie, NULL, &who);
 }
 
