@@ -19,15 +19,15 @@ const rolesConfig = `services:
 - name: primary
   listen: [192.0.2.1:%[1]d]
   backends: &both [10.0.0.1:%[1]d, 10.0.0.2:%[1]d]
-  health: {probe: %[2]s, %[3]s role: primary, interval: 200ms, timeout: 200ms}
+  health: {probe: %[2]s, %[3]s role: primary, interval: 1s, timeout: 1s}
 - name: replica
   listen: [192.0.2.2:%[1]d]
   backends: *both
-  health: {probe: %[2]s, %[3]s role: replica, interval: 200ms, timeout: 200ms}
+  health: {probe: %[2]s, %[3]s role: replica, interval: 1s, timeout: 1s}
 - name: all
   listen: [192.0.2.3:%[1]d]
   backends: *both
-  health: {probe: %[2]s, %[3]s interval: 200ms, timeout: 200ms}
+  health: {probe: %[2]s, %[3]s interval: 1s, timeout: 1s}
 `
 
 const up, down = service.Serving, service.Down
