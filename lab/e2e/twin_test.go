@@ -19,7 +19,8 @@ import (
 	"github.com/pentad/pentad/lab"
 )
 
-// How long random call sequences are tried; more by hand: PENTAD_TWINS=1h.
+// How long call sequences are tried, always the same ones, so that a change alone can
+// make them differ; others, and for longer, by hand: PENTAD_TWINS=1h.
 const twinsFor = 60 * time.Second
 
 // Applications see no difference between a service and a server, but for the
@@ -29,13 +30,13 @@ const twinsFor = 60 * time.Second
 // Not beside others: it keeps all processors busy.
 func TestTwins(t *testing.T) {
 	lab.Need(t)
-	duration, seed := twinsFor, rand.Uint64()
+	duration, seed := twinsFor, uint64(1)
 	if text := os.Getenv("PENTAD_TWINS"); text != "" {
 		d, err := time.ParseDuration(text)
 		if err != nil {
 			t.Fatal(err)
 		}
-		duration = d
+		duration, seed = d, rand.Uint64()
 	}
 	if testing.Short() {
 		duration /= 10
@@ -254,7 +255,10 @@ func (w *twin) step() {
 	case 18:
 		how := w.rng.IntN(3)
 		w.note(s, "shutdown(%d): %v", how, unix.Shutdown(s.fd, how))
-		w.settle(s)
+		if how != unix.SHUT_RD && !s.udp {
+			// Until the server has closed its side, too: what the socket is then is its doing.
+			time.Sleep(w.wait)
+		}
 	case 19:
 		w.note(s, "close: %v", unix.Close(s.fd))
 		w.sockets = slices.Delete(w.sockets, i, i+1)
