@@ -222,6 +222,61 @@ func burst(args []string) error {
 	return nil
 }
 
+func init() { clients["udp leaves"] = udpLeaves }
+
+// udpLeaves connects a UDP socket to a VIP, and then to a server by its own name.
+func udpLeaves(args []string) error {
+	fd, err := dial(unix.SOCK_DGRAM, 0, netip.MustParseAddrPort(args[0]))
+	if err != nil {
+		return err
+	}
+	if err := unix.Connect(fd, sockaddr(netip.MustParseAddrPort(args[1]))); err != nil {
+		return err
+	}
+	return unix.Close(fd)
+}
+
+// Whatever a socket leaves its VIP by, followers are told that it has: by its backend's
+// own name, another server's, or another VIP.
+func TestLeavingIsTold(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "10.0.0.3")
+	w.run("services:\n- {name: dns, listen: ['192.0.2.53:53/udp'], backends: ['10.0.0.1:53']}\n- {name: other, listen: ['192.0.2.54:53/udp'], backends: ['10.0.0.1:54']}")
+	f, err := socket.Follow(w.Pins)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var mu sync.Mutex
+	told := make(map[string]int)
+	ctx, stop := context.WithCancel(t.Context())
+	var run sync.WaitGroup
+	run.Go(func() {
+		if err := f.Run(ctx, func(e socket.Event) {
+			mu.Lock()
+			defer mu.Unlock()
+			told[e.Kind.String()+" "+e.VIP.String()]++
+		}); err != nil {
+			t.Error(err)
+		}
+	})
+	defer run.Wait()
+	defer stop()
+	for _, to := range []string{"10.0.0.1:53", "10.0.0.3:53", "192.0.2.54:53"} {
+		w.client("udp leaves", "192.0.2.53:53", to)
+	}
+	w.eventually("all ends are told", func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if told["connect 192.0.2.53:53"] != 3 || told["closed 192.0.2.53:53"] != 3 ||
+			told["connect 192.0.2.54:53"] != 1 || told["closed 192.0.2.54:53"] != 1 {
+			return fmt.Errorf("told were %v", told)
+		}
+		return nil
+	})
+}
+
 // A follower that does not keep up is told how many events it missed, and
 // connections do not wait for it. What the kernel counts goes on across agents.
 func TestLostEvents(t *testing.T) {

@@ -395,10 +395,14 @@ __noinline int unsent(struct socket *s, __u64 cookie, struct identity *who)
 
 	if (!s || !who)
 		return 0;
+	/* Of UDP, and of what was sent, there is nothing to note. */
+	life = s->life;
+	if (!(life & LIFE_JUDGED) || life & (LIFE_SENT | LIFE_FAILED))
+		return 0;
 	life = change_life(s, cookie, LIFE_FAILED, 0);
 	load = load_of((__u32)s->backend);
 	policy = service_of((__u32)s->backend);
-	if (!load || !policy || !(life & LIFE_JUDGED) || life & (LIFE_SENT | LIFE_FAILED))
+	if (!load || !policy || !life || life & (LIFE_SENT | LIFE_FAILED))
 		return 0;
 	what.backend = s->backend;
 	blame(load, policy, who, &what);
@@ -407,7 +411,7 @@ __noinline int unsent(struct socket *s, __u64 cookie, struct identity *who)
 	return 0;
 }
 
-/* A process that gives up sooner than this has other reasons than silence. Five of a second. */
+/* Who gives up sooner than this part of a second has other reasons than silence. */
 #define PATIENT 5
 
 /* Whether a process gives a connect up that was answered by nobody for a while. */
@@ -459,9 +463,8 @@ __noinline int ended(struct socket *s, __u64 cookie, struct traffic *t, struct i
 		    is_followed())
 			tell(s, EVENT_READMITTED, 0, NULL);
 	}
-	if (life & LIFE_TRIAL && who) {
+	if (life & LIFE_TRIAL && who)
 		give_up_trial(s->backend, who);
-	}
 	if (life & (LIFE_COUNTED | LIFE_SENT) && !(life & LIFE_FAILED) && is_followed())
 		tell(s, EVENT_CLOSED, 0, t);
 	if (life & LIFE_COUNTED)
