@@ -16,19 +16,7 @@ const cutTable = "pentad-lab-cut"
 // CutOff makes every packet from and to an address of the host vanish, as if the
 // cable were out: nothing is refused, nothing is answered.
 func (h *Host) CutOff(addr netip.Addr) error {
-	c, err := nftables.New(nftables.WithNetNSFd(int(h.ns)))
-	if err != nil {
-		return err
-	}
-	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable})
-	chain := c.AddChain(&nftables.Chain{
-		Name: "input", Table: table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
-	})
-	for _, source := range []bool{true, false} {
-		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: dropFor(addr, source)})
-	}
-	if err := c.Flush(); err != nil {
+	if err := h.filter("input", nftables.ChainHookInput, dropFor(addr, true), dropFor(addr, false)); err != nil {
 		return fmt.Errorf("cutting off %s: %w", addr, err)
 	}
 	return nil
@@ -37,15 +25,6 @@ func (h *Host) CutOff(addr netip.Addr) error {
 // Deny keeps the packets of one user from leaving the host, without a word or, for
 // TCP, by a reset: as a network policy for one tenant does.
 func (h *Host) Deny(uid uint32, reset bool) error {
-	c, err := nftables.New(nftables.WithNetNSFd(int(h.ns)))
-	if err != nil {
-		return err
-	}
-	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable})
-	chain := c.AddChain(&nftables.Chain{
-		Name: "output", Table: table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
-	})
 	rule := []expr.Any{
 		&expr.Meta{Key: expr.MetaKeySKUID, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.NativeEndian.AppendUint32(nil, uid)},
@@ -58,11 +37,27 @@ func (h *Host) Deny(uid uint32, reset bool) error {
 	} else {
 		rule = append(rule, &expr.Verdict{Kind: expr.VerdictDrop})
 	}
-	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule})
-	if err := c.Flush(); err != nil {
+	if err := h.filter("output", nftables.ChainHookOutput, rule); err != nil {
 		return fmt.Errorf("denying user %d: %w", uid, err)
 	}
 	return nil
+}
+
+// filter adds rules to a chain of the table that Mend removes.
+func (h *Host) filter(chain string, hook *nftables.ChainHook, rules ...[]expr.Any) error {
+	c, err := nftables.New(nftables.WithNetNSFd(int(h.ns)))
+	if err != nil {
+		return err
+	}
+	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable})
+	to := c.AddChain(&nftables.Chain{
+		Name: chain, Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: hook, Priority: nftables.ChainPriorityFilter,
+	})
+	for _, r := range rules {
+		c.AddRule(&nftables.Rule{Table: table, Chain: to, Exprs: r})
+	}
+	return c.Flush()
 }
 
 // Mend ends every CutOff and Deny.

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -61,7 +60,6 @@ var hostile = map[service.Probe][][]string{
 
 // say plays a server until the client hangs up.
 func say(c net.Conn, answers []string) {
-	defer c.Close()
 	b := make([]byte, 4096)
 	for i, a := range answers {
 		if i > 0 {
@@ -83,26 +81,12 @@ func say(c net.Conn, answers []string) {
 // face lets a probe meet a server and returns what it allocated and what it said.
 func face(t *testing.T, h service.Health, answers []string) (used uint64, err error) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var served sync.WaitGroup
-	served.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			served.Go(func() { say(c, answers) })
-		}
-	})
+	addr, end := serve(t, func(c net.Conn) { say(c, answers) })
+	defer end()
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	err = try(t, h, l.Addr().String(), 200*time.Millisecond)
+	err = try(t, h, addr, 200*time.Millisecond)
 	runtime.ReadMemStats(&after)
-	l.Close()
-	served.Wait()
 	return after.TotalAlloc - before.TotalAlloc, err
 }
 

@@ -42,6 +42,33 @@ func try(t *testing.T, h service.Health, addr string, timeout time.Duration) err
 
 const patience = 10 * time.Second
 
+// serve answers connections, each of which is closed when it was answered, until end
+// is called, which waits for all.
+func serve(t *testing.T, answer func(net.Conn)) (addr string, end func()) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var served sync.WaitGroup
+	served.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			served.Go(func() {
+				defer c.Close()
+				answer(c)
+			})
+		}
+	})
+	return l.Addr().String(), func() {
+		l.Close()
+		served.Wait()
+	}
+}
+
 func TestTLS(t *testing.T) {
 	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "fine") }))
 	s.Config.ErrorLog = nil
@@ -203,28 +230,14 @@ func TestBadServers(t *testing.T) {
 		"hangs up": func(net.Conn) int { return 0 },
 	} {
 		for _, h := range probes {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			var served sync.WaitGroup
-			served.Go(func() {
-				for {
-					c, err := l.Accept()
-					if err != nil {
-						return
-					}
-					served.Go(func() {
-						defer c.Close()
-						// What the kernel buffers was sent but not read.
-						if n := answer(c); n > maxRead+16<<20 {
-							t.Errorf("%s, %s: the server could send %d bytes", h.Probe, name, n)
-						}
-					})
+			addr, end := serve(t, func(c net.Conn) {
+				// What the kernel buffers was sent but not read.
+				if n := answer(c); n > maxRead+16<<20 {
+					t.Errorf("%s, %s: the server could send %d bytes", h.Probe, name, n)
 				}
 			})
 			began := time.Now()
-			err = try(t, h, l.Addr().String(), 300*time.Millisecond)
+			err := try(t, h, addr, 300*time.Millisecond)
 			if err == nil {
 				t.Errorf("%s, %s: counted as a success", h.Probe, name)
 			} else if strings.Contains(err.Error(), "hunter2") {
@@ -233,8 +246,7 @@ func TestBadServers(t *testing.T) {
 			if d := time.Since(began); d > patience {
 				t.Errorf("%s, %s: took %s", h.Probe, name, d)
 			}
-			l.Close()
-			served.Wait()
+			end()
 		}
 	}
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -33,13 +34,13 @@ const (
 // Not beside others: it keeps all processors busy.
 func TestTwins(t *testing.T) {
 	lab.Need(t)
-	duration, seed := twinsFor, uint64(1)
+	duration, seed, most := twinsFor, uint64(1), uint64(twinsMost)
 	if text := os.Getenv("PENTAD_TWINS"); text != "" {
 		d, err := time.ParseDuration(text)
 		if err != nil {
 			t.Fatal(err)
 		}
-		duration, seed = d, rand.Uint64()
+		duration, seed, most = d, rand.Uint64(), math.MaxUint64
 	}
 	if testing.Short() {
 		duration /= 10
@@ -76,7 +77,7 @@ func TestTwins(t *testing.T) {
   listen: [192.0.2.4:80, 192.0.2.4:80/udp, "[2001:db8:f::4]:80", "[2001:db8:f::4]:80/udp"]
   health: {probe: none}
   backends: [203.0.113.1:80, "[2001:db8:99::1]:80"]`)
-	t.Logf("%s", w.client("twins", strconv.FormatUint(seed, 10), duration.String()))
+	t.Logf("%s", w.client("twins", strconv.FormatUint(seed, 10), duration.String(), strconv.FormatUint(most, 10)))
 	w.atRest()
 }
 
@@ -136,7 +137,7 @@ var twinPlaces = []struct {
 	{"direct", "10.0.0.3:7000", "[2001:db8::3]:7000", "10.0.0.3:7000", "[2001:db8::3]:7000"},
 }
 
-// twins tries sequences for some time, each through VIPs and without. With no time
+// twins tries sequences for some time, and so many at most, each through VIPs and without. With no time
 // at all it tries one, and prints what it does.
 func twins(args []string) error {
 	seed, err := strconv.ParseUint(args[0], 10, 64)
@@ -144,6 +145,10 @@ func twins(args []string) error {
 		return err
 	}
 	duration, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
+	most, err := strconv.ParseUint(args[2], 10, 64)
 	if err != nil {
 		return err
 	}
@@ -158,8 +163,8 @@ func twins(args []string) error {
 	tried, found := 0, error(nil)
 	for i := range uint64(workers) {
 		tasks.Go(func() {
-			for n := seed + i; time.Now().Before(end) && (seed != 1 || n < seed+twinsMost); n += workers {
-				err := compareTwins(n)
+			for n := i; n < most && time.Now().Before(end); n += workers {
+				err := compareTwins(seed + n)
 				mu.Lock()
 				tried++
 				if err != nil && found == nil {
