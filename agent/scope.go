@@ -18,7 +18,7 @@ type scopeWatch struct {
 	path    string // of the cgroup
 }
 
-// newScopeWatch returns a watch of nothing. It works without one, too, only later.
+// newScopeWatch returns a watch of nothing.
 func newScopeWatch() (*scopeWatch, error) {
 	w, err := fsnotify.NewWatcher()
 	if err != nil {
