@@ -25,7 +25,7 @@ const (
 	dials        = 100_000
 )
 
-// largeServices makes services whose backends have no route.
+// largeServices makes services whose backends are anywhere in 10.128.0.0/9.
 func largeServices(n, backends int) []*service.Service {
 	all := make([]*service.Service, n)
 	for i := range all {
@@ -75,9 +75,23 @@ func (c *contender) measure(ctx context.Context, self string, services, offset i
 	return nil
 }
 
+// newVoid makes a host from which a SYN to any backend leaves, and is lost. A connect
+// that found no way, or a refusal, would be a failure that the programs have to note.
+func newVoid() (*lab.Host, error) {
+	h, err := lab.NewHost()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.Void("10.0.0.1/8"); err != nil {
+		h.Close()
+		return nil, err
+	}
+	return h, nil
+}
+
 // newPentad installs services with pentad on a host of its own.
 func newPentad(ctx context.Context, services []*service.Service) (*contender, error) {
-	h, err := lab.NewHost()
+	h, err := newVoid()
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +126,7 @@ func newPentad(ctx context.Context, services []*service.Service) (*contender, er
 
 // newReference installs a program of bench/bpf on a host of its own.
 func newReference(services []*service.Service, name string) (*contender, error) {
-	h, err := lab.NewHost()
+	h, err := newVoid()
 	if err != nil {
 		return nil, err
 	}

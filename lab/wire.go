@@ -54,6 +54,23 @@ func (h *Host) plug(name string, addresses []string) error {
 	return h.handle.LinkSetUp(l)
 }
 
+// Void gives the host an interface with an address, such as "10.0.0.1/8", behind
+// which there is nothing: what is sent there is gone, and nobody answers.
+func (h *Host) Void(address string) error {
+	n := wires.Add(1)
+	veth := &netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("void%d", n)}, PeerName: fmt.Sprintf("void%dx", n),
+	}
+	if err := h.handle.LinkAdd(veth); err != nil {
+		return fmt.Errorf("void: %w", err)
+	}
+	// Without neighbours to ask for no send ever fails. The other end stays down.
+	if err := h.handle.LinkSetARPOff(veth); err != nil {
+		return fmt.Errorf("void: %w", err)
+	}
+	return h.plug(veth.Name, []string{address})
+}
+
 // sysctl sets a parameter of the host's network, such as "net/ipv4/ip_forward".
 func (h *Host) sysctl(name, value string) error {
 	return h.Do(func() error {

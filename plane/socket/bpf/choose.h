@@ -69,6 +69,14 @@ static __always_inline __u64 reference(__u32 index, const struct backend *b)
 	return (__u64)b->generation << 32 | index;
 }
 
+/* Whether any backend of a service that nobody blames can be in slow start. */
+static __always_inline bool in_slow_start_at_all(const struct service_info *policy, __u64 now)
+{
+	__u64 window = ticks(policy->slow_start);
+
+	return window && policy->joined && now - policy->joined < window;
+}
+
 static __always_inline bool in_slow_start(const struct backend *b, __u64 readmitted,
 					  const struct service_info *policy, __u64 now)
 {
@@ -78,7 +86,7 @@ static __always_inline bool in_slow_start(const struct backend *b, __u64 readmit
 	if (!window)
 		return false;
 	/* Usually nobody is new: then the backend itself need not be looked at. */
-	if (!readmitted && (!policy->joined || now - policy->joined >= window))
+	if (!readmitted && !in_slow_start_at_all(policy, now))
 		return false;
 	age = now - b->started;
 	if (readmitted && (!b->started || now - readmitted < age))
@@ -360,18 +368,34 @@ __noinline __u32 better(struct search *s, __u32 first, __u32 second)
 	return b * 5 / 4 < a ? second : first;
 }
 
+/* Whether nothing stands against a backend, whoever asks. */
+static __always_inline bool is_free(__u32 index, __u32 limit)
+{
+	struct load *load = load_of(index);
+
+	return load && load->inflight < limit && !is_blamed(load);
+}
+
 /*
- * The usual case, without limits, and nobody blames either backend: nothing counts
- * but weight, load and latency. 0 when it is not so simple.
+ * The usual case: nobody blames either backend, neither is full, and none of the
+ * service is new. Then nothing counts but weight, load and latency, and not who
+ * asks. 0 when it is not so simple.
  */
 static __always_inline __u32 choose_plain(struct search *s)
 {
-	__u32 first = draw(s->slots, s->count, bpf_get_prandom_u32());
-	struct load *load = load_of(first);
-	__u32 second;
+	__u32 limit = ~0U, first, second;
+	struct service_info *policy;
 
+	if (!(s->traits & TRAIT_PLAIN)) {
+		policy = bpf_map_lookup_elem(&services, &s->service);
+		if (!policy || in_slow_start_at_all(policy, bpf_jiffies64()))
+			return 0;
+		if (policy->max_connections && s->judged)
+			limit = policy->max_connections;
+	}
+	first = draw(s->slots, s->count, bpf_get_prandom_u32());
 	s->drawn = first;
-	if (!load || is_blamed(load))
+	if (!is_free(first, limit))
 		return 0;
 	if (s->balance == BALANCE_RANDOM || s->count < 2)
 		return first;
@@ -379,10 +403,7 @@ static __always_inline __u32 choose_plain(struct search *s)
 	if (!second)
 		return first;
 	s->fellow = second;
-	load = load_of(second);
-	if (!load || is_blamed(load))
-		return 0;
-	return better(s, first, second);
+	return is_free(second, limit) ? better(s, first, second) : 0;
 }
 
 /* A backend of the table at hand, or 0. */

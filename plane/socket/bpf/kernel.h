@@ -27,8 +27,14 @@ struct user_namespace {
 	kuid_t owner;
 };
 
+/* include/net/netns/ipv4.h */
+struct netns_ipv4 {
+	__u8 sysctl_tcp_syn_retries;
+};
+
 /* include/net/net_namespace.h */
 struct net {
+	struct netns_ipv4 ipv4;
 	__u64 net_cookie;
 	struct user_namespace *user_ns; /* whose root may configure it */
 };
@@ -71,12 +77,17 @@ struct in6_addr {
 };
 
 /* include/net/sock.h */
+enum sock_flags {
+	SOCK_KEEPOPEN = 3, /* SO_KEEPALIVE is on */
+};
+
 struct sock_common {
 	__be32 skc_daddr;
 	__be16 skc_dport;
 	unsigned short skc_family;
 	struct in6_addr skc_v6_daddr;
 	possible_net_t skc_net;
+	unsigned long skc_flags; /* bits, enum sock_flags */
 	atomic64_t skc_cookie;
 };
 

@@ -322,7 +322,7 @@ __noinline __u64 decide(struct bpf_sock_addr *ctx, struct listener *l, __u32 fam
 	s.count = l->count;
 	s.balance = l->balance;
 	s.traits = l->traits;
-	if (l->traits & TRAIT_PLAIN && !l->affinity && l->balance != BALANCE_SOURCE_HASH) {
+	if (!l->affinity && l->balance != BALANCE_SOURCE_HASH) {
 		index = choose_plain(&s);
 		if (index)
 			return index;
@@ -717,8 +717,15 @@ static __noinline void connects_elsewhere(struct bpf_sock_addr *ctx, const __be3
 static __noinline void keep_alive(struct bpf_sock_addr *ctx, const struct keepalive *k)
 {
 	int on = 0, idle = k->idle, interval = k->interval, probes = k->probes;
+	struct sock *sk = sock_of(ctx);
 
-	bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+	/* To look oneself costs a fraction of asking. */
+	if (sk)
+		on = sk->__sk_common.skc_flags >>
+			     bpf_core_enum_value(enum sock_flags, SOCK_KEEPOPEN) &
+		     1;
+	else
+		bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
 	if (on)
 		return;
 	on = 1;
@@ -737,16 +744,17 @@ static __noinline void keep_alive(struct bpf_sock_addr *ctx, const struct keepal
  */
 static __noinline void keep_patience(struct bpf_sock_addr *ctx, __u32 timeout)
 {
+	struct sock *sk = sock_of(ctx);
 	struct inet_connection_sock *own;
-	int retries = 0, i;
+	int retries, i;
 
-	if (!bpf_rdonly_cast || !sock_of(ctx))
+	if (!bpf_rdonly_cast || !sk)
 		return;
 	own = (struct inet_connection_sock *)bpf_rdonly_cast(
-		sock_of(ctx), bpf_core_type_id_kernel(struct inet_connection_sock));
-	if (own->icsk_syn_retries ||
-	    bpf_getsockopt(ctx, IPPROTO_TCP, TCP_SYNCNT, &retries, sizeof(retries)))
+		sk, bpf_core_type_id_kernel(struct inet_connection_sock));
+	if (own->icsk_syn_retries)
 		return;
+	retries = sk->__sk_common.skc_net.net->ipv4.sysctl_tcp_syn_retries;
 	for (i = 0; i < 7 && timeout < 1000; i++) {
 		timeout *= 2;
 		retries++;
@@ -856,13 +864,16 @@ __noinline int is_over(struct bpf_sock_addr *ctx, __u64 cookie)
 static __always_inline struct backend *connect_to(struct bpf_sock_addr *ctx, struct listener *l,
 						  const __be32 *vip, __u32 family)
 {
+	struct sock *sk = sock_of(ctx);
+	/* Who has no cookie yet was never translated: nearly every socket. */
+	bool first = sk && !sk->__sk_common.skc_cookie.counter;
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	bool tcp = (__u8)ctx->protocol == IPPROTO_TCP;
 	struct backend *b;
 	__u64 decision;
 	__u32 index;
 
-	if (tcp)
+	if (tcp && !first)
 		is_over(ctx, cookie);
 	decision = decide(ctx, l, family);
 	index = decision;
