@@ -35,6 +35,9 @@ var helpers = map[string]func(args []string) error{
 	"storm":     storm,
 	"ask":       ask,
 	"hold":      hold,
+	"name":      name,
+	"slam":      slam,
+	"toll":      takeToll,
 }
 
 // vipOf is the VIP of the n-th of many services.
@@ -452,4 +455,96 @@ func dialUDP(args []string) error {
 	tasks.Wait()
 	fmt.Println(made.Load())
 	return nil
+}
+
+// name says after a delay, to whoever asks, at which address it was asked.
+func name(args []string) error {
+	delay, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
+	return serve(args[0], func(c net.Conn) {
+		defer c.Close()
+		if _, err := c.Read(make([]byte, 100)); err != nil {
+			return
+		}
+		time.Sleep(delay)
+		fmt.Fprint(c, args[0])
+	})
+}
+
+// slam accepts and resets.
+func slam(args []string) error {
+	return serve(args[0], func(c net.Conn) {
+		_ = c.(*net.TCPConn).SetLinger(0)
+		c.Close()
+	})
+}
+
+// How a toll is taken: by so many clients, with pauses, so that neither they nor a
+// proxy run out of processor; and how long each waits for an answer.
+const (
+	tollClients  = 16
+	tollPause    = 20 * time.Millisecond
+	tollPatience = 600 * time.Millisecond
+)
+
+// takeToll makes requests, one a connection, for a while, and prints which part of
+// them went to one server, or was answered by none, in percent: of those that began
+// in the first second, and of those after it.
+func takeToll(args []string) error {
+	length, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
+	var mu sync.Mutex
+	var tasks sync.WaitGroup
+	var all, bad [2]int
+	start := time.Now()
+	for range tollClients {
+		tasks.Go(func() {
+			for time.Since(start) < length {
+				time.Sleep(rand.N(tollPause))
+				late := 0
+				if time.Since(start) > time.Second {
+					late = 1
+				}
+				who, err := whoAnswers(args[0])
+				mu.Lock()
+				all[late]++
+				if err != nil || who == args[2] {
+					bad[late]++
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	tasks.Wait()
+	return json.NewEncoder(os.Stdout).Encode(toll{
+		First: 100 * float64(bad[0]) / float64(max(1, all[0])),
+		After: 100 * float64(bad[1]) / float64(max(1, all[1])),
+	})
+}
+
+// whoAnswers makes one request as a client that has an address by lot, and says what
+// came.
+func whoAnswers(address string) (string, error) {
+	from := net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(rand.IntN(256)), byte(rand.IntN(256))}), 0))
+	d := net.Dialer{LocalAddr: from, Timeout: tollPatience}
+	c, err := d.Dial("tcp", address)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(tollPatience)); err != nil {
+		return "", err
+	}
+	if _, err := fmt.Fprint(c, "who?"); err != nil {
+		return "", err
+	}
+	who, err := io.ReadAll(c)
+	if err == nil && len(who) == 0 {
+		err = io.ErrUnexpectedEOF
+	}
+	return string(who), err
 }

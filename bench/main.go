@@ -43,6 +43,7 @@ var parts = []struct {
 	{"life", lives},
 	{"heal", heals},
 	{"late", lateBackend},
+	{"dead", deadBackends},
 	{"reset", resets},
 	{"flow", flowRate},
 	{"failover", failover},
