@@ -17,7 +17,7 @@ import (
 // the old ones. The maps that hold the state of sockets and backends (stateMaps)
 // must never change their layout: what they know cannot be found out again. New
 // knowledge gets a map beside them.
-const layoutVersion = 4
+const layoutVersion = 5
 
 // mapSet is one complete set of maps, pinned under one directory, "set-N". A set
 // counts only once its map about is pinned, which happens last.
@@ -31,14 +31,14 @@ type mapSet struct {
 // stateMaps hold what sockets, backends and followers did; they move on from set
 // to set. An older layout may lack some.
 var stateMaps = []string{
-	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
+	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpNames, kernelMapUdpMore, kernelMapUdpShares, kernelMapCounters,
 	kernelMapLoads, kernelMapBlames, kernelMapHeartbeat,
 	kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
 }
 
 // mapNames are the maps of a set in the order of pinning; about is last.
 var mapNames = []string{
-	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpPeers, kernelMapCounters,
+	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpNames, kernelMapUdpMore, kernelMapUdpShares, kernelMapCounters,
 	kernelMapLoads, kernelMapBlames, kernelMapHeartbeat,
 	kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
 	kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,

@@ -269,14 +269,25 @@ const (
 	kernelTraitTRAIT_HELD  kernelTrait = 16
 )
 
-type kernelUdpPeers struct {
+type kernelUdpMoreKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Number uint32
+	Pad    uint32
+}
+
+type kernelUdpNames struct {
 	_    structs.HostLayout
 	Lock struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Next uint32
-	Peer [32]struct {
+	Next  uint8
+	More  uint8
+	Seen  uint8
+	Pad   uint8
+	Share uint64
+	Name  [3]struct {
 		_       structs.HostLayout
 		Vip     [4]uint32
 		Addr    [4]uint32
@@ -310,7 +321,9 @@ const (
 	kernelMapSlots              = "slots"
 	kernelMapSockets            = "sockets"
 	kernelMapSocketsMore        = "sockets_more"
-	kernelMapUdpPeers           = "udp_peers"
+	kernelMapUdpMore            = "udp_more"
+	kernelMapUdpNames           = "udp_names"
+	kernelMapUdpShares          = "udp_shares"
 	kernelProgConnect4          = "connect4"
 	kernelProgConnect6          = "connect6"
 	kernelProgExpire            = "expire"
@@ -329,6 +342,7 @@ const (
 	kernelVarByDiag             = "by_diag"
 	kernelVarHostNetns          = "host_netns"
 	kernelVarHz                 = "hz"
+	kernelVarNoNames            = "no_names"
 	kernelVarProbeMark          = "probe_mark"
 	kernelVarUnusedBackendState = "unused_backend_state"
 	kernelVarUnusedBalance      = "unused_balance"
@@ -425,7 +439,9 @@ type kernelMapSpecs struct {
 	Slots       *ebpf.MapSpec `ebpf:"slots"`
 	Sockets     *ebpf.MapSpec `ebpf:"sockets"`
 	SocketsMore *ebpf.MapSpec `ebpf:"sockets_more"`
-	UdpPeers    *ebpf.MapSpec `ebpf:"udp_peers"`
+	UdpMore     *ebpf.MapSpec `ebpf:"udp_more"`
+	UdpNames    *ebpf.MapSpec `ebpf:"udp_names"`
+	UdpShares   *ebpf.MapSpec `ebpf:"udp_shares"`
 }
 
 // kernelVariableSpecs contains global variables before they are loaded into the kernel.
@@ -435,6 +451,7 @@ type kernelVariableSpecs struct {
 	ByDiag             *ebpf.VariableSpec `ebpf:"by_diag"`
 	HostNetns          *ebpf.VariableSpec `ebpf:"host_netns"`
 	Hz                 *ebpf.VariableSpec `ebpf:"hz"`
+	NoNames            *ebpf.VariableSpec `ebpf:"no_names"`
 	ProbeMark          *ebpf.VariableSpec `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.VariableSpec `ebpf:"unused_backend_state"`
 	UnusedBalance      *ebpf.VariableSpec `ebpf:"unused_balance"`
@@ -488,7 +505,9 @@ type kernelMaps struct {
 	Slots       *ebpf.Map `ebpf:"slots"`
 	Sockets     *ebpf.Map `ebpf:"sockets"`
 	SocketsMore *ebpf.Map `ebpf:"sockets_more"`
-	UdpPeers    *ebpf.Map `ebpf:"udp_peers"`
+	UdpMore     *ebpf.Map `ebpf:"udp_more"`
+	UdpNames    *ebpf.Map `ebpf:"udp_names"`
+	UdpShares   *ebpf.Map `ebpf:"udp_shares"`
 }
 
 func (m *kernelMaps) Close() error {
@@ -512,7 +531,9 @@ func (m *kernelMaps) Close() error {
 		m.Slots,
 		m.Sockets,
 		m.SocketsMore,
-		m.UdpPeers,
+		m.UdpMore,
+		m.UdpNames,
+		m.UdpShares,
 	)
 }
 
@@ -523,6 +544,7 @@ type kernelVariables struct {
 	ByDiag             *ebpf.Variable `ebpf:"by_diag"`
 	HostNetns          *ebpf.Variable `ebpf:"host_netns"`
 	Hz                 *ebpf.Variable `ebpf:"hz"`
+	NoNames            *ebpf.Variable `ebpf:"no_names"`
 	ProbeMark          *ebpf.Variable `ebpf:"probe_mark"`
 	UnusedBackendState *ebpf.Variable `ebpf:"unused_backend_state"`
 	UnusedBalance      *ebpf.Variable `ebpf:"unused_balance"`

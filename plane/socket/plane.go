@@ -209,7 +209,11 @@ func (p *Plane) CountBack(ctx context.Context, all bool) {
 	if p.sweeper == nil || !all && !p.ledger.hasUDP() {
 		return
 	}
-	p.noteSweep(ctx, p.sweeper.sweep(ctx, !all))
+	err := p.sweeper.sweep(ctx, !all)
+	if err == nil {
+		err = p.set.dropNames(p.sweeper.number)
+	}
+	p.noteSweep(ctx, err)
 }
 
 // Usage is what the installed plane uses and has done.

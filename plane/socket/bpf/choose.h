@@ -42,10 +42,10 @@ struct search {
 	__u32 count;
 	__u32 balance;
 	__u32 traits; /* of the listener */
-	__u64 hash;   /* of the client, for BALANCE_SOURCE_HASH */
-	__u64 client; /* whose blame counts */
 	__u32 principal;
-	__u32 drawn; /* what was drawn already, and its fellow; 0: nothing */
+	__u64 client; /* whose blame counts */
+	__u64 hash;   /* of the client, for BALANCE_SOURCE_HASH */
+	__u32 drawn;  /* what was drawn already, and its fellow; 0: nothing */
 	__u32 fellow;
 	__u64 remembered; /* the backend that this client had before, as affinity has it; 0: none */
 	bool judged;      /* the outcome of this connection will be known */
@@ -407,7 +407,7 @@ static __always_inline __u32 choose_plain(struct search *s)
 }
 
 /* A backend of the table at hand, or 0. */
-static __noinline __u32 from_table(struct search *s)
+static __always_inline __u32 from_table(struct search *s)
 {
 	struct service_info *policy;
 	__u32 first = 0, second;

@@ -18,8 +18,16 @@ enum filter_size {
 	FILTER_BITS = 20, /* 2^20 bits: 100 for each of 10,000 listeners */
 };
 
-/* How many pairs of VIP and backend one unconnected UDP socket remembers. */
-#define UDP_PEERS 32
+/*
+ * How many names an unconnected UDP socket keeps by itself: with the kernel's own
+ * words a quarter of a KiB. How many entries of udp_more it may have, how many there
+ * are, for how many users, and how many one user may have.
+ */
+#define UDP_NAMES 3
+#define UDP_MORE_EACH 10
+#define UDP_MORE (1 << 15)
+#define UDP_SHARES (1 << 12)
+#define UDP_SHARE (UDP_MORE / 4)
 
 /* The longest service name, and a zero: NAMESPACE/NAME:PORT/external of Kubernetes. */
 #define NAME_LENGTH 192
@@ -314,13 +322,19 @@ struct endpoint {
 #define EARLIER (1ULL << 63)
 
 /* A name that an unconnected UDP socket used for a backend. */
-struct udp_peer {
+struct udp_name {
 	__be32 vip[4];
 	__be32 addr[4];
 	__be16 vip_port;
 	__be16 port;   /* 0: empty */
 	__u32 current; /* 1: where the next datagram to the VIP goes */
 	__u64 backend; /* {generation << 32 | index} */
+};
+
+struct udp_more_key {
+	__u64 cookie;
+	__u32 number; /* from 1; 0: the names that a socket would have kept by itself */
+	__u32 pad;
 };
 
 struct affinity_key {
@@ -384,6 +398,7 @@ struct about_info {
 _Static_assert(sizeof(struct listener4_key) == 8, "no hidden padding in a key");
 _Static_assert(sizeof(struct listener6_key) == 20, "no hidden padding in a key");
 _Static_assert(sizeof(struct affinity_key) == 16, "no hidden padding in a key");
+_Static_assert(sizeof(struct udp_more_key) == 16, "no hidden padding in a key");
 _Static_assert(sizeof(struct slot) == 16, "four to a cache line");
 _Static_assert(sizeof(struct backend) == 64, "one to a cache line");
 _Static_assert(sizeof(struct load) == 64, "one to a cache line");

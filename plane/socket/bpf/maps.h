@@ -213,22 +213,48 @@ struct {
 } sockets_more SEC(".maps");
 
 /*
- * udp_peers: the names that an unconnected UDP socket used. It lives and dies
- * with the socket. Written by sendmsg, read by recvmsg, both of which run
- * without the socket's lock: hence the spin lock.
+ * The names that an unconnected UDP socket used. Few sockets use more than one or
+ * two, and what a socket keeps is charged to whoever made the map: so the first few
+ * are kept with the socket, and more of them in a map of a fixed size, of which one
+ * user gets a part. Written by sendmsg, read by recvmsg, both of which run without
+ * the socket's lock: hence the spin lock.
  */
-struct udp_peers {
+struct udp_names {
 	struct bpf_spin_lock lock;
-	__u32 next; /* the peer to forget when all places are taken */
-	struct udp_peer peer[UDP_PEERS];
+	__u8 next; /* the name to forget when all places are taken */
+	__u8 more; /* of a socket's first names: how many entries of udp_more it has */
+	__u8 seen; /* number of the walk over all sockets that met the socket last */
+	__u8 pad;
+	__u64 share; /* of an entry of udp_more: whose share of the map it is in */
+	struct udp_name name[UDP_NAMES];
 };
 
+/* udp_names: the first names of a socket. It lives and dies with the socket. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__type(key, int);
-	__type(value, struct udp_peers);
+	__type(value, struct udp_names);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-} udp_peers SEC(".maps");
+} udp_names SEC(".maps");
+
+/*
+ * udp_more: cookie and number -> further names of a socket; number 0: its first
+ * ones, if there was no memory to keep them with it. Bound: fixed.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct udp_more_key);
+	__type(value, struct udp_names);
+	__uint(max_entries, UDP_MORE);
+} udp_more SEC(".maps");
+
+/* udp_shares: network namespace and user -> entries of udp_more. Bound: fixed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u64);
+	__type(value, __u32);
+	__uint(max_entries, UDP_SHARES);
+} udp_shares SEC(".maps");
 
 /* counters: enum counter -> count, per CPU. */
 struct {

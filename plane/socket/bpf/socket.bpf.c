@@ -6,12 +6,15 @@
  * the application is told stays the VIP. No packet is touched.
  *
  *	filter --> listeners --> slots --> backends	what to do (user space writes)
- *	sockets, sockets_more, udp_peers, loads	what was done (these programs write)
+ *	sockets, sockets_more, udp_names, udp_more, loads
+ *						what was done (these programs write)
  *
  *	maps.h		the maps
+ *	caller.h	what a hook knows of the socket of its caller
  *	blame.h		whose failures count for whom
  *	choose.h	which backend a connection gets
  *	connection.h	what becomes of it, and what its backend learns from that
+ *	names.h		which names an unconnected UDP socket has for backends
  *	this file	the hooks
  */
 #include <stdbool.h>
@@ -24,13 +27,13 @@
 #include <bpf/bpf_helpers.h>
 
 #include "blame.h"
+#include "caller.h"
 #include "choose.h"
 #include "connection.h"
 #include "maps.h"
+#include "names.h"
 
 #define EADDRINUSE 98
-#define AF_INET 2
-#define AF_INET6 10
 #define SOL_SOCKET 1
 #define SO_KEEPALIVE 9
 #define TCP_KEEPIDLE 4
@@ -39,7 +42,6 @@
 #define TCP_SYNCNT 7
 #define SOCK_BINDADDR_LOCK 4 /* include/net/sock.h: the process chose its source address */
 #define NSEC_PER_SEC 1000000000ULL
-#define MAPPED bpf_htonl(0xffff) /* third word of ::ffff:0:0/96, RFC 4291 2.5.5.2 */
 
 /* Sockets with this mark are probes: they reach the backend that they name. */
 const volatile __u32 probe_mark;
@@ -50,6 +52,11 @@ _Static_assert((__u8)IPPROTO_MPTCP == IPPROTO_TCP, "to a service MPTCP is TCP");
 static __always_inline __u32 port_protocol(const struct bpf_sock_addr *ctx)
 {
 	return ctx->user_port << 16 | (__u8)ctx->protocol;
+}
+
+static __always_inline bool is_tcp(const struct bpf_sock_addr *ctx)
+{
+	return (__u8)ctx->protocol == IPPROTO_TCP;
 }
 
 static __always_inline bool is_probe(struct bpf_sock_addr *ctx)
@@ -128,16 +135,6 @@ static __always_inline bool find6(struct bpf_sock_addr *ctx, const __be32 *addr,
 	       answers(ctx, to);
 }
 
-static __always_inline bool is_mapped(const __be32 *addr)
-{
-	return addr[0] == 0 && addr[1] == 0 && addr[2] == MAPPED;
-}
-
-static __always_inline bool same(const __be32 *a, const __be32 *b)
-{
-	return a[3] == b[3] && a[2] == b[2] && a[1] == b[1] && a[0] == b[0];
-}
-
 /* The backend of a reference, if it is still the one that was meant. */
 static __always_inline struct backend *follow(__u64 ref)
 {
@@ -147,24 +144,6 @@ static __always_inline struct backend *follow(__u64 ref)
 	if (!b || b->generation != (__u32)(ref >> 32))
 		return NULL;
 	return b;
-}
-
-/* The kernel's own socket behind a hook on addresses; NULL before Linux 6.2. */
-static __always_inline struct sock *sock_of(struct bpf_sock_addr *ctx)
-{
-	if (!bpf_cast_to_kern_ctx)
-		return NULL;
-	return ((struct bpf_sock_addr_kern *)bpf_cast_to_kern_ctx(ctx))->sk;
-}
-
-static __always_inline void identify_caller(struct bpf_sock_addr *ctx, struct identity *to)
-{
-	struct sock *sk = sock_of(ctx);
-
-	if (sk)
-		identify(sk, to);
-	else
-		identify_network(bpf_get_netns_cookie(ctx), to);
 }
 
 /*
@@ -311,7 +290,7 @@ __noinline __u32 settled(struct bpf_sock_addr *ctx, struct search *s, __u32 fami
  */
 __noinline __u64 decide(struct bpf_sock_addr *ctx, struct listener *l, __u32 family)
 {
-	struct search s = {.judged = (__u8)ctx->protocol == IPPROTO_TCP};
+	struct search s = {.judged = is_tcp(ctx)};
 	struct identity who = {};
 	__u32 index;
 
@@ -399,54 +378,6 @@ static __always_inline struct socket *remember(struct bpf_sock_addr *ctx, __u64 
 	return s;
 }
 
-/*
- * The cookie of a socket, 0 when it has none: then it was never translated. Making
- * one would cost more than all else that is done for sockets of no service. Of
- * MPTCP it is the first subflow that is translated, a socket of the kernel.
- */
-static __always_inline __u64 cookie_of(struct bpf_sock_addr *ctx)
-{
-	struct sock *sk = sock_of(ctx);
-
-	if (!sk)
-		return bpf_get_socket_cookie(ctx);
-	if (ctx->protocol == IPPROTO_MPTCP) {
-		sk = first_subflow(sk);
-		return sk ? sk->__sk_common.skc_cookie.counter : 0;
-	}
-	return sk->__sk_common.skc_cookie.counter;
-}
-
-/*
- * A value that the compiler must read here, and not by an offset that it computes
- * from what came before: the verifier would not let it.
- */
-#define READ_HERE(value, name)                                                                     \
-	({                                                                                         \
-		__u32 read = value;                                                                \
-		asm volatile("/* " name " */" : "+r"(read));                                       \
-		read;                                                                              \
-	})
-
-/* Where a socket is connected to, as the kernel has it. */
-static __always_inline void peer_of_socket(struct bpf_sock_addr *ctx, struct endpoint *to)
-{
-	struct bpf_sock *sk = ctx->sk;
-
-	if (!sk)
-		return;
-	to->port = sk->dst_port;
-	if (sk->family == AF_INET) {
-		to->addr[2] = MAPPED;
-		to->addr[3] = READ_HERE(sk->dst_ip4, "IPv4");
-		return;
-	}
-	to->addr[0] = sk->dst_ip6[0];
-	to->addr[1] = sk->dst_ip6[1];
-	to->addr[2] = sk->dst_ip6[2];
-	to->addr[3] = sk->dst_ip6[3];
-}
-
 /* An entry says something of its socket only while that is connected to its backend. */
 static __always_inline bool is_live(const struct socket *s, const struct endpoint *peer)
 {
@@ -510,86 +441,22 @@ static __always_inline struct socket *recall_peer(struct bpf_sock_addr *ctx)
 	return settle(s, cookie, &peer);
 }
 
-/* Where an unconnected UDP socket's datagrams to this VIP went so far. */
-static __always_inline __u64 peer_of(struct udp_peers *p, const __be32 *vip, __be16 port)
-{
-	__u64 ref = 0;
-	int i;
-
-	bpf_spin_lock(&p->lock);
-	for (i = 0; i < UDP_PEERS; i++) {
-		struct udp_peer *peer = &p->peer[i];
-
-		if (peer->current && peer->vip_port == port && same(peer->vip, vip)) {
-			ref = peer->backend;
-			break;
-		}
-	}
-	bpf_spin_unlock(&p->lock);
-	return ref;
-}
-
-/*
- * Note the name under which a backend is reached. A backend has one name a
- * socket: the last. Earlier backends of the same VIP keep theirs, because
- * their replies may be under way. A frame of its own: what calls it has little
- * left of the stack.
- */
-static __noinline void name_peer(struct udp_peers *p, const __be32 *vip, __be16 vip_port,
-				 const struct endpoint *to, __u64 ref)
-{
-	__be32 addr[4];
-	__be16 port = to->port;
-	__u32 place;
-	int i;
-
-	copy(addr, to->addr);
-	bpf_spin_lock(&p->lock);
-	for (i = 0; i < UDP_PEERS; i++) {
-		struct udp_peer *peer = &p->peer[i];
-
-		if (peer->vip_port == vip_port && same(peer->vip, vip))
-			peer->current = 0;
-	}
-	/* One search a loop: the verifier follows every combination of outcomes. */
-	for (place = 0; place < UDP_PEERS; place++) {
-		struct udp_peer *peer = &p->peer[place];
-
-		if (peer->port == port && same(peer->addr, addr))
-			goto found;
-	}
-	for (place = 0; place < UDP_PEERS; place++) {
-		if (!p->peer[place].port)
-			goto found;
-	}
-	place = p->next++ & (UDP_PEERS - 1);
-found:
-	copy(p->peer[place].vip, vip);
-	copy(p->peer[place].addr, addr);
-	p->peer[place].vip_port = vip_port;
-	p->peer[place].port = port;
-	p->peer[place].backend = ref;
-	p->peer[place].current = 1;
-	bpf_spin_unlock(&p->lock);
-}
-
 /*
  * A UDP socket is about to have another peer, or none. What its former one sent may
  * still wait to be read.
  */
 static __noinline void name_former(struct bpf_sock_addr *ctx, const struct socket *s)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct endpoint to = {.port = s->port};
-	__be32 vip[4];
-	struct udp_peers *p;
+	struct udp_name name = {
+		.vip_port = s->vip_port,
+		.port = s->port,
+		.current = 1,
+		.backend = s->backend,
+	};
 
-	p = sk ? bpf_sk_storage_get(&udp_peers, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE) : NULL;
-	if (!p)
-		return;
-	copy(to.addr, s->addr);
-	copy(vip, s->vip);
-	name_peer(p, vip, s->vip_port, &to, s->backend);
+	copy(name.addr, s->addr);
+	copy(name.vip, s->vip);
+	name_peer(ctx, &name);
 }
 
 /* For how long, in seconds, replies of a backend that was removed may still be under way. */
@@ -613,30 +480,6 @@ static __always_inline bool answers_for(__u64 ref, const __be32 *vip, __be16 vip
 	return passes_filter(address4, (__u32)vip_port << 16 | IPPROTO_UDP);
 }
 
-/* The name under which this socket knows addr, into vip; false when it has none. */
-static __always_inline bool name_of(struct udp_peers *p, const __be32 *addr, __be16 port,
-				    __be32 *vip, __be16 *vip_port)
-{
-	bool found = false;
-	__u64 ref = 0;
-	int i;
-
-	bpf_spin_lock(&p->lock);
-	for (i = 0; i < UDP_PEERS; i++) {
-		struct udp_peer *peer = &p->peer[i];
-
-		if (peer->port == port && same(peer->addr, addr)) {
-			copy(vip, peer->vip);
-			*vip_port = peer->vip_port;
-			ref = peer->backend;
-			found = true;
-			break;
-		}
-	}
-	bpf_spin_unlock(&p->lock);
-	return found && answers_for(ref, vip, *vip_port);
-}
-
 /*
  * The entry of a UDP socket that has no peer any more, and had this one; NULL when it
  * has another or never had one.
@@ -653,29 +496,16 @@ static __always_inline struct socket *former_peer(struct bpf_sock_addr *ctx, con
 /* The application now uses addr by its own name: replies from there are not the VIP's. */
 static __noinline void unname_peer(struct bpf_sock_addr *ctx, const __be32 *addr)
 {
+	struct udp_name name = {.port = ctx->user_port};
 	struct bpf_sock *sk = ctx->sk;
-	__be16 port = ctx->user_port;
-	struct udp_peers *p;
-	int i;
 
 	if (!sk)
 		return;
 	/* Before Linux 6.2 looking for a cookie makes one. */
-	if (bpf_cast_to_kern_ctx && !sk->dst_port && former_peer(ctx, addr, port))
+	if (bpf_cast_to_kern_ctx && !sk->dst_port && former_peer(ctx, addr, name.port))
 		forget(cookie_of(ctx), NULL, NULL);
-	p = bpf_sk_storage_get(&udp_peers, sk, NULL, 0);
-	if (!p)
-		return;
-	bpf_spin_lock(&p->lock);
-	for (i = 0; i < UDP_PEERS; i++) {
-		struct udp_peer *peer = &p->peer[i];
-
-		if (peer->port == port && same(peer->addr, addr)) {
-			peer->port = 0;
-			peer->current = 0;
-		}
-	}
-	bpf_spin_unlock(&p->lock);
+	copy(name.addr, addr);
+	unname(ctx, &name);
 }
 
 /*
@@ -868,7 +698,7 @@ static __always_inline struct backend *connect_to(struct bpf_sock_addr *ctx, str
 	/* Who has no cookie yet was never translated: nearly every socket. */
 	bool first = sk && !sk->__sk_common.skc_cookie.counter;
 	__u64 cookie = bpf_get_socket_cookie(ctx);
-	bool tcp = (__u8)ctx->protocol == IPPROTO_TCP;
+	bool tcp = is_tcp(ctx);
 	struct backend *b;
 	__u64 decision;
 	__u32 index;
@@ -909,50 +739,58 @@ static __noinline void disconnected(struct bpf_sock_addr *ctx)
 }
 
 /*
- * sendto() a listener. A connected socket that names its own VIP means its backend:
- * the kernel takes replies from nobody else. An unconnected one stays with the
- * backend that it had. Nothing begins and nothing ends here, so that nothing is in
- * flight. Returns whether there is a backend, in to.
+ * A connected socket that names its own VIP means its backend: the kernel takes
+ * replies from nobody else. name has the VIP, and gets the backend. Returns whether
+ * that is so. A frame of its own.
  */
-static __always_inline bool send_to(struct bpf_sock_addr *ctx, struct listener *l,
-				    const __be32 *vip, __u32 family, struct endpoint *to)
+static __noinline bool send_to_peer(struct bpf_sock_addr *ctx, struct udp_name *name)
 {
+	struct socket *s = recall_peer(ctx);
 	struct bpf_sock *sk = ctx->sk;
-	struct udp_peers *p;
+
+	if (s && s->vip_port == name->vip_port && same(s->vip, name->vip)) {
+		copy(name->addr, s->addr);
+		name->port = s->port;
+		return true;
+	}
+	if (!s && sk && !sk->dst_port)
+		disconnected(ctx);
+	return false;
+}
+
+/*
+ * sendto() a listener. An unconnected socket stays with the backend that it had.
+ * Nothing begins and nothing ends here, so that nothing is in flight. name has the
+ * VIP, and gets the backend. Returns whether there is one.
+ */
+static __always_inline bool send_to(struct bpf_sock_addr *ctx, struct listener *l, __u32 family,
+				    struct udp_name *name)
+{
 	struct backend *b;
-	struct socket *s;
 	__u32 index;
 	__u64 ref;
 
-	if (!sk)
-		return false;
-	s = recall_peer(ctx);
-	if (s && s->vip_port == (__be16)ctx->user_port && same(s->vip, vip)) {
-		copy(to->addr, s->addr);
-		to->port = s->port;
+	if (send_to_peer(ctx, name))
 		return true;
-	}
-	if (!s && !sk->dst_port)
-		disconnected(ctx);
-	p = bpf_sk_storage_get(&udp_peers, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!p) {
-		count(COUNTER_UNTRACKED);
-		return false;
-	}
-	ref = peer_of(p, vip, ctx->user_port);
+	ref = peer_of(ctx, name);
 	b = ref ? follow(ref) : NULL;
 	if (b && may_stay(b)) {
-		copy(to->addr, b->addr);
-		to->port = b->port;
+		copy(name->addr, b->addr);
+		name->port = b->port;
 		return true;
 	}
 	index = decide(ctx, l, family);
 	b = index ? bpf_map_lookup_elem(&backends, &index) : NULL;
 	if (!b)
 		return false;
-	copy(to->addr, b->addr);
-	to->port = b->port;
-	name_peer(p, vip, ctx->user_port, to, reference(index, b));
+	copy(name->addr, b->addr);
+	name->port = b->port;
+	name->current = 1;
+	name->backend = reference(index, b);
+	if (!name_peer(ctx, name)) {
+		count(COUNTER_UNTRACKED);
+		return false;
+	}
 	count(COUNTER_TRANSLATED);
 	return true;
 }
@@ -1093,39 +931,40 @@ int connect6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	__be32 vip[4] = {0, 0, MAPPED, ctx->user_ip4};
-	struct endpoint to = {};
+	struct udp_name name = {
+		.vip = {0, 0, MAPPED, ctx->user_ip4},
+		.vip_port = ctx->user_port,
+	};
 	struct listener l;
 
-	if (!find4(ctx, vip[3], &l)) {
-		unname_peer(ctx, vip);
+	if (!find4(ctx, name.vip[3], &l)) {
+		unname_peer(ctx, name.vip);
 		return 1;
 	}
 	if (is_probe(ctx) || bpf_get_retval())
 		return 1;
-	if (!send_to(ctx, &l, vip, AF_INET, &to))
-		return refuse(ctx, &l, vip);
-	store_addr4(ctx, to.addr, to.port);
+	if (!send_to(ctx, &l, AF_INET, &name))
+		return refuse(ctx, &l, name.vip);
+	store_addr4(ctx, name.addr, name.port);
 	return 1;
 }
 
 SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	struct endpoint to = {};
+	struct udp_name name = {.vip_port = ctx->user_port};
 	struct listener l;
-	__be32 vip[4];
 
-	load_addr6(ctx, vip);
-	if (!find6(ctx, vip, &l)) {
-		unname_peer(ctx, vip);
+	load_addr6(ctx, name.vip);
+	if (!find6(ctx, name.vip, &l)) {
+		unname_peer(ctx, name.vip);
 		return 1;
 	}
 	if (is_probe(ctx) || bpf_get_retval())
 		return 1;
-	if (!send_to(ctx, &l, vip, AF_INET6, &to))
-		return refuse(ctx, &l, vip);
-	store_addr6(ctx, to.addr, to.port);
+	if (!send_to(ctx, &l, AF_INET6, &name))
+		return refuse(ctx, &l, name.vip);
+	store_addr6(ctx, name.addr, name.port);
 	return 1;
 }
 
@@ -1137,9 +976,9 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 static __always_inline bool sender_name(struct bpf_sock_addr *ctx, const __be32 *from, __be32 *vip,
 					__be16 *vip_port)
 {
+	struct udp_name name = {.port = ctx->user_port};
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint peer = {};
-	struct udp_peers *p;
 	struct socket *s;
 
 	if (!sk)
@@ -1153,9 +992,12 @@ static __always_inline bool sender_name(struct bpf_sock_addr *ctx, const __be32 
 		*vip_port = s->vip_port;
 		return true;
 	}
-	p = bpf_sk_storage_get(&udp_peers, sk, NULL, 0);
-	if (p && name_of(p, from, ctx->user_port, vip, vip_port))
+	copy(name.addr, from);
+	if (name_of(ctx, &name) && answers_for(name.backend, name.vip, name.vip_port)) {
+		copy(vip, name.vip);
+		*vip_port = name.vip_port;
 		return true;
+	}
 	s = former_peer(ctx, from, ctx->user_port);
 	if (!s || !answers_for(s->backend, s->vip, s->vip_port))
 		return false;
@@ -1240,9 +1082,14 @@ int sock_release(struct bpf_sock *ctx)
 		cookie = bpf_get_socket_cookie(ctx);
 		if (cookie && recall(cookie))
 			forget(cookie, NULL, NULL);
+		if (cookie && ctx->protocol == IPPROTO_UDP)
+			forget_names(ctx, cookie);
 		return 1;
 	}
 	sk = bpf_cast_to_kern_ctx(ctx);
+	cookie = sk->__sk_common.skc_cookie.counter;
+	if (cookie && ctx->protocol == IPPROTO_UDP)
+		forget_names(ctx, cookie);
 	/* For a subflow, which is a socket of the kernel, this is not called. */
 	if (ctx->protocol == IPPROTO_MPTCP) {
 		struct sock *subflow = first_subflow(sk);
@@ -1251,7 +1098,7 @@ int sock_release(struct bpf_sock *ctx)
 			release(subflow, subflow->__sk_common.skc_cookie.counter, true);
 		return 1;
 	}
-	release(sk, sk->__sk_common.skc_cookie.counter, ctx->protocol == IPPROTO_TCP);
+	release(sk, cookie, ctx->protocol == IPPROTO_TCP);
 	return 1;
 }
 
@@ -1536,9 +1383,6 @@ static __always_inline void peer_of_common(const struct sock_common *sk, struct 
 	to->addr[3] = sk->skc_v6_daddr.in6_u.u6_addr32[3];
 }
 
-/* Which walk over all sockets this is; written by user space before it begins. */
-volatile __u32 walk;
-
 SEC("iter/tcp")
 int reset_tcp(struct bpf_iter__tcp *ctx)
 {
@@ -1561,9 +1405,13 @@ int reset_udp(struct bpf_iter__udp *ctx)
 {
 	struct sock_common *sk = (struct sock_common *)ctx->udp_sk;
 	__u64 cookie = sk ? sk->skc_cookie.counter : 0;
-	struct socket *s = cookie ? recall(cookie) : NULL, *holds;
+	struct socket *s, *holds;
 	struct endpoint peer = {};
 
+	if (!cookie)
+		return 0;
+	keep_names(cookie);
+	s = recall(cookie);
 	if (!s)
 		return 0;
 	peer_of_common(sk, &peer);
