@@ -29,6 +29,7 @@ var parts = []struct {
 }{
 	{"rolling", rollingUpdate},
 	{"deleted", deletedPod},
+	{"dead", deadEndpoints},
 	{"nodeport", nodePorts},
 	{"start", start},
 	{"change", changes},
