@@ -22,7 +22,9 @@ import (
 //   - a UDP client may send from one port for ever, and would be led to nobody;
 //   - a TCP connection that has ended is remembered for up to two minutes, and a
 //     client that uses its port again would be led where it went;
-//   - a SYN that nobody answers would be sent again to the same nobody.
+//   - a SYN that nobody answers would be sent again to the same nobody;
+//   - what was sent to an address before it was a listener's was not translated, and
+//     what follows from the same port would not be either.
 //
 // What is established goes on: a backend that has left a service may well live.
 
@@ -37,38 +39,63 @@ type flow struct {
 // stale are flows that must not go on. Those that are false are right (again).
 type stale map[flow]bool
 
-// between notes the flows that become stale when one service becomes the other.
-func (s stale) between(before, after *service.Service) {
-	for _, l := range before.Listeners {
-		if !l.From.Has(service.FromWorld | service.FromGuests) {
+// at notes the flows to a listener that become stale when other services have it.
+func (s stale) at(at service.Listener, before, after []*service.Service) {
+	was, now := targetsAt(at, before), targetsAt(at, after)
+	for _, b := range now {
+		s[flow{at.Protocol, at.Address, b}] = false
+	}
+	if len(now) > 0 && len(was) == 0 {
+		s.untranslated(at)
+	}
+	left := backendsAt(at, after)
+	for _, b := range backendsAt(at, before) {
+		if slices.Contains(now, b) {
 			continue
 		}
-		v4 := l.Address.Addr().Is4()
-		there := slices.ContainsFunc(after.Listeners, func(o service.Listener) bool { return o.At() == l.At() })
-		was, now := slotsOf(before, v4), slotsOf(after, v4)
-		if there {
-			for _, b := range now {
-				s[flow{l.Protocol, l.Address, b}] = false
-			}
-		}
-		if l.Protocol == service.UDP && there && len(now) > 0 && len(was) == 0 {
-			s[flow{l.Protocol, l.Address, l.Address}] = true
-		}
-		for _, b := range before.Backends {
-			if b.Address.Addr().Is4() != v4 || there && slices.Contains(now, b.Address) {
-				continue
-			}
-			// Once when it takes no more, and once more when it is gone: until
-			// then connections have ended.
-			left := !slices.ContainsFunc(after.Backends, func(o service.Backend) bool { return o.Address == b.Address })
-			if l.Protocol == service.UDP || left || slices.Contains(was, b.Address) {
-				s[flow{l.Protocol, l.Address, b.Address}] = true
-			}
+		// Once when it takes no more, and once more when it is gone: until
+		// then connections have ended.
+		if at.Protocol == service.UDP || !slices.Contains(left, b) || slices.Contains(was, b) {
+			s[flow{at.Protocol, at.Address, b}] = true
 		}
 	}
 }
 
-// found notes the flows that an earlier agent led to backends that are gone.
+// untranslated notes who sent to a listener before it was one: whoever goes on from
+// the same port would never be translated.
+func (s stale) untranslated(at service.Listener) {
+	s[flow{at.Protocol, at.Address, at.Address}] = true
+}
+
+// targetsAt returns the backends to which a listener leads, whoever comes.
+func targetsAt(at service.Listener, of []*service.Service) []netip.AddrPort {
+	world, guests := leads(at, of)
+	v4 := at.Address.Addr().Is4()
+	var all []netip.AddrPort
+	for _, w := range []*lead{world, guests} {
+		if w != nil {
+			all = append(all, slotsOf(w.to, v4)...)
+		}
+	}
+	slices.SortFunc(all, netip.AddrPort.Compare)
+	return slices.Compact(all)
+}
+
+// backendsAt returns all backends of the services that have a listener, of its family.
+func backendsAt(at service.Listener, of []*service.Service) []netip.AddrPort {
+	var all []netip.AddrPort
+	for _, s := range of {
+		for _, b := range s.Backends {
+			if b.Address.Addr().Is4() == at.Address.Addr().Is4() {
+				all = append(all, b.Address)
+			}
+		}
+	}
+	slices.SortFunc(all, netip.AddrPort.Compare)
+	return slices.Compact(all)
+}
+
+// found notes the flows that an earlier agent, or none, led where they must not go on.
 func (s stale) found(c *change) {
 	each := func(all []element, do func(flow)) {
 		for _, e := range all {
@@ -80,6 +107,12 @@ func (s stale) found(c *change) {
 	}
 	each(c.remove, func(f flow) { s[f] = true })
 	each(c.add, func(f flow) { delete(s, f) }) // it has another slot
+	for _, e := range c.add {
+		if (e.in.name == setServices || e.in.name == setGuestsTo) && e.data != chainDrop && e.data != chainRefuse {
+			l, _ := splitListener(e.key, e.in.v4)
+			s.untranslated(l)
+		}
+	}
 }
 
 // forget has conntrack forget stale flows, soon. The change that made them so is in

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -143,46 +144,6 @@ func family(v4 bool) int {
 	return 6
 }
 
-// elementsOf is all that a service puts into the sets, except what concerns its
-// backends' addresses alone. It is pure. chains gets the chains that it needs.
-func elementsOf(s *service.Service, chains map[string]chain) []element {
-	var all []element
-	slots := [2][]netip.AddrPort{slotsOf(s, false), slotsOf(s, true)}
-	for _, l := range s.Listeners {
-		world, guests := l.From.Has(service.FromWorld), l.From.Has(service.FromGuests)
-		if !world && !guests {
-			continue
-		}
-		v4 := l.Address.Addr().Is4()
-		at := slots[index(v4)]
-		key := listenerKey(l)
-		c := chain{v4: v4, guests: !world, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
-		verdict := c.name()
-		switch {
-		case len(at) > 0:
-			chains[verdict] = c
-		case s.Elsewhere:
-			verdict = chainDrop
-		default:
-			verdict = chainRefuse
-		}
-		if world {
-			all = append(all, element{set{setServices, v4}, key, verdict, s.Name})
-		}
-		if guests {
-			all = append(all, element{set{setGuestsTo, v4}, key, verdict, s.Name})
-		}
-		if len(at) > 0 && s.Affinity > 0 {
-			chains[c.sticks().name()] = c.sticks()
-		}
-		all = appendSlots(all, c, key, at)
-		if l.Guarded {
-			all = appendSources(all, key, s.Sources, v4)
-		}
-	}
-	return all
-}
-
 // appendSlots adds what leads from the slots of a listener to backends.
 func appendSlots(all []element, c chain, key string, at []netip.AddrPort) []element {
 	first := uint32(0)
@@ -199,8 +160,8 @@ func appendSlots(all []element, c chain, key string, at []netip.AddrPort) []elem
 	for i, b := range at {
 		all = append(all, element{set{setChoices, c.v4}, key + native(first+uint32(i)), native(numbers[b]), ""})
 	}
-	for b, n := range numbers {
-		all = append(all, element{set{setMembers, c.v4}, key + native(n), target(b), ""})
+	for _, b := range slices.SortedFunc(maps.Keys(numbers), netip.AddrPort.Compare) {
+		all = append(all, element{set{setMembers, c.v4}, key + native(numbers[b]), target(b), ""})
 	}
 	return all
 }

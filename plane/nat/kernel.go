@@ -169,35 +169,45 @@ func (k *kernel) removeChain(name string) {
 	k.conn.DelChain(&nftables.Chain{Table: k.table, Name: name})
 }
 
-// perMessage bounds the elements of a message: the list of them is one attribute,
-// whose length has sixteen bits (netlink(7)), and an element takes up to 150 bytes.
-const perMessage = 300
+// The list of elements of a message is one attribute, whose length has sixteen bits
+// (netlink(7)). A message has elements of so many bytes at most, and each has so many
+// besides its key, data and comment: the headers of its attributes.
+const (
+	perMessage = 40_000
+	perElement = 96
+)
 
-func (k *kernel) add(all []element) {
-	k.each(all, func(s *nftables.Set, part []nftables.SetElement) { _ = k.conn.SetAddElements(s, part) })
-}
+func (k *kernel) add(all []element) error { return k.each(all, k.conn.SetAddElements) }
 
-func (k *kernel) remove(all []element) {
-	k.each(all, func(s *nftables.Set, part []nftables.SetElement) { _ = k.conn.SetDeleteElements(s, part) })
-}
+func (k *kernel) remove(all []element) error { return k.each(all, k.conn.SetDeleteElements) }
 
-// each calls do for the elements of each set in parts; errors of encoding show
-// when the conversation is flushed.
-func (k *kernel) each(all []element, do func(*nftables.Set, []nftables.SetElement)) {
+// each calls do for the elements of each set, in parts that fit into a message.
+func (k *kernel) each(all []element, do func(*nftables.Set, []nftables.SetElement) error) error {
 	bySet := make(map[set][]element)
 	for _, e := range all {
 		bySet[e.in] = append(bySet[e.in], e)
 	}
+	var errs []error
 	for _, s := range allSets() {
-		for part := range slices.Chunk(bySet[s], perMessage) {
-			encoded := make([]nftables.SetElement, 0, len(part))
-			for _, e := range part {
+		for rest := bySet[s]; len(rest) > 0; {
+			n, size := 0, 0
+			for n < len(rest) && (n == 0 || size+rest[n].size() <= perMessage) {
+				size += rest[n].size()
+				n++
+			}
+			encoded := make([]nftables.SetElement, 0, n)
+			for _, e := range rest[:n] {
 				encoded = append(encoded, e.encode()...)
 			}
-			do(k.sets[s], encoded)
+			errs = append(errs, do(k.sets[s], encoded))
+			rest = rest[n:]
 		}
 	}
+	return errors.Join(errs...)
 }
+
+// size is at most how many bytes of a message an element takes; an interval is two.
+func (e element) size() int { return 2*(perElement+len(e.key)) + len(e.data) + len(e.note) }
 
 // encode returns an element as messages have it: an interval of a plain set is
 // two, one of a concatenation has two keys.

@@ -15,6 +15,7 @@ package nat
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -31,12 +32,14 @@ type Plane struct {
 	log *slog.Logger
 
 	mu         sync.Mutex
-	applied    *service.Snapshot // what is in the kernel; nil: not known
-	chains     map[string]bool   // of backends
-	local      users             // backends on this host
-	taken      users             // addresses of listeners in reserved ranges
-	vips       users             // addresses of listeners in untracked ranges
-	generation uint32            // of the rule set when Check saw it last; 0: changed since
+	applied    *service.Snapshot          // what is in the kernel; nil: not known
+	holders    holders                    // of the listeners of applied
+	refused    map[service.Listener]error // listeners that the kernel would not have
+	chains     map[string]bool            // of backends
+	local      users                      // backends on this host
+	taken      users                      // addresses of listeners in reserved ranges
+	vips       users                      // addresses of listeners in untracked ranges
+	generation uint32                     // of the rule set when Check saw it last; 0: changed since
 
 	staleMu   sync.Mutex
 	stale     stale // what conntrack has to forget
@@ -81,46 +84,96 @@ func (p *Plane) apply(snap *service.Snapshot) error {
 	if p.applied == snap {
 		return nil
 	}
-	var c change
-	needed := make(map[string]chain)
-	ended := make(stale)
+	w := newWork()
 	changed, removed := service.Diff(p.applied, snap)
 	for _, s := range removed {
-		ended.between(s, &service.Service{})
-		p.stage(&c, s, &service.Service{}, &snap.Ranges, needed)
+		p.replace(w, s, nil, &snap.Ranges)
 	}
 	for _, s := range changed {
-		before := p.applied.Find(s.Name)
-		if before == nil {
-			before = &service.Service{}
-		}
-		ended.between(before, s)
-		p.stage(&c, before, s, &snap.Ranges, needed)
+		p.replace(w, p.applied.Find(s.Name), s, &snap.Ranges)
 	}
-	c.differ(rangeElements(setGuests, p.applied.Guests), rangeElements(setGuests, snap.Guests))
-	c.settle()
-	if err := p.commit(k, &c, needed); err != nil {
+	w.common.differ(rangeElements(setGuests, p.applied.Guests), rangeElements(setGuests, snap.Guests))
+	w.common.settle()
+	c, ended := p.finish(w)
+	err = p.commit(k, &c, w.needed)
+	if isRefusal(err) {
+		p.log.Warn("the kernel refuses a change of the table, which is read and made right", "table", TableName, "error", err)
+		return p.reconcile(k, snap)
+	}
+	if err != nil {
 		return err
 	}
 	p.forget(ended)
 	return nil
 }
 
-// stage adds what makes one service the other.
-func (p *Plane) stage(c *change, before, after *service.Service, ranges *service.Ranges, needed map[string]chain) {
-	c.differ(elementsOf(before, make(map[string]chain)), elementsOf(after, needed))
+// work is a change of the table while it is put together.
+type work struct {
+	common change                                  // of addresses, which services have in common
+	before map[service.Listener][]*service.Service // holders of the listeners that change, as they were
+	needed map[string]chain                        // chains to which anything leads
+}
+
+func newWork() *work {
+	return &work{before: make(map[service.Listener][]*service.Service), needed: make(map[string]chain)}
+}
+
+// replace puts one service in the place of the other; either may be nil.
+func (p *Plane) replace(w *work, before, after *service.Service, ranges *service.Ranges) {
+	for _, s := range []*service.Service{before, after} {
+		if s == nil {
+			continue
+		}
+		for _, at := range places(s) {
+			if _, noted := w.before[at]; !noted {
+				w.before[at] = p.holders[at]
+			}
+		}
+	}
+	if before != nil {
+		p.holders.remove(before)
+		p.count(w, before, -1, ranges)
+	}
+	if after != nil {
+		p.holders.add(after)
+		p.count(w, after, 1, ranges)
+	}
+}
+
+// count adds to the change what addresses of a service come or go with it.
+func (p *Plane) count(w *work, s *service.Service, n int, ranges *service.Ranges) {
 	for _, x := range []struct {
 		counted users
-		of      func(*service.Service) []netip.Addr
+		of      []netip.Addr
 		as      func(netip.Addr) []element
 	}{
-		{p.local, localAddresses, onHost},
-		{p.taken, func(s *service.Service) []netip.Addr { return listenersIn(s, ranges.Reserved) }, plainIn(setTaken)},
-		{p.vips, func(s *service.Service) []netip.Addr { return listenersIn(s, ranges.Untracked) }, plainIn(setVIPs)},
+		{p.local, localAddresses(s), onHost},
+		{p.taken, listenersIn(s, ranges.Reserved), plainIn(setTaken)},
+		{p.vips, listenersIn(s, ranges.Untracked), plainIn(setVIPs)},
 	} {
-		c.remove = append(c.remove, x.counted.change(x.of(before), -1, x.as)...)
-		c.add = append(c.add, x.counted.change(x.of(after), 1, x.as)...)
+		all := x.counted.change(x.of, n, x.as)
+		if n < 0 {
+			w.common.remove = append(w.common.remove, all...)
+		} else {
+			w.common.add = append(w.common.add, all...)
+		}
 	}
+}
+
+// finish returns the whole change, and the flows that it ends.
+func (p *Plane) finish(w *work) (change, stale) {
+	c := w.common
+	ended := make(stale)
+	for _, at := range slices.SortedFunc(maps.Keys(w.before), service.Listener.Compare) {
+		before := w.before[at]
+		if p.refused[at] != nil {
+			delete(p.refused, at)
+			before = nil
+		}
+		c.differ(elementsAt(at, before, make(map[string]chain)), elementsAt(at, p.holders[at], w.needed))
+		ended.at(at, before, p.holders[at])
+	}
+	return c, ended
 }
 
 // users are addresses by how many services have them.
@@ -196,17 +249,18 @@ func rangeElements(name setName, ranges []netip.Prefix) []element {
 
 // reconcile reads the kernel and makes it right, whoever made it what it is.
 func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
-	p.local, p.taken, p.vips = make(users), make(users), make(users)
-	p.chains = make(map[string]bool)
+	p.local, p.taken, p.vips, p.holders = make(users), make(users), make(users), make(holders)
+	p.chains, p.refused = make(map[string]bool), make(map[service.Listener]error)
 	found, err := k.inspect()
 	if err != nil {
 		return err
 	}
-	needed := make(map[string]chain)
-	var want change
+	w := newWork()
 	for _, s := range snap.Services {
-		p.stage(&want, &service.Service{}, s, &snap.Ranges, needed)
+		p.replace(w, nil, s, &snap.Ranges)
 	}
+	want, _ := p.finish(w)
+	needed := w.needed
 	want.add = append(want.add, rangeElements(setGuests, snap.Guests)...)
 	want.add = append(want.add, rangeElements(setReserved, snap.Reserved)...)
 	want.add = append(want.add, rangeElements(setUntracked, snap.Untracked)...)
@@ -214,35 +268,56 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 		raw := chain{untracked: snap.Untracked}
 		needed[raw.name()] = raw
 	}
-	if found == nil {
-		if err := k.create(); err != nil {
-			return err
-		}
-		return p.noting(k, &want, func() error { return p.commit(k, &want, needed) })
-	}
-	if !found.sound {
+	var have []element
+	switch {
+	case found == nil:
+		err = k.create()
+	case !found.sound:
 		p.log.Warn("the table of the nat plane is not what it should be, and is made anew", "table", TableName)
-		return p.noting(k, &want, func() error {
-			k.replace()
-			return p.commitAtOnce(k, &want, needed)
-		})
+		return p.remake(k, &want, needed)
+	default:
+		for _, name := range found.chains {
+			p.chains[name] = true
+		}
+		have, err = k.elements()
 	}
-	have, err := k.elements()
 	if err != nil {
 		return err
 	}
-	for _, name := range found.chains {
-		p.chains[name] = true
-	}
 	var c change
 	c.differ(have, want.add)
-	if err := p.noting(k, &c, func() error { return p.commit(k, &c, needed) }); err != nil {
+	if err := p.noting(k, &c, func() error { return p.commitSafely(k, &c, needed) }); err != nil {
 		return err
 	}
-	ended := make(stale)
-	ended.found(&c)
-	p.forget(ended)
+	p.forgetFound(&c)
 	return p.removeChains(k, needed)
+}
+
+// remake replaces the whole table, in one transaction if the kernel takes it so.
+func (p *Plane) remake(k *kernel, want *change, needed map[string]chain) error {
+	err := p.noting(k, want, func() error {
+		k.replace()
+		return p.commitAtOnce(k, want, needed)
+	})
+	if isRefusal(err) {
+		// Empty first, so that what is refused can be found.
+		k.replace()
+		if err := p.flush(k); err != nil {
+			return err
+		}
+		err = p.noting(k, want, func() error { return p.divide(k, want, needed) })
+	}
+	if err != nil {
+		return err
+	}
+	p.forgetFound(want)
+	return nil
+}
+
+func (p *Plane) forgetFound(c *change) {
+	ended := make(stale)
+	ended.found(c)
+	p.forget(ended)
 }
 
 // removeChains removes the chains to which nothing leads any more.
@@ -273,11 +348,9 @@ func (p *Plane) commit(k *kernel, c *change, needed map[string]chain) error {
 	if len(c.remove) > 0 || len(c.add) <= perTransaction {
 		return p.commitAtOnce(k, c, needed)
 	}
-	p.addChains(k, needed)
 	slices.SortStableFunc(c.add, func(a, b element) int { return order(a) - order(b) })
 	for part := range slices.Chunk(c.add, perTransaction) {
-		k.add(part)
-		if err := p.flush(k); err != nil {
+		if err := p.commitAtOnce(k, &change{add: part}, needed); err != nil {
 			return err
 		}
 	}
@@ -297,22 +370,30 @@ func order(e element) int {
 }
 
 func (p *Plane) commitAtOnce(k *kernel, c *change, needed map[string]chain) error {
-	p.addChains(k, needed)
-	k.remove(c.remove)
-	k.add(c.add)
-	return p.flush(k)
+	added := p.addChains(k, needed)
+	err := errors.Join(k.remove(c.remove), k.add(c.add))
+	if err = errors.Join(err, p.flush(k)); err != nil {
+		// Nothing of a transaction is there when it fails.
+		for _, name := range added {
+			delete(p.chains, name)
+		}
+	}
+	return err
 }
 
-func (p *Plane) addChains(k *kernel, needed map[string]chain) {
+// addChains adds the chains that are needed and not there, and returns their names.
+func (p *Plane) addChains(k *kernel, needed map[string]chain) (added []string) {
 	// Chains lead to those that stick.
 	for _, sticks := range []bool{true, false} {
 		for name, c := range needed {
 			if !p.chains[name] && (c.slots == 0 && c.untracked == nil) == sticks {
 				k.addChain(c)
 				p.chains[name] = true
+				added = append(added, name)
 			}
 		}
 	}
+	return added
 }
 
 func (p *Plane) flush(k *kernel) error {
