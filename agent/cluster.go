@@ -26,6 +26,7 @@ type natPlane interface {
 	Apply(context.Context, *service.Snapshot) error
 	Check() bool
 	Verify()
+	Refused() []string
 	Run(context.Context)
 }
 
@@ -233,7 +234,7 @@ func (c *cluster) addTo(s *api.Status) {
 	for _, p := range c.latest.Problems {
 		s.Warnings = append(s.Warnings, p.Object+": "+p.Message)
 	}
-	s.Warnings = append(s.Warnings, c.overruled...)
+	s.Warnings = append(append(s.Warnings, c.overruled...), c.nat.Refused()...)
 	forwards, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
 	if err == nil && len(forwards) > 0 && forwards[0] == '0' {
 		s.Problems = append(s.Problems, "this host does not forward packets, so that nobody outside reaches pods: sysctl -w net.ipv4.ip_forward=1")

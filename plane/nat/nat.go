@@ -41,6 +41,9 @@ type Plane struct {
 	vips       users                      // addresses of listeners in untracked ranges
 	generation uint32                     // of the rule set when Check saw it last; 0: changed since
 
+	saidMu sync.Mutex
+	said   []string // of refused, for people
+
 	staleMu   sync.Mutex
 	stale     stale // what conntrack has to forget
 	later     stale // of this, what may be a handshake that is under way
@@ -64,6 +67,7 @@ func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
 		return err
 	}
 	err := p.apply(snap)
+	p.say()
 	if err != nil {
 		p.applied = nil
 		return fmt.Errorf("table inet %s: %w", TableName, err)

@@ -149,14 +149,21 @@ func (p *Plane) namesAt(at service.Listener) string {
 	return strings.Join(names, ", ")
 }
 
-// Refused says which listeners the kernel would not have, and why, sorted.
-func (p *Plane) Refused() []string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+// say puts into words what is refused, so that nobody who asks waits for a change.
+func (p *Plane) say() {
 	var all []string
 	for _, at := range slices.SortedFunc(maps.Keys(p.refused), service.Listener.Compare) {
 		all = append(all, fmt.Sprintf("%s of %s is not served to packets from elsewhere: the kernel refuses it: %v",
 			at, cmp.Or(p.namesAt(at), "no service"), p.refused[at]))
 	}
-	return all
+	p.saidMu.Lock()
+	p.said = all
+	p.saidMu.Unlock()
+}
+
+// Refused says which listeners the kernel would not have, and why, sorted.
+func (p *Plane) Refused() []string {
+	p.saidMu.Lock()
+	defer p.saidMu.Unlock()
+	return slices.Clone(p.said)
 }

@@ -11,37 +11,65 @@ import (
 	"github.com/pentad/pentad/service"
 )
 
-// claims say which Services want which listeners. Two that want the same one for
-// the same clients cannot both have it: the older has it, as the API server would
-// have had it, so that nobody takes a listener away from somebody.
+// asked is by which field of a Service a listener is wanted.
+type asked uint8
+
+// The fields, in the order in which they count. What the API server or a controller
+// has given to a Service is its own, however old others are that name it: a
+// ClusterIP and a NodePort are unique, an ingress was allocated. Who names an
+// address in externalIPs was given nothing.
+const (
+	asClusterIP asked = iota
+	asNodePort
+	asIngress
+	asExternalIP
+)
+
+// String names what a listener is to its holder.
+func (a asked) String() string {
+	return [...]string{"a ClusterIP", "a NodePort", "an address of the load balancer", "an externalIP"}[a]
+}
+
+// want is a service with how each of its listeners is asked for.
+type want struct {
+	*service.Service
+	as []asked
+}
+
+// claims say who wants which listeners. Of two that want the same one for the same
+// clients one has it: by what it is to them, and where it is the same to both, the
+// older. Clients whom only one of them wants are its own.
 type claims map[service.Listener][]claim
 
 type claim struct {
+	as      asked
 	owner   types.NamespacedName
 	created time.Time
+	service string // of the owner's, by name
 	from    service.From
 }
 
 // before orders claims by precedence.
 func (c claim) before(o claim) bool {
-	return cmp.Or(c.created.Compare(o.created), cmp.Compare(c.owner.String(), o.owner.String())) < 0
+	return cmp.Or(cmp.Compare(c.as, o.as), c.created.Compare(o.created), cmp.Compare(c.owner.String(), o.owner.String()),
+		cmp.Compare(c.service, o.service), cmp.Compare(c.from, o.from)) < 0
 }
 
 // add notes what a Service wants, and remove forgets it. Both return the other
 // Services that want any of the same.
-func (c claims) add(s *clusterService, wanted []*service.Service) []types.NamespacedName {
+func (c claims) add(s *clusterService, wanted []want) []types.NamespacedName {
 	var others []types.NamespacedName
 	for _, w := range wanted {
-		for _, l := range w.Listeners {
+		for i, l := range w.Listeners {
 			at := l.At()
 			others = appendOwners(others, c[at], s.key())
-			c[at] = append(c[at], claim{s.key(), s.created, l.From})
+			c[at] = append(c[at], claim{w.as[i], s.key(), s.created, w.Name, l.From})
 		}
 	}
 	return others
 }
 
-func (c claims) remove(owner types.NamespacedName, wanted []*service.Service) []types.NamespacedName {
+func (c claims) remove(owner types.NamespacedName, wanted []want) []types.NamespacedName {
 	var others []types.NamespacedName
 	for _, w := range wanted {
 		for _, l := range w.Listeners {
@@ -69,25 +97,25 @@ func appendOwners(to []types.NamespacedName, from []claim, but types.NamespacedN
 
 // grant returns the services with the listeners that they may have, and what is
 // to be said about the others. Services that lose nothing are the same pointers.
-func (c claims) grant(owner types.NamespacedName, wanted []*service.Service) (granted []*service.Service, problems []string) {
+func (c claims) grant(owner types.NamespacedName, wanted []want) (granted []*service.Service, problems []string) {
 	for _, w := range wanted {
-		var kept []service.Listener
+		kept := make([]service.Listener, 0, len(w.Listeners))
 		for i, l := range w.Listeners {
-			holder, lost := c.loses(owner, l)
-			if lost && kept == nil {
-				kept = append(make([]service.Listener, 0, len(w.Listeners)), w.Listeners[:i]...)
+			left, holder := c.left(owner, w, i)
+			if holder != nil && holder.owner != owner {
+				problems = append(problems, fmt.Sprintf("%s %s it is %s of %s Service %s; choose another address or port",
+					l, lostMark, holder.as, older(holder.as == w.as[i]), holder.owner))
 			}
-			if lost {
-				problems = append(problems, fmt.Sprintf(
-					"%s is not served for it: it belongs to the older Service %s; choose another address or port", l, holder))
-			} else if kept != nil {
+			if left != 0 {
+				l.From = left
 				kept = append(kept, l)
 			}
 		}
-		if kept == nil {
-			granted = append(granted, w)
-		} else if len(kept) > 0 {
-			lesser := *w
+		switch {
+		case slices.Equal(kept, w.Listeners):
+			granted = append(granted, w.Service)
+		case len(kept) > 0:
+			lesser := *w.Service
 			lesser.Listeners = kept
 			granted = append(granted, &lesser)
 		}
@@ -95,20 +123,36 @@ func (c claims) grant(owner types.NamespacedName, wanted []*service.Service) (gr
 	return granted, problems
 }
 
-func (c claims) loses(owner types.NamespacedName, l service.Listener) (holder types.NamespacedName, lost bool) {
+func older(by bool) string {
+	if by {
+		return "the older"
+	}
+	return "the"
+}
+
+// left returns the clients of a listener that nobody else has, and who has others of
+// them first.
+func (c claims) left(owner types.NamespacedName, w want, i int) (left service.From, holder *claim) {
+	l := w.Listeners[i]
 	all := c[l.At()]
+	left = l.From
 	if len(all) < 2 {
-		return holder, false
+		return left, nil
 	}
-	i := slices.IndexFunc(all, func(x claim) bool { return x.owner == owner && x.from == l.From })
-	if i < 0 {
-		return holder, false
+	mine := slices.IndexFunc(all, func(x claim) bool {
+		return x.owner == owner && x.service == w.Name && x.as == w.as[i] && x.from == l.From
+	})
+	if mine < 0 {
+		return left, nil
 	}
-	mine := all[i]
 	for _, x := range all {
-		if x.owner != owner && x.from&l.From != 0 && x.before(mine) {
-			return x.owner, true
+		if x.from&l.From == 0 || !x.before(all[mine]) {
+			continue
+		}
+		left &^= x.from
+		if holder == nil || x.before(*holder) {
+			holder = &x
 		}
 	}
-	return holder, false
+	return left, holder
 }

@@ -25,7 +25,7 @@ type surroundings struct {
 
 // translation is what one Service becomes on this node.
 type translation struct {
-	services []*service.Service // one for each port, two or three where policies differ
+	services []want // one for each port, two or three where policies differ
 	check    *Check
 	problems []string
 	unserved int        // ports of a protocol that is not served
@@ -34,10 +34,11 @@ type translation struct {
 
 // translate is pure: the same objects give the same services, in the same order.
 func translate(s *clusterService, all []*slice, at *surroundings) translation {
-	t := translation{problems: s.problems}
+	t := translation{problems: slices.Clone(s.problems)}
 	if s.headless {
 		return t
 	}
+	t.problems = append(t.problems, s.checkLocal()...)
 	wrong := make(map[string]int) // annotations, by how many ports refuse them
 	served := 0
 	for _, p := range s.ports {
@@ -59,7 +60,7 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 		}
 	}
 	if s.checkPort != 0 {
-		t.check = &Check{s.checkPort, s.Namespace, s.Name, localReady(all, at)}
+		t.check = &Check{s.checkPort, s.Namespace, s.Name, s.localReady(all, at)}
 	}
 	t.stray = stray(all, at.ranges)
 	return t
@@ -71,72 +72,94 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *surroundings) (wrong []error) {
 	endpoints := t.endpoints(p, all)
 	base := fmt.Sprintf("%s/%s:%s", s.Namespace, s.Name, cmp.Or(p.name, strconv.Itoa(int(p.port))))
-	cluster := &service.Service{Name: base}
-	internal := &service.Service{Name: base + "/internal"}
-	external := &service.Service{Name: base + "/external", Elsewhere: len(usableAnywhere(endpoints)) > 0}
+	cluster := &want{Service: &service.Service{Name: base}}
+	internal := &want{Service: &service.Service{Name: base + "/internal"}}
+	external := &want{Service: &service.Service{Name: base + "/external", Elsewhere: len(usableAnywhere(endpoints)) > 0}}
 	s.listen(p, at, cluster, internal, external, &t.problems)
 
-	chosen := inCluster(endpoints, at)
-	local := onNode(endpoints, at)
+	chosen := byFamily(endpoints, at, inCluster)
+	local := byFamily(endpoints, at, onNode)
 	for _, x := range []struct {
-		to     *service.Service
+		to     *want
 		among  []candidate
 		chosen func(candidate) bool
 	}{{cluster, endpoints, chosen}, {internal, here(endpoints, at), local}, {external, here(endpoints, at), local}} {
 		if len(x.to.Listeners) == 0 {
 			continue
 		}
-		slices.SortFunc(x.to.Listeners, service.Listener.Compare)
-		wrong = config.Annotate(s.annotations, x.to)
+		x.to.sort()
+		wrong = config.Annotate(s.annotations, x.to.Service)
 		x.to.Affinity, x.to.Sources = s.affinity, s.sources
 		x.to.Backends = backends(x.among, x.chosen, at)
-		t.services = append(t.services, x.to)
+		t.services = append(t.services, *x.to)
 	}
 	return wrong
 }
 
+// sort puts the listeners in order. What is asked for twice in the same way is one.
+func (w *want) sort() {
+	type wish struct {
+		service.Listener
+		as asked
+	}
+	wishes := make([]wish, len(w.Listeners))
+	for i, l := range w.Listeners {
+		wishes[i] = wish{l, w.as[i]}
+	}
+	slices.SortStableFunc(wishes, func(a, b wish) int { return cmp.Or(a.Compare(b.Listener), cmp.Compare(a.as, b.as)) })
+	wishes = slices.Compact(wishes)
+	w.Listeners, w.as = w.Listeners[:0], w.as[:0]
+	for _, x := range wishes {
+		w.Listeners, w.as = append(w.Listeners, x.Listener), append(w.as, x.as)
+	}
+}
+
 // listen adds the listeners of a port to the services whose endpoints they lead to.
-func (s *clusterService) listen(p servicePort, at *surroundings, cluster, internal, external *service.Service, problems *[]string) {
-	add := func(to *service.Service, l service.Listener, a netip.Addr, port uint16) {
+func (s *clusterService) listen(p servicePort, at *surroundings, cluster, internal, external *want, problems *[]string) {
+	add := func(to *want, as asked, l service.Listener, a netip.Addr, port uint16) {
 		l.Address, l.Protocol = netip.AddrPortFrom(a, port), protocols[p.protocol]
-		to.Listeners = append(to.Listeners, l)
+		to.Listeners, to.as = append(to.Listeners, l), append(to.as, as)
 	}
 	// What comes from the world goes by the external policy; the sockets and
 	// guests of this node always reach the whole cluster.
-	outside := func(l service.Listener, a netip.Addr, port uint16) {
+	outside := func(as asked, l service.Listener, a netip.Addr, port uint16) {
 		if !s.externalLocal {
-			add(cluster, l, a, port)
+			add(cluster, as, l, a, port)
 			return
 		}
 		world := l
 		world.From &= service.FromWorld
 		if world.From != 0 {
-			add(external, world, a, port)
+			add(external, as, world, a, port)
 		}
 		if l.From &^= service.FromWorld; l.From != 0 {
-			add(cluster, l, a, port)
+			add(cluster, as, l, a, port)
 		}
 	}
 	for _, a := range s.clusterIPs {
+		to := cluster
 		if s.internalLocal {
-			add(internal, service.Listener{From: service.Anywhere}, a, p.port)
-		} else {
-			add(cluster, service.Listener{From: service.Anywhere}, a, p.port)
+			to = internal
 		}
+		add(to, asClusterIP, service.Listener{From: s.insiders()}, a, p.port)
 	}
 	if s.nodePorts && p.nodePort != 0 {
 		for _, a := range at.nodePorts {
 			if s.has(a) {
-				outside(service.Listener{From: service.Anywhere, Held: true}, a, p.nodePort)
+				outside(asNodePort, service.Listener{From: service.Anywhere, Held: true}, a, p.nodePort)
 			}
 		}
 		for _, a := range loopbacks {
 			if s.has(a) {
-				add(cluster, service.Listener{From: service.FromHost, Held: true}, a, p.nodePort)
+				add(cluster, asNodePort, service.Listener{From: service.FromHost, Held: true}, a, p.nodePort)
 			}
 		}
 	}
 	for _, a := range s.ingress {
+		// An address of a family that the Service does not have is somebody else's.
+		if !s.has(a) {
+			continue
+		}
 		from, guarded := service.Anywhere, len(s.sources) > 0
 		if guarded {
 			// The address of a pod's socket is not known yet when it connects:
@@ -146,23 +169,48 @@ func (s *clusterService) listen(p servicePort, at *surroundings, cluster, intern
 				from |= service.FromHost
 			}
 		}
-		outside(service.Listener{From: from, Guarded: guarded}, a, p.port)
+		outside(asIngress, service.Listener{From: from, Guarded: guarded}, a, p.port)
 	}
 	for _, a := range s.externalIPs {
-		if slices.Contains(s.ingress, a) {
+		if slices.Contains(s.ingress, a) || !s.has(a) {
 			continue
 		}
 		switch {
 		case slices.ContainsFunc(at.allowed, func(r netip.Prefix) bool { return r.Contains(a) }):
-			outside(service.Listener{From: service.Anywhere}, a, p.port)
+			outside(asExternalIP, service.Listener{From: service.Anywhere}, a, p.port)
 		case at.own[a]:
 			*problems = append(*problems, fmt.Sprintf(
 				"externalIPs: %s is an address of this node and not served, because others are reached there; allow it with "+
 					"source.kubernetes.allowExternalIPs, or use a NodePort", a))
 		default:
-			outside(service.Listener{From: service.FromWorld}, a, p.port)
+			outside(asExternalIP, service.Listener{From: service.FromWorld}, a, p.port)
 		}
 	}
+}
+
+// localAnnotation asks for something else than usual of what this node itself does
+// with a ClusterIP.
+const (
+	localAnnotation = config.AnnotationPrefix + "local"
+	localBypass     = "bypass"
+)
+
+// insiders returns the clients of the ClusterIPs. With bypass connect() leaves them
+// alone: something on this node answers at the address itself, or wants to see it.
+func (s *clusterService) insiders() service.From {
+	if s.annotations[localAnnotation] == localBypass {
+		return service.FromGuests | service.FromWorld
+	}
+	return service.Anywhere
+}
+
+// checkLocal says what is wrong with the annotation, if anything is.
+func (s *clusterService) checkLocal() []string {
+	value, there := s.annotations[localAnnotation]
+	if !there || value == localBypass {
+		return nil
+	}
+	return []string{fmt.Sprintf("annotation %s: want %s; the annotation is ignored", localAnnotation, localBypass)}
 }
 
 // loopbacks are where processes of the host itself reach NodePorts besides, and
@@ -254,6 +302,25 @@ func usableAnywhere(all []candidate) []candidate {
 	return usable
 }
 
+// byFamily lets each family of addresses choose by itself: what is ready, or hinted,
+// in one of them says nothing of the other.
+func byFamily(all []candidate, at *surroundings, choose func([]candidate, *surroundings) func(candidate) bool) func(candidate) bool {
+	var families [2][]candidate // of IPv6 and of IPv4
+	for _, c := range all {
+		i := family(c)
+		families[i] = append(families[i], c)
+	}
+	chosen := [2]func(candidate) bool{choose(families[0], at), choose(families[1], at)}
+	return func(c candidate) bool { return chosen[family(c)](c) }
+}
+
+func family(c candidate) int {
+	if c.at.Addr().Is4() {
+		return 1
+	}
+	return 0
+}
+
 // inCluster returns which endpoints the policy Cluster uses: ready ones, of these
 // those meant for this node or its zone if hints are complete and name any; only
 // without a ready one those that serve while they terminate.
@@ -322,15 +389,21 @@ func backends(all []candidate, chosen func(candidate) bool, at *surroundings) []
 
 func shorten(zone string) string { return zone[:min(len(zone), service.MaxZone)] }
 
-// localReady counts the ready endpoints of a Service on this node, each once.
-func localReady(all []*slice, at *surroundings) int {
-	seen := make(map[netip.Addr]bool)
+// localReady counts the ready endpoints of a Service on this node, each once, in the
+// family that has more: a pod of two families is one.
+func (s *clusterService) localReady(all []*slice, at *surroundings) int {
+	var seen [2]map[netip.Addr]bool
 	for _, sl := range all {
 		for _, e := range sl.endpoints {
-			if e.ready && e.node == at.node {
-				seen[e.address] = true
+			if !e.ready || e.node != at.node || !s.has(e.address) {
+				continue
 			}
+			i := family(candidate{at: netip.AddrPortFrom(e.address, 0)})
+			if seen[i] == nil {
+				seen[i] = make(map[netip.Addr]bool)
+			}
+			seen[i][e.address] = true
 		}
 	}
-	return len(seen)
+	return max(len(seen[0]), len(seen[1]))
 }

@@ -133,6 +133,14 @@ func show(all []*service.Service) string {
 	return strings.Join(lines, "\n")
 }
 
+func servicesOf(wanted []want) []*service.Service {
+	var all []*service.Service
+	for _, w := range wanted {
+		all = append(all, w.Service)
+	}
+	return all
+}
+
 func TestTranslate(t *testing.T) {
 	two := []string{"10.1.0.1@n1/z1", "10.2.0.1@n2/z2"}
 	nodePort := func(s *corev1.Service) {
@@ -197,6 +205,15 @@ func TestTranslate(t *testing.T) {
 			"shop/web:http 10.96.0.10:80=shgw 203.0.113.9:80=w ->", ""},
 		"endpoints nobody can reach": {nil, []string{"127.0.0.5@n1/z1", "169.254.1.1@n1/z1", "10.1.0.1@n1/z1"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080*", "127.0.0.5"},
 
+		"an address of another family": {balancer(corev1.LoadBalancerIngress{IP: "203.0.113.1"}, corev1.LoadBalancerIngress{IP: "2001:db8:113::1"}), nil,
+			"shop/web:http 10.96.0.10:80=shgw 203.0.113.1:80=shgw ->", ""},
+		"an external IP of another family": {func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"2001:db8:113::1"} }, nil,
+			"shop/web:http 10.96.0.10:80=shgw ->", ""},
+		"passed by on its own node": {func(s *corev1.Service) { s.Annotations = map[string]string{"pentad.io/local": "bypass"} }, nil,
+			"shop/web:http 10.96.0.10:80=gw ->", ""},
+		"passed by, mistyped": {func(s *corev1.Service) { s.Annotations = map[string]string{"pentad.io/local": "pass"} }, nil,
+			"shop/web:http 10.96.0.10:80=shgw ->", "annotation pentad.io/local: want bypass"},
+
 		"not ready":                   {nil, []string{"10.1.0.1@n1/z1 u", "10.1.0.2@n1/z1"}, "shop/web:http 10.96.0.10:80=shgw -> (10.1.0.1:8080*) 10.1.0.2:8080*", ""},
 		"terminating beside ready":    {nil, []string{"10.1.0.1@n1/z1 t", "10.1.0.2@n1/z1"}, "shop/web:http 10.96.0.10:80=shgw -> (10.1.0.1:8080*) 10.1.0.2:8080*", ""},
 		"terminating alone":           {nil, []string{"10.1.0.1@n1/z1 t", "10.1.0.2@n1/z1 u"}, "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080* (10.1.0.2:8080*)", ""},
@@ -221,7 +238,7 @@ func TestTranslate(t *testing.T) {
 			all = append(all, testSlice("web-"+e, e))
 		}
 		got := translate(s, all, testSurroundings())
-		if have := show(got.services); have != c.want {
+		if have := show(servicesOf(got.services)); have != c.want {
 			t.Errorf("%s:\n%s\nwant\n%s", name, have, c.want)
 		}
 		if want := strings.Count(c.problem, "SCTP"); got.unserved != want {
@@ -233,12 +250,77 @@ func TestTranslate(t *testing.T) {
 	}
 }
 
+// Each family goes by its own endpoints: what a Service of both becomes is what one
+// of each would.
+func TestFamiliesAreIndependent(t *testing.T) {
+	flags := []string{"", " u", " us", " t", " ut", " z:z1", " z:z2", " n:n1", " z:z1 t"}
+	r := rand.New(rand.NewPCG(3, 4))
+	for range 2000 {
+		change := func(families string) func(*corev1.Service) {
+			return func(s *corev1.Service) {
+				s.Spec.ClusterIPs = nil
+				if strings.Contains(families, "4") {
+					s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, "10.96.0.10")
+				}
+				if strings.Contains(families, "6") {
+					s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, "2001:db8:96::a")
+				}
+				s.Spec.ClusterIP = s.Spec.ClusterIPs[0]
+				s.Spec.Type, s.Spec.Ports[0].NodePort = corev1.ServiceTypeLoadBalancer, 30080
+				s.Spec.ExternalIPs = []string{"198.51.100.7", "2001:db8:51::7"}
+				s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "203.0.113.1"}, {IP: "2001:db8:113::1"}}
+				s.Spec.HealthCheckNodePort = 31000
+			}
+		}
+		local, internal := r.IntN(2) == 0, r.IntN(2) == 0
+		make4, make6 := r.IntN(4), r.IntN(4)
+		var four, six []*slice
+		for i := range make4 {
+			n := 1 + r.IntN(2)
+			four = append(four, testSlice(fmt.Sprint("four", i), fmt.Sprintf("10.%d.0.%d@n%d/z%d%s", n, i, n, n, flags[r.IntN(len(flags))])))
+		}
+		for i := range make6 {
+			n := 1 + r.IntN(2)
+			six = append(six, testSlice(fmt.Sprint("six", i), fmt.Sprintf("2001:db8:%d::%d@n%d/z%d%s", n, i+1, n, n, flags[r.IntN(len(flags))])))
+		}
+		become := func(families string) []string {
+			s := testService(change(families))
+			if local {
+				s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+			}
+			if internal {
+				s.Spec.InternalTrafficPolicy = ptr(corev1.ServiceInternalTrafficPolicyLocal)
+			}
+			got := translate(trimService(s), append(slices.Clone(four), six...), testSurroundings())
+			var lines []string
+			for _, w := range got.services {
+				for _, l := range w.Listeners {
+					line := fmt.Sprint(w.Name, " ", l, " ", places(l.From), " ->")
+					for _, b := range w.Backends {
+						if b.Address.Addr().Is4() == l.Address.Addr().Is4() {
+							line += fmt.Sprint(" ", b.Address, "*", b.Weight)
+						}
+					}
+					lines = append(lines, line)
+				}
+			}
+			slices.Sort(lines)
+			return lines
+		}
+		both, apart := become("46"), append(become("4"), become("6")...)
+		slices.Sort(apart)
+		if !slices.Equal(both, apart) {
+			t.Fatalf("of both\n%s\nof each\n%s", strings.Join(both, "\n"), strings.Join(apart, "\n"))
+		}
+	}
+}
+
 // An endpoint that moves from one slice to another is there once, and ready if
 // either says so.
 func TestMovingEndpoint(t *testing.T) {
 	s := trimService(testService(nil))
 	got := translate(s, []*slice{testSlice("a", "10.1.0.1@n1/z1 u"), testSlice("b", "10.1.0.1@n1/z1")}, testSurroundings())
-	if have := show(got.services); have != "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080*" {
+	if have := show(servicesOf(got.services)); have != "shop/web:http 10.96.0.10:80=shgw -> 10.1.0.1:8080*" {
 		t.Error(have)
 	}
 }
@@ -255,7 +337,7 @@ func TestTranslateRest(t *testing.T) {
 	if got.check == nil || *got.check != (Check{31000, "shop", "web", 2}) {
 		t.Errorf("check is %+v", got.check)
 	}
-	first := got.services[0]
+	first := got.services[0].Service
 	if first.Affinity != 3*time.Hour || first.Balance != service.Random || first.OnDown != service.Reset {
 		t.Errorf("service is %+v", first)
 	}
@@ -303,53 +385,95 @@ func TestNodePortAddresses(t *testing.T) {
 	}
 }
 
-// Of two Services that want the same listener for the same clients the older has
-// it, in whatever order they are heard of; when it goes the other gets it.
+// claimant makes a Service that wants listeners: ADDRESS:PORT, =CLIENTS if not all
+// (s sockets, w world), and how it asks: c ClusterIP, n NodePort, i ingress, e
+// externalIP.
+func claimant(name string, age int, listeners ...string) (*clusterService, []want) {
+	s := &clusterService{created: time.Unix(int64(-age), 0)}
+	s.Namespace, s.Name = "shop", name
+	w := want{Service: &service.Service{Name: "shop/" + name}}
+	for _, text := range listeners {
+		f := strings.Fields(text)
+		address, clients, _ := strings.Cut(f[0], "=")
+		from := map[string]service.From{"": service.Anywhere, "w": service.FromWorld, "s": service.FromSockets}[clients]
+		w.Listeners = append(w.Listeners, service.Listener{Address: netip.MustParseAddrPort(address), Protocol: service.TCP, From: from})
+		w.as = append(w.as, asked(strings.Index("cnie", f[1])))
+	}
+	return s, []want{w}
+}
+
 func TestClaims(t *testing.T) {
-	want := func(name string, age int, listeners ...string) (*clusterService, []*service.Service) {
-		s := &clusterService{created: time.Unix(int64(-age), 0)}
-		s.Namespace, s.Name = "shop", name
-		out := &service.Service{Name: "shop/" + name}
-		for _, text := range listeners {
-			address, from, _ := strings.Cut(text, "=")
-			f := service.Anywhere
-			if from == "w" {
-				f = service.FromWorld
-			} else if from == "s" {
-				f = service.FromSockets
+	type wish struct {
+		name      string
+		age       int
+		listeners []string
+		has       string // show's; "" for nothing
+		says      string
+	}
+	for name, wishes := range map[string][]wish{
+		"NodePorts by age": {
+			{"young", 1, []string{"10.0.0.1:30080 n", "10.96.0.2:80 c"}, "shop/young 10.96.0.2:80=shgw ->", "a NodePort of the older Service shop/old"},
+			{"old", 3, []string{"10.0.0.1:30080 n"}, "shop/old 10.0.0.1:30080=shgw ->", ""},
+		},
+		"other clients": {
+			{"world", 2, []string{"198.51.100.1:80=w e"}, "shop/world 198.51.100.1:80=w ->", ""},
+			{"inside", 1, []string{"198.51.100.1:80=s e"}, "shop/inside 198.51.100.1:80=s ->", ""},
+		},
+		"clients in common": {
+			{"old", 2, []string{"198.51.100.1:80=w e"}, "shop/old 198.51.100.1:80=w ->", ""},
+			{"young", 1, []string{"198.51.100.1:80 e"}, "shop/young 198.51.100.1:80=shg ->", "an externalIP of the older Service shop/old"},
+		},
+		"a ClusterIP is nobody else's": {
+			{"old", 9, []string{"10.96.0.1:80=w e"}, "", "a ClusterIP of the Service shop/victim"},
+			{"victim", 1, []string{"10.96.0.1:80 c"}, "shop/victim 10.96.0.1:80=shgw ->", ""},
+		},
+		"nor an ingress": {
+			{"old", 9, []string{"203.0.113.1:80=w e"}, "", "an address of the load balancer of the Service shop/victim"},
+			{"victim", 1, []string{"203.0.113.1:80 i"}, "shop/victim 203.0.113.1:80=shgw ->", ""},
+		},
+		"nor a NodePort": {
+			{"old", 9, []string{"10.0.0.1:30080 i"}, "", "a NodePort of the Service shop/victim"},
+			{"older", 10, []string{"10.0.0.1:30080 e"}, "", "a NodePort of the Service shop/victim"},
+			{"victim", 1, []string{"10.0.0.1:30080 n"}, "shop/victim 10.0.0.1:30080=shgw ->", ""},
+		},
+		"one that asks twice": {
+			{"twice", 1, []string{"10.96.0.1:80 c", "10.96.0.1:80=w e"}, "shop/twice 10.96.0.1:80=shgw ->", ""},
+		},
+		"one that asks twice for others": {
+			{"twice", 1, []string{"10.0.0.1:80=s n", "10.0.0.1:80 i"}, "shop/twice 10.0.0.1:80=s 10.0.0.1:80=hgw ->", ""},
+		},
+	} {
+		// In whatever order they are heard of.
+		for range 3 {
+			c := make(claims)
+			owners := make(map[string]*clusterService)
+			wanted := make(map[string][]want)
+			for _, i := range rand.Perm(len(wishes)) {
+				w := wishes[i]
+				s, all := claimant(w.name, w.age, w.listeners...)
+				owners[w.name], wanted[w.name] = s, all
+				c.add(s, all)
 			}
-			out.Listeners = append(out.Listeners, service.Listener{Address: netip.MustParseAddrPort(address), Protocol: service.TCP, From: f})
+			for _, w := range wishes {
+				granted, problems := c.grant(owners[w.name].key(), wanted[w.name])
+				if have := show(granted); have != w.has {
+					t.Errorf("%s: %s has %q, want %q", name, w.name, have, w.has)
+				}
+				if have := strings.Join(problems, "; "); (have == "") != (w.says == "") || !strings.Contains(have, w.says) {
+					t.Errorf("%s: of %s is said %q, want %q", name, w.name, have, w.says)
+				}
+			}
+			// Alone each has all that it wants, and the others are told.
+			for _, w := range wishes[1:] {
+				if others := c.remove(owners[w.name].key(), wanted[w.name]); len(others) == 0 {
+					t.Errorf("%s: nobody is told that %s is gone", name, w.name)
+				}
+			}
+			first := wishes[0].name
+			if granted, problems := c.grant(owners[first].key(), wanted[first]); len(wishes) > 1 && (granted[0] != wanted[first][0].Service || len(problems) > 0) {
+				t.Errorf("%s: alone %s has %s, %v", name, first, show(granted), problems)
+			}
 		}
-		return s, []*service.Service{out}
-	}
-	old, oldWants := want("old", 3, "10.0.0.1:30080", "10.96.0.1:80")
-	young, youngWants := want("young", 1, "10.0.0.1:30080", "10.96.0.2:80")
-	world, worldWants := want("world", 2, "198.51.100.1:80=w")
-	inside, insideWants := want("inside", 1, "198.51.100.1:80=s")
-	c := make(claims)
-	c.add(young, youngWants)
-	if others := c.add(old, oldWants); !slices.Contains(others, young.key()) {
-		t.Errorf("the other one is not told: %v", others)
-	}
-	c.add(world, worldWants)
-	c.add(inside, insideWants)
-	granted, problems := c.grant(young.key(), youngWants)
-	if len(granted) != 1 || len(granted[0].Listeners) != 1 || len(problems) != 1 || !strings.Contains(problems[0], "older Service shop/old") {
-		t.Errorf("the younger has %s, %v", show(granted), problems)
-	}
-	if granted, problems = c.grant(old.key(), oldWants); granted[0] != oldWants[0] || len(problems) > 0 {
-		t.Errorf("the older has %s, %v", show(granted), problems)
-	}
-	for _, x := range [][]*service.Service{worldWants, insideWants} {
-		if granted, problems = c.grant(world.key(), x); granted[0] != x[0] || len(problems) > 0 {
-			t.Errorf("with other clients: %s, %v", show(granted), problems)
-		}
-	}
-	if others := c.remove(old.key(), oldWants); !slices.Contains(others, young.key()) {
-		t.Errorf("the other one is not told: %v", others)
-	}
-	if granted, problems = c.grant(young.key(), youngWants); granted[0] != youngWants[0] || len(problems) > 0 {
-		t.Errorf("alone it has %s, %v", show(granted), problems)
 	}
 }
 

@@ -72,7 +72,7 @@ type Source struct {
 
 // entry is what became of a Service.
 type entry struct {
-	wanted  []*service.Service // as translated
+	wanted  []want             // as translated
 	granted []*service.Service // with the listeners that it may have
 }
 
