@@ -181,6 +181,10 @@ type Backend struct {
 	Drained bool
 	Down    bool
 
+	// Unserving says of a backend without weight that it answers nobody, as
+	// its source knows: who sends it datagrams goes elsewhere at once.
+	Unserving bool
+
 	// DrainUntil, in Unix seconds, is when what is left of a drained
 	// backend's connections is closed; 0: never. DrainOver says that it is
 	// past.
@@ -246,6 +250,28 @@ type Service struct {
 	// Elsewhere says that other hosts have backends: packets that find none
 	// here are dropped, not refused, so that their sender looks elsewhere.
 	Elsewhere bool
+
+	// Of is the object that this service is a part of; nil: it is one by itself.
+	Of *Origin
+}
+
+// Origin is an object from which several services are made, as a Kubernetes Service
+// with several ports is. Its name, and a colon, begin theirs. What happens to one of
+// them need not have happened to its backends: connections are closed only when the
+// object has an endpoint no more, and left alone when the object is gone.
+type Origin struct {
+	Name      string
+	Endpoints []netip.Addr // sorted; of all its services, and whether they take connections or not
+}
+
+// Has reports whether an address is one of the object's endpoints.
+func (o *Origin) Has(a netip.Addr) bool {
+	_, found := slices.BinarySearchFunc(o.Endpoints, a, netip.Addr.Compare)
+	return found
+}
+
+func (o *Origin) equal(other *Origin) bool {
+	return o == other || o != nil && other != nil && o.Name == other.Name && slices.Equal(o.Endpoints, other.Endpoints)
 }
 
 // MaxName bounds the name of a service, in bytes: NAMESPACE/NAME:PORT of
@@ -367,7 +393,8 @@ func (s *Service) Equal(o *Service) bool {
 	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&
 		s.Health == o.Health && s.Keepalive == o.Keepalive && s.Breaker == o.Breaker &&
 		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Silent == o.Silent && s.Elsewhere == o.Elsewhere &&
-		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends) && slices.Equal(s.Sources, o.Sources)
+		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends) && slices.Equal(s.Sources, o.Sources) &&
+		s.Of.equal(o.Of)
 }
 
 // Closes reports whether the connections that a backend has are to be closed.
@@ -556,6 +583,15 @@ func Diff(from, to *Snapshot) (changed, removed []*Service) {
 		changed = append(changed, n)
 	}
 	return changed, append(removed, from.Services[i:]...)
+}
+
+// Origin returns the object of that name, or nil if no service is made from it.
+func (s *Snapshot) Origin(name string) *Origin {
+	i, _ := slices.BinarySearchFunc(s.Services, name+":", func(s *Service, name string) int { return strings.Compare(s.Name, name) })
+	if i < len(s.Services) && s.Services[i].Of != nil && s.Services[i].Of.Name == name {
+		return s.Services[i].Of
+	}
+	return nil
 }
 
 func byName(a, b *Service) int { return strings.Compare(a.Name, b.Name) }

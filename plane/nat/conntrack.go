@@ -53,12 +53,28 @@ func (s stale) at(at service.Listener, before, after []*service.Service) {
 		if slices.Contains(now, b) {
 			continue
 		}
-		// Once when it takes no more, and once more when it is gone: until
-		// then connections have ended.
-		if at.Protocol == service.UDP || !slices.Contains(left, b) || slices.Contains(was, b) {
+		switch {
+		case at.Protocol == service.UDP && servesStill(b, after):
+			// Who sends goes on with it, as connections do.
+		case at.Protocol == service.UDP || !slices.Contains(left, b) || slices.Contains(was, b):
+			// Once when it takes no more, and once more when it is gone: until
+			// then connections have ended.
 			s[flow{at.Protocol, at.Address, b}] = true
 		}
 	}
+}
+
+// servesStill reports whether the source of a backend says that it answers, though it
+// gets nothing new.
+func servesStill(b netip.AddrPort, of []*service.Service) bool {
+	for _, s := range of {
+		if s.Of != nil && slices.ContainsFunc(s.Backends, func(o service.Backend) bool {
+			return o.Address == b && !o.Unserving && !o.Down && !o.Drained
+		}) {
+			return true
+		}
+	}
+	return false
 }
 
 // untranslated notes who sent to a listener before it was one: whoever goes on from

@@ -43,6 +43,9 @@ func (s *mapSet) doomed(resets map[uint32]bool) (map[uint64][]netip.AddrPort, er
 			if v.Cookie == 0 || !resets[index] {
 				continue
 			}
+			if backends.values[index].Reset == uint8(kernelResetScopeRESET_UDP) && v.Protocol != unix.IPPROTO_UDP {
+				continue
+			}
 			// The generation grows by one when a backend is removed.
 			if backends.values[index].Generation-generation <= 1 {
 				found[v.Cookie] = append(found[v.Cookie], netip.AddrPortFrom(address(v.Addr), bigEndian(v.Port)))

@@ -216,6 +216,14 @@ type kernelLoad struct {
 	Blamed       uint32
 }
 
+type kernelResetScope uint32
+
+const (
+	kernelResetScopeRESET_NONE kernelResetScope = 0
+	kernelResetScopeRESET_ALL  kernelResetScope = 1
+	kernelResetScopeRESET_UDP  kernelResetScope = 2
+)
+
 type kernelServiceInfo struct {
 	_              structs.HostLayout
 	MaxConnections uint32
@@ -353,6 +361,7 @@ const (
 	kernelVarUnusedFilterSize   = "unused_filter_size"
 	kernelVarUnusedLife         = "unused_life"
 	kernelVarUnusedLoad         = "unused_load"
+	kernelVarUnusedResetScope   = "unused_reset_scope"
 	kernelVarUnusedTrait        = "unused_trait"
 	kernelVarWalk               = "walk"
 )
@@ -462,6 +471,7 @@ type kernelVariableSpecs struct {
 	UnusedFilterSize   *ebpf.VariableSpec `ebpf:"unused_filter_size"`
 	UnusedLife         *ebpf.VariableSpec `ebpf:"unused_life"`
 	UnusedLoad         *ebpf.VariableSpec `ebpf:"unused_load"`
+	UnusedResetScope   *ebpf.VariableSpec `ebpf:"unused_reset_scope"`
 	UnusedTrait        *ebpf.VariableSpec `ebpf:"unused_trait"`
 	Walk               *ebpf.VariableSpec `ebpf:"walk"`
 }
@@ -555,6 +565,7 @@ type kernelVariables struct {
 	UnusedFilterSize   *ebpf.Variable `ebpf:"unused_filter_size"`
 	UnusedLife         *ebpf.Variable `ebpf:"unused_life"`
 	UnusedLoad         *ebpf.Variable `ebpf:"unused_load"`
+	UnusedResetScope   *ebpf.Variable `ebpf:"unused_reset_scope"`
 	UnusedTrait        *ebpf.Variable `ebpf:"unused_trait"`
 	Walk               *ebpf.Variable `ebpf:"walk"`
 }

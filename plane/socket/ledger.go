@@ -33,6 +33,9 @@ type ledger struct {
 
 	// Backends whose connections are to be closed, also those that are gone.
 	resets map[uint32]bool
+	// Backends that are gone from their services, but not from the objects that
+	// these were made from.
+	orphans map[uint32]orphan
 
 	// What the programs may still be reading: free after a grace period.
 	retired struct {
@@ -50,6 +53,7 @@ type capacity struct {
 type entry struct {
 	id       uint32
 	name     string
+	of       *service.Origin
 	info     kernelServiceInfo
 	places   []place
 	tables   [2]table // by family
@@ -215,6 +219,7 @@ func newLedger(c capacity, first uint32) *ledger {
 		shared:     make(map[uint32]uint32),
 		filter:     make(map[uint32]uint64),
 		resets:     make(map[uint32]bool),
+		orphans:    make(map[uint32]orphan),
 	}
 	for i := range l.generation {
 		l.generation[i] = first
@@ -311,7 +316,8 @@ func (l *ledger) install(s *service.Service, t *tables, now moment, w *writes) {
 	}
 	l.placeTables(e, t, w)
 	l.showListeners(e, s, t, w)
-	l.retireBackends(gone, s.OnDown == service.Reset, now, w)
+	e.of = s.Of
+	l.retireBackends(gone, e.fate(s.Of), now, w)
 	e.complete = true
 }
 
@@ -330,17 +336,12 @@ func (l *ledger) placeBackends(e *entry, s *service.Service, now moment, w *writ
 			p.index = l.backends.take()
 		}
 		hot := hotBackend(b, state, e.id, l.generation[p.index])
-		hot.cost, hot.reset = costs[i], flag(s.Closes(b))
+		hot.cost, hot.reset = costs[i], resetOf(s, b)
 		if hot.started = p.hot.started; !fresh && b.Usable() && !takesConnections(p.hot.state) {
 			// It joins others, or comes back: little by little.
 			hot.started = max(1, now.jiffies)
 		}
-		if state == service.Drained && b.DrainUntil == 0 {
-			hot.leave = p.hot.leave
-			if hot.leave == 0 {
-				hot.leave = now.leave
-			}
-		}
+		hot.leave = leaveOf(s, b, state, p.hot.leave, now)
 		in := info{b.Group, b.Drained, b.Down, p.info.since, b.DrainUntil, b.Zone}
 		if !known || hot.state != p.hot.state {
 			in.since = uint32(now.time.Unix())
@@ -369,6 +370,34 @@ func (l *ledger) hasUDP() bool {
 		}
 	}
 	return false
+}
+
+// resetOf says which connections of a backend are to be closed.
+func resetOf(s *service.Service, b service.Backend) uint8 {
+	switch {
+	case s.Closes(b):
+		return uint8(kernelResetScopeRESET_ALL)
+	case b.Unserving && s.OnDown == service.Reset:
+		return uint8(kernelResetScopeRESET_UDP)
+	}
+	return 0
+}
+
+// leaveOf says when who sends datagrams without a connection leaves a backend: given
+// time, because nothing of theirs ever ends, but not where the source says that it
+// still serves them, or that it does not.
+func leaveOf(s *service.Service, b service.Backend, state service.State, before uint64, now moment) uint64 {
+	switch {
+	case state != service.Drained || b.DrainUntil != 0:
+		return 0
+	case b.Unserving:
+		return max(1, now.jiffies)
+	case s.Of != nil && !b.Drained:
+		return 0
+	case before != 0:
+		return before
+	}
+	return now.leave
 }
 
 func (l *ledger) markReset(index uint32, reset uint8) {
@@ -546,9 +575,50 @@ func listenerSum(v *kernelListener, x service.Listener) uint32 {
 	return uint32(sum >> 32)
 }
 
-// retireBackends takes back the places of backends that are gone. reset says
-// whether the connections that they have are to be closed.
-func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, now moment, w *writes) {
+// fate is what becomes of the connections of backends that are gone.
+type fate struct {
+	reset bool            // they are closed
+	of    *service.Origin // unless this has an endpoint there
+	owner string          // its name; "": it is none of an object's
+}
+
+// fate of what a service had, given what is left of the object that it was made from.
+func (e *entry) fate(left *service.Origin) fate {
+	f := fate{reset: e.info.Keep == 0, of: left}
+	if e.of != nil {
+		f.owner = e.of.Name
+	}
+	return f
+}
+
+func (f fate) closes(a netip.Addr) bool {
+	return f.reset && (f.owner == "" || f.of != nil && !f.of.Has(a))
+}
+
+// orphan is a retired backend whose connections go on, because the object that it
+// belonged to has it still, or is gone itself.
+type orphan struct {
+	owner string
+	addr  netip.Addr
+	hot   hot
+}
+
+// closeOrphans closes the connections to backends that their objects have no more.
+func (l *ledger) closeOrphans(snap *service.Snapshot, w *writes) {
+	for index, o := range l.orphans {
+		of := snap.Origin(o.owner)
+		if of == nil || of.Has(o.addr) {
+			continue
+		}
+		o.hot.reset = uint8(kernelResetScopeRESET_ALL)
+		l.markReset(index, o.hot.reset)
+		w.retiredBackends.add(index, o.hot.backend())
+		delete(l.orphans, index)
+	}
+}
+
+// retireBackends takes back the places of backends that are gone.
+func (l *ledger) retireBackends(gone map[netip.AddrPort]place, f fate, now moment, w *writes) {
 	for _, addr := range slices.SortedFunc(maps.Keys(gone), netip.AddrPort.Compare) {
 		p := gone[addr]
 		l.generation[p.index]++
@@ -557,8 +627,14 @@ func (l *ledger) retireBackends(gone map[netip.AddrPort]place, reset bool, now m
 		hot := p.hot
 		hot.state, hot.service, hot.weight = 0, 0, 0
 		hot.started = max(1, now.jiffies)
-		hot.reset = flag(reset || hot.reset != 0)
 		hot.generation = l.generation[p.index]
+		switch {
+		case hot.reset == uint8(kernelResetScopeRESET_ALL):
+		case f.closes(addr.Addr()):
+			hot.reset = uint8(kernelResetScopeRESET_ALL)
+		case f.reset:
+			l.orphans[p.index] = orphan{f.owner, addr.Addr(), hot}
+		}
 		l.markReset(p.index, hot.reset)
 		w.retiredBackends.add(p.index, hot.backend())
 		w.retiredDetails.add(p.index, kernelBackendDetail{})
@@ -586,8 +662,9 @@ func (l *ledger) rename(names map[string]string) {
 	}
 }
 
-// remove stages the removal of a service.
-func (l *ledger) remove(name string, now moment, w *writes) {
+// remove stages the removal of a service. What is left of the object that it was made
+// from is in snap.
+func (l *ledger) remove(name string, snap *service.Snapshot, now moment, w *writes) {
 	e := l.byName[name]
 	if e == nil {
 		return
@@ -595,7 +672,11 @@ func (l *ledger) remove(name string, now moment, w *writes) {
 	for _, x := range slices.SortedFunc(maps.Keys(e.shown), service.Listener.Compare) {
 		l.hideListener(e, x, w)
 	}
-	l.retireBackends(e.byAddress(), e.info.Keep == 0, now, w)
+	var left *service.Origin
+	if e.of != nil {
+		left = snap.Origin(e.of.Name)
+	}
+	l.retireBackends(e.byAddress(), e.fate(left), now, w)
 	for f := range e.tables {
 		if e.tables[f].extent.length > 0 {
 			l.retired.slots = append(l.retired.slots, e.tables[f].extent)
@@ -646,6 +727,7 @@ func (l *ledger) reclaim(busy func(uint32) bool) []uint32 {
 		}
 		l.backends.give(i)
 		delete(l.resets, i)
+		delete(l.orphans, i)
 		freed = append(freed, i)
 	}
 	for _, e := range l.retired.slots {

@@ -259,7 +259,7 @@ func TestLedger(t *testing.T) {
 			var w writes
 			changed, removed := service.Diff(last, next)
 			for _, s := range removed {
-				l.remove(s.Name, moment{time.Unix(0, 0), 1, 2}, &w)
+				l.remove(s.Name, &service.Snapshot{}, moment{time.Unix(0, 0), 1, 2}, &w)
 			}
 			for _, s := range changed {
 				tables := tablesOf(s)

@@ -523,19 +523,19 @@ func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.S
 	changed, removed := service.Diff(p.applied, snap)
 	p.ledger.rename(service.Renamed(p.applied.Services, snap.Services))
 	for _, s := range removed {
-		p.ledger.remove(s.Name, now, w)
+		p.ledger.remove(s.Name, snap, now, w)
 	}
 	if p.partial && !snap.Partial {
 		for name := range p.ledger.byName {
 			if snap.Find(name) == nil {
-				p.ledger.remove(name, now, w)
+				p.ledger.remove(name, snap, now, w)
 			}
 		}
 	}
 	var unfit []string
 	for _, s := range changed {
 		if !isShown(s) {
-			p.ledger.remove(s.Name, now, w)
+			p.ledger.remove(s.Name, snap, now, w)
 			continue
 		}
 		tables := tablesOf(s)
@@ -545,6 +545,7 @@ func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.S
 		}
 		p.ledger.install(s, tables, now, w)
 	}
+	p.ledger.closeOrphans(snap, w)
 	if len(unfit) == 0 {
 		return snap, nil
 	}

@@ -28,8 +28,9 @@ type translation struct {
 	services []want // one for each port, two or three where policies differ
 	check    *Check
 	problems []string
-	unserved int        // ports of a protocol that is not served
-	stray    netip.Addr // an endpoint in a range of a ServiceCIDR, if one is
+	unserved int             // ports of a protocol that is not served
+	stray    netip.Addr      // an endpoint in a range of a ServiceCIDR, if one is
+	origin   *service.Origin // of all services
 }
 
 // translate is pure: the same objects give the same services, in the same order.
@@ -39,6 +40,7 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 		return t
 	}
 	t.problems = append(t.problems, s.checkLocal()...)
+	t.origin = &service.Origin{Name: s.key().String(), Endpoints: addressesOf(all)}
 	wrong := make(map[string]int) // annotations, by how many ports refuse them
 	served := 0
 	for _, p := range s.ports {
@@ -72,9 +74,9 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *surroundings) (wrong []error) {
 	endpoints := t.endpoints(p, all)
 	base := fmt.Sprintf("%s/%s:%s", s.Namespace, s.Name, cmp.Or(p.name, strconv.Itoa(int(p.port))))
-	cluster := &want{Service: &service.Service{Name: base}}
-	internal := &want{Service: &service.Service{Name: base + "/internal"}}
-	external := &want{Service: &service.Service{Name: base + "/external", Elsewhere: len(usableAnywhere(endpoints)) > 0}}
+	cluster := &want{Service: &service.Service{Name: base, Of: t.origin}}
+	internal := &want{Service: &service.Service{Name: base + "/internal", Of: t.origin}}
+	external := &want{Service: &service.Service{Name: base + "/external", Of: t.origin, Elsewhere: len(usableAnywhere(endpoints)) > 0}}
 	s.listen(p, at, cluster, internal, external, &t.problems)
 
 	chosen := byFamily(endpoints, at, inCluster)
@@ -264,6 +266,18 @@ func (t *translation) endpoints(p servicePort, all []*slice) []candidate {
 	return slices.CompactFunc(found, func(a, b candidate) bool { return a.at == b.at })
 }
 
+// addressesOf returns where the endpoints are, sorted, each address once.
+func addressesOf(all []*slice) []netip.Addr {
+	var addresses []netip.Addr
+	for _, sl := range all {
+		for _, e := range sl.endpoints {
+			addresses = append(addresses, e.address)
+		}
+	}
+	slices.SortFunc(addresses, netip.Addr.Compare)
+	return slices.Compact(addresses)
+}
+
 // stray returns the first endpoint that has an address which only Services should
 // have.
 func stray(all []*slice, ranges []netip.Prefix) netip.Addr {
@@ -383,27 +397,23 @@ func backends(all []candidate, chosen func(candidate) bool, at *surroundings) []
 		if chosen(c) {
 			list[i].Weight = service.DefaultWeight
 		}
+		list[i].Unserving = !c.ready && !c.serving
 	}
 	return list
 }
 
 func shorten(zone string) string { return zone[:min(len(zone), service.MaxZone)] }
 
-// localReady counts the ready endpoints of a Service on this node, each once, in the
-// family that has more: a pod of two families is one.
+// localReady counts the ready endpoints of a Service on this node, each once. Those of
+// a family that the Service does not have are none of its own.
 func (s *clusterService) localReady(all []*slice, at *surroundings) int {
-	var seen [2]map[netip.Addr]bool
+	seen := make(map[netip.Addr]bool)
 	for _, sl := range all {
 		for _, e := range sl.endpoints {
-			if !e.ready || e.node != at.node || !s.has(e.address) {
-				continue
+			if e.ready && e.node == at.node && s.has(e.address) {
+				seen[e.address] = true
 			}
-			i := family(candidate{at: netip.AddrPortFrom(e.address, 0)})
-			if seen[i] == nil {
-				seen[i] = make(map[netip.Addr]bool)
-			}
-			seen[i][e.address] = true
 		}
 	}
-	return max(len(seen[0]), len(seen[1]))
+	return len(seen)
 }

@@ -72,8 +72,10 @@ type Source struct {
 
 // entry is what became of a Service.
 type entry struct {
-	wanted  []want             // as translated
-	granted []*service.Service // with the listeners that it may have
+	origin  *service.Origin
+	missing map[netip.Addr]time.Time // endpoints of origin that no slice has, and since when
+	wanted  []want                   // as translated
+	granted []*service.Service       // with the listeners that it may have
 }
 
 // Connect returns how to reach the API server: by a kubeconfig, or with the
@@ -495,6 +497,7 @@ func (s *Source) retranslate(key types.NamespacedName) (others []types.Namespace
 	cs := o.(*clusterService)
 	t := translate(cs, s.slicesOf(key), &s.at)
 	e.wanted = t.services
+	s.linger(e, key, t.origin, time.Now())
 	if t.check != nil {
 		s.checks[key] = t.check
 	}
@@ -505,6 +508,42 @@ func (s *Source) retranslate(key types.NamespacedName) (others []types.Namespace
 		s.strays[key] = t.stray
 	}
 	return append(others, s.claims.add(cs, e.wanted)...), t.problems
+}
+
+// missingFor is how long an endpoint must be in no slice of its Service to be gone:
+// the endpointslice-controller moves endpoints from one slice to another by writing
+// both, one after the other.
+const missingFor = time.Second
+
+// linger leaves endpoints in the origin that have been in the slices until just now.
+func (s *Source) linger(e *entry, key types.NamespacedName, to *service.Origin, now time.Time) {
+	before := e.origin
+	e.origin = to
+	if before == nil || to == nil {
+		e.missing = nil
+		return
+	}
+	missing := make(map[netip.Addr]time.Time)
+	for _, a := range before.Endpoints {
+		if to.Has(a) {
+			continue
+		}
+		since, noted := e.missing[a]
+		if !noted {
+			since = now
+		}
+		if now.Sub(since) < missingFor {
+			missing[a] = since
+		}
+		if !noted {
+			time.AfterFunc(missingFor, func() { s.touch(key) })
+		}
+	}
+	for a := range missing {
+		to.Endpoints = append(to.Endpoints, a)
+	}
+	slices.SortFunc(to.Endpoints, netip.Addr.Compare)
+	e.missing = missing
 }
 
 func (s *Source) slicesOf(key types.NamespacedName) []*slice {

@@ -123,12 +123,30 @@ func serve(name string, addresses []string) error {
 	select {}
 }
 
-// answerLines is a client: it reads "tcp ADDRESS:PORT" (or udp, or bind) and writes what the server
-// there says, or "error" and why there is none.
+// answerLines is a client: it reads "tcp ADDRESS:PORT" (or udp) and writes what the
+// server there says, or "error" and why there is none. It binds an address ("bind"),
+// holds a connection ("hold") and says later whether that is "alive" still, lets it
+// go ("drop"), and asks by UDP from one port each time ("from PORT ADDRESS:PORT").
 func answerLines() error {
+	held := make(map[string]net.Conn)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		network, address, _ := strings.Cut(lines.Text(), " ")
-		answer, err := askOnce(network, address)
+		verb, rest, _ := strings.Cut(lines.Text(), " ")
+		answer, err := "", error(nil)
+		switch verb {
+		case "hold":
+			held[rest], answer, err = hold(rest)
+		case "alive":
+			answer, err = isAlive(held[rest])
+		case "drop":
+			answer = "dropped"
+			if c := held[rest]; c != nil {
+				c.Close()
+			}
+		case "from":
+			answer, err = askFrom(rest)
+		default:
+			answer, err = askOnce(verb, rest)
+		}
 		if err != nil {
 			fmt.Println("error", strings.ReplaceAll(err.Error(), "\n", " "))
 			continue
@@ -136,6 +154,62 @@ func answerLines() error {
 		fmt.Println(strings.TrimSpace(answer))
 	}
 	return nil
+}
+
+// hold makes a connection and returns what the server said.
+func hold(address string) (net.Conn, string, error) {
+	d := net.Dialer{Timeout: quickly}
+	d.SetMultipathTCP(false)
+	c, err := d.Dial("tcp", address)
+	if err != nil {
+		return nil, "", err
+	}
+	if err := c.SetReadDeadline(time.Now().Add(quickly)); err != nil {
+		return nil, "", err
+	}
+	b := make([]byte, 100)
+	n, err := c.Read(b)
+	return c, string(b[:n]), err
+}
+
+// isAlive reports why a connection is none any more.
+func isAlive(c net.Conn) (string, error) {
+	if c == nil {
+		return "", errors.New("there was none")
+	}
+	if _, err := c.Write([]byte("x")); err != nil {
+		return "", err
+	}
+	if err := c.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		return "", err
+	}
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		return "", fmt.Errorf("it ended: %w", err)
+	}
+	return "alive", nil
+}
+
+// askFrom asks by UDP from a port: "PORT ADDRESS:PORT".
+func askFrom(what string) (string, error) {
+	port, address, _ := strings.Cut(what, " ")
+	l, err := net.ListenPacket("udp", ":"+port)
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	to, err := net.ResolveUDPAddr("udp", address)
+	if err != nil {
+		return "", err
+	}
+	if _, err := l.WriteTo([]byte("?\n"), to); err != nil {
+		return "", err
+	}
+	if err := l.SetReadDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
+		return "", err
+	}
+	b := make([]byte, 100)
+	n, _, err := l.ReadFrom(b)
+	return string(b[:n]), err
 }
 
 // quickly is how long a client waits for an answer.

@@ -42,6 +42,13 @@ enum backend_state {
 	BACKEND_DOWN = 4,    /* its probe failed */
 };
 
+/* Which connections that a backend still has are to be closed. */
+enum reset_scope {
+	RESET_NONE = 0,
+	RESET_ALL = 1,
+	RESET_UDP = 2, /* connected UDP sockets: nothing else tells them to go elsewhere */
+};
+
 enum balance {
 	BALANCE_RANDOM = 0,
 	BALANCE_SOURCE_HASH = 1,
@@ -171,7 +178,7 @@ struct backend {
 	__be32 addr[4];
 	__be16 port;
 	__u8 state; /* enum backend_state */
-	__u8 reset; /* 1: connections that are left are to be closed */
+	__u8 reset; /* enum reset_scope */
 	__u32 generation;
 	__u32 service; /* index into services */
 	__u32 weight;

@@ -721,7 +721,7 @@ static __always_inline struct backend *connect_to(struct bpf_sock_addr *ctx, str
 /* Whether an unconnected socket that sent to this backend may go on doing so. */
 static __always_inline bool may_stay(const struct backend *b)
 {
-	if (b->reset || (b->leave && bpf_jiffies64() >= b->leave))
+	if (b->reset == RESET_ALL || (b->leave && bpf_jiffies64() >= b->leave))
 		return false;
 	return b->state == BACKEND_SERVING || b->state == BACKEND_DRAINED;
 }
@@ -1357,7 +1357,7 @@ static __always_inline bool reset(struct sock_common *sk, struct socket *s)
 	__u32 index = (__u32)s->backend;
 	struct backend *b = bpf_map_lookup_elem(&backends, &index);
 
-	if (!b || !b->reset)
+	if (!b || !b->reset || (b->reset == RESET_UDP && s->protocol != IPPROTO_UDP))
 		return false;
 	/* The generation grows by one when a backend is removed. */
 	if (b->generation - (__u32)(s->backend >> 32) > 1)
@@ -1480,6 +1480,7 @@ int expire(struct expiry *e)
 /* From here user space has the constants. */
 const enum backend_state unused_backend_state __attribute__((unused));
 const enum balance unused_balance __attribute__((unused));
+const enum reset_scope unused_reset_scope __attribute__((unused));
 const struct expiry unused_expiry __attribute__((unused));
 const struct load unused_load __attribute__((unused));
 const struct event unused_event __attribute__((unused));

@@ -1,0 +1,342 @@
+package cluster
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+var bothNodes = []corev1.LoadBalancerIngress{{IP: a4}, {IP: b4}}
+
+func ofType(kind corev1.ServiceType) func(*corev1.Service) {
+	return func(svc *corev1.Service) { svc.Spec.Type = kind }
+}
+
+// Services that want one listener in two ways harm nobody else: not on any node, and
+// not after a new start.
+func TestOddServices(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, ownWorld(t))
+	good := s.service("good", ofType(corev1.ServiceTypeNodePort))
+	s.endpoints(good, pods("b1")...)
+	local := corev1.ServiceInternalTrafficPolicyLocal
+	bad := s.service("bad", func(svc *corev1.Service) { svc.Spec.InternalTrafficPolicy = &local })
+	s.update(bad, func(svc *corev1.Service) { svc.Spec.ExternalIPs = []string{svc.Spec.ClusterIP} })
+	s.endpoints(bad, pods("a1", "b1")...)
+	world := s.service("world", func(svc *corev1.Service) {
+		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+		svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+	})
+	s.update(world, func(svc *corev1.Service) { svc.Spec.ExternalIPs = []string{svc.Spec.ClusterIP} })
+	s.endpoints(world, pods("a1", "b1")...)
+	klip := s.service("klip", func(svc *corev1.Service) {
+		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+		svc.Spec.LoadBalancerSourceRanges = []string{"10.0.0.0/24"}
+		svc.Spec.Ports = svc.Spec.Ports[:1]
+		svc.Spec.Ports[0].Port, svc.Spec.Ports[0].NodePort = 30777, 30777
+	})
+	s.ingress(klip, bothNodes...)
+	s.endpoints(klip, pods("a1", "b1")...)
+	cross := s.service("cross", func(svc *corev1.Service) {
+		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+		svc.Spec.Ports[0].NodePort = 30778
+		svc.Spec.Ports[1].Protocol, svc.Spec.Ports[1].Port, svc.Spec.Ports[1].NodePort = corev1.ProtocolTCP, 30778, 30779
+		svc.Spec.Ports[1].TargetPort = intstr.FromInt32(8081)
+	})
+	s.ingress(cross, bothNodes...)
+	s.endpoints(cross, pods("a1", "b1")...)
+	served := func(who string) {
+		t.Helper()
+		for _, node := range []string{a4, b4} {
+			s.expect(s.outside, hostPort(node, good.Spec.Ports[0].NodePort), seen{who, ""})
+		}
+		for _, n := range []*node{s.a, s.b} {
+			s.within(patience, func() error {
+				if code, body, err := get(n, "/healthz", 10256); err != nil || code != http.StatusOK {
+					return fmt.Errorf("node %s: %d %s %v", n.name, code, body, err)
+				}
+				return nil
+			})
+			if strings.Contains(n.agent.Log.String(), "level=ERROR") {
+				t.Errorf("node %s:\n%s", n.name, n.agent.Log)
+			}
+		}
+	}
+	served("b1")
+	// What nobody but they themselves wants is theirs.
+	s.expectBy("tcp", s.pods["a2"], hostPort(bad.Spec.ClusterIP, 80), seen{"a1", ""})
+	s.expectBy("tcp", s.outside, hostPort(a4, 30777), seen{"a1 b1", ""})
+	s.expectBy("tcp", s.outside, hostPort(a4, 30778), seen{"a1 b1", ""})
+	s.endpoints(good, pods("a1")...)
+	served("a1")
+	for _, n := range []*node{s.a, s.b} {
+		n.agent.Kill()
+		if err := n.start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.endpoints(good, pods("b2")...)
+	served("b2")
+}
+
+// However old a Service is, what was given to another stays that one's.
+func TestStealing(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	old := s.service("old", nil)
+	s.endpoints(old, pods("b2")...)
+	time.Sleep(1100 * time.Millisecond) // creationTimestamp has seconds
+	victim := s.service("victim", ofType(corev1.ServiceTypeLoadBalancer))
+	s.ingress(victim, corev1.LoadBalancerIngress{IP: "198.51.100.44"})
+	s.endpoints(victim, pods("a1", "b1")...)
+	s.update(old, func(svc *corev1.Service) {
+		svc.Spec.ExternalIPs = []string{victim.Spec.ClusterIP, "198.51.100.44", "198.51.100.45"}
+	})
+	s.expect(s.outside, "198.51.100.45:80", seen{"b2", ""}) // the change has arrived
+	for _, from := range []*place{s.pods["a2"], s.a.place, s.b.place, s.outside} {
+		s.expect(from, hostPort(victim.Spec.ClusterIP, 80), seen{"a1 b1", ""})
+		s.expect(from, "198.51.100.44:80", seen{"a1 b1", ""})
+	}
+	if out, _ := s.a.pentad("status"); !strings.Contains(out, "it is a ClusterIP of the Service "+s.namespace+"/victim") {
+		t.Errorf("status does not say why:\n%s", out)
+	}
+}
+
+// What one port leads to, for clients in different places, is taken from none of them
+// by a change of policy.
+func TestPolicyChanges(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	policy := func(p corev1.ServiceExternalTrafficPolicy) func(*corev1.Service) {
+		return func(svc *corev1.Service) { svc.Spec.ExternalTrafficPolicy = p }
+	}
+	make := func(name, ip string, change func(*corev1.Service)) *corev1.Service {
+		svc := s.service(name, func(svc *corev1.Service) {
+			svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+			svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+			change(svc)
+		})
+		s.ingress(svc, corev1.LoadBalancerIngress{IP: ip})
+		s.endpoints(svc, pods("a1", "b1")...)
+		s.expect(s.outside, ip+":80", seen{"a1", outside4})
+		return svc
+	}
+	ranges := make("ranges", "198.51.100.61", func(svc *corev1.Service) { svc.Spec.LoadBalancerSourceRanges = []string{"10.0.0.0/24"} })
+	s.update(ranges, policy(corev1.ServiceExternalTrafficPolicyCluster))
+	s.expect(s.outside, "198.51.100.61:80", seen{"a1 b1", ""})
+	s.update(ranges, func(svc *corev1.Service) { svc.Spec.LoadBalancerSourceRanges = []string{"10.0.0.0/25", "192.0.2.0/24"} })
+	s.update(ranges, policy(corev1.ServiceExternalTrafficPolicyLocal))
+	s.expect(s.outside, "198.51.100.61:80", seen{"a1", outside4})
+	s.update(ranges, func(svc *corev1.Service) { svc.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24"} })
+	s.expectBy("tcp", s.outside, "198.51.100.61:80", seen{"timeout", ""})
+
+	sticky := make("sticky", "198.51.100.62", func(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityClientIP })
+	// Each rolling update passes through this.
+	s.endpoints(sticky, member{pod: "a1", terminating: true, serving: true}, member{pod: "b1"})
+	s.expect(s.outside, "198.51.100.62:80", seen{"a1", outside4})
+	s.endpoints(sticky, member{pod: "a1", zones: []string{"b"}}, member{pod: "b1", zones: []string{"b"}})
+	s.expect(s.outside, "198.51.100.62:80", seen{"a1", outside4})
+	s.endpoints(sticky, pods("a1", "b1")...)
+	s.update(sticky, policy(corev1.ServiceExternalTrafficPolicyCluster))
+	for range 12 {
+		if _, _, err := s.outside.ask("tcp", "198.51.100.62:80"); err != nil {
+			t.Errorf("after Local -> Cluster with affinity: %v", err)
+		}
+	}
+	s.update(sticky, policy(corev1.ServiceExternalTrafficPolicyLocal))
+	s.update(sticky, func(svc *corev1.Service) { svc.Spec.SessionAffinity = corev1.ServiceAffinityNone })
+	s.expect(s.outside, "198.51.100.62:80", seen{"a1", outside4})
+	if log := s.a.agent.Log.String(); strings.Contains(log, "kernel refuses") {
+		t.Errorf("transactions were refused:\n%s", log)
+	}
+}
+
+// One family's endpoints say nothing of the other's, and an address of a family that
+// a Service does not have is somebody else's.
+func TestFamilies(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	svc := s.service("web", nil)
+	if len(svc.Spec.ClusterIPs) != 2 {
+		t.Fatalf("the cluster has the families %v", svc.Spec.IPFamilies)
+	}
+	v4, v6 := hostPort(svc.Spec.ClusterIPs[0], 80), hostPort(svc.Spec.ClusterIPs[1], 80)
+	s.slice(svc, true, []member{{pod: "a1", terminating: true, serving: true}})
+	s.slice(svc, false, pods("b1"))
+	for _, from := range []*place{s.pods["a2"], s.outside} {
+		s.expect(from, v6, seen{"b1", ""})
+		s.expect(from, v4, seen{"a1", ""})
+	}
+	s.slice(svc, true, []member{{pod: "a1", zones: []string{"a"}}, {pod: "b1", zones: []string{"b"}}})
+	s.slice(svc, false, []member{{pod: "b1", zones: []string{"b"}}, {pod: "b2", zones: []string{"b"}}})
+	s.expect(s.pods["a2"], v4, seen{"a1", ""})
+	s.expect(s.pods["a2"], v6, seen{"b1 b2", ""})
+
+	single := corev1.IPFamilyPolicySingleStack
+	one := s.service("one", func(svc *corev1.Service) {
+		svc.Spec.Type, svc.Spec.IPFamilyPolicy = corev1.ServiceTypeLoadBalancer, &single
+		svc.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv4Protocol}
+	})
+	s.ingress(one, corev1.LoadBalancerIngress{IP: "198.51.100.97"}, corev1.LoadBalancerIngress{IP: outside6})
+	s.endpoints(one, pods("a1")...)
+	s.expect(s.pods["a2"], "198.51.100.97:80", seen{"a1", ""})
+	// Nobody listens there, and that is what is heard: from there, by way of the node.
+	if out, _ := s.a.pentad("explain", hostPort(outside6, 80)); strings.Contains(out, "one:http") {
+		t.Errorf("it is captured:\n%s", out)
+	}
+}
+
+// A connection goes on for as long as its endpoint is one of its Service, whatever
+// else becomes of the Service.
+func TestConnectionsStay(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	svc := s.service("web", nil)
+	s.endpoints(svc, pods("b1")...)
+	at := hostPort(svc.Spec.ClusterIP, 80)
+	from := []*place{s.pods["a2"], s.a.place, s.outside}
+	for _, p := range from {
+		s.expectBy("tcp", p, at, seen{"b1", ""})
+		if who, _, err := p.ask("hold", at); err != nil || who != "b1" {
+			t.Fatalf("%s holds %s, %v", p.name, who, err)
+		}
+	}
+	alive := func(after string) {
+		t.Helper()
+		// Longer than an endpoint may be missing.
+		for until := time.Now().Add(1500 * time.Millisecond); time.Now().Before(until); time.Sleep(100 * time.Millisecond) {
+			for _, p := range from {
+				if _, _, err := p.ask("alive", at); err != nil {
+					t.Fatalf("%s after %s: %v", p.name, after, err)
+				}
+			}
+		}
+	}
+	local, cluster := corev1.ServiceInternalTrafficPolicyLocal, corev1.ServiceInternalTrafficPolicyCluster
+	s.update(svc, func(svc *corev1.Service) { svc.Spec.InternalTrafficPolicy = &local })
+	alive("internalTrafficPolicy Local")
+	s.update(svc, func(svc *corev1.Service) { svc.Spec.InternalTrafficPolicy = &cluster })
+	alive("internalTrafficPolicy Cluster")
+	svc = s.update(svc, func(svc *corev1.Service) { svc.Spec.Ports[0].Name = "web" })
+	alive("a port renamed, and its slice not yet")
+	s.endpoints(svc, pods("b1")...)
+	alive("its slice renamed, too")
+	svc = s.update(svc, func(svc *corev1.Service) {
+		svc.Spec.Ports = append(svc.Spec.Ports, corev1.ServicePort{Name: "more", Protocol: corev1.ProtocolTCP, Port: 81, TargetPort: intstr.FromInt32(8080)})
+	})
+	s.endpoints(svc, pods("b1")...)
+	alive("another port")
+	svc = s.update(svc, func(svc *corev1.Service) { svc.Spec.Ports[0].Port = 82 })
+	alive("the port's number")
+	svc = s.update(svc, func(svc *corev1.Service) { svc.Spec.Ports[0].Port = 80 })
+	svc = s.update(svc, func(svc *corev1.Service) { svc.Spec.Ports[0].TargetPort = intstr.FromInt32(8081) })
+	s.endpoints(svc, pods("b1")...)
+	alive("the target port")
+	// From one slice to another, which is two writes.
+	c := s.cluster.Client.DiscoveryV1().EndpointSlices(s.namespace)
+	have, err := c.Get(t.Context(), svc.Name+"-4", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Delete(t.Context(), have.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	moved := &discoveryv1.EndpointSlice{
+		ObjectMeta:  metav1.ObjectMeta{Name: svc.Name + "-moved", Labels: have.Labels},
+		AddressType: have.AddressType, Ports: have.Ports, Endpoints: have.Endpoints,
+	}
+	time.Sleep(200 * time.Millisecond)
+	if _, err := c.Create(t.Context(), moved, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	alive("a move to another slice")
+	// The Service made anew, with the same address.
+	services := s.cluster.Client.CoreV1().Services(s.namespace)
+	if err := services.Delete(t.Context(), svc.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	alive("the Service is deleted")
+	s.service("web", func(again *corev1.Service) { again.Spec.ClusterIP, again.Spec.ClusterIPs = svc.Spec.ClusterIP, svc.Spec.ClusterIPs })
+	alive("the Service is made anew")
+	// Gone for good: the sockets of this node hear of it, as they always did.
+	if err := c.Delete(t.Context(), moved.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range from[:2] {
+		s.within(patience, func() error {
+			if _, _, err := p.ask("alive", at); err == nil {
+				return fmt.Errorf("%s has its connection still", p.name)
+			}
+			return nil
+		})
+	}
+}
+
+// Who sends datagrams from one port, and was there first, is answered as soon as
+// there is somebody to answer.
+func TestSenderWasFirst(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	port := 41000
+	// first sends where nobody answers, from a port of its own.
+	first := func(address string) (again func()) {
+		t.Helper()
+		port++
+		what := fmt.Sprintf("%d %s", port, address)
+		if who, _, err := s.outside.ask("from", what); err == nil {
+			t.Fatalf("%s answers at %s already", who, address)
+		}
+		return func() {
+			t.Helper()
+			s.within(patience, func() error {
+				_, _, err := s.outside.ask("from", what)
+				return err
+			})
+		}
+	}
+	svc := s.service("web", nil)
+	again := first(hostPort(svc.Spec.ClusterIP, 80))
+	s.endpoints(svc, pods("b1")...)
+	again()
+	// Its slice exists before it does.
+	ip := svc.Spec.ClusterIP
+	if err := s.cluster.Client.CoreV1().Services(s.namespace).Delete(t.Context(), svc.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	s.within(patience, func() error {
+		if who, _, err := s.outside.ask("udp", hostPort(ip, 80)); err == nil {
+			return fmt.Errorf("%s answers still", who)
+		}
+		return nil
+	})
+	again = first(hostPort(ip, 80))
+	svc = s.service("web", func(svc *corev1.Service) { svc.Spec.ClusterIP, svc.Spec.ClusterIPs = ip, nil })
+	again()
+	// Addresses and ports that a Service with endpoints gets.
+	again = first("198.51.100.71:80")
+	s.update(svc, func(svc *corev1.Service) { svc.Spec.ExternalIPs = []string{"198.51.100.71"} })
+	again()
+	again = first(hostPort(a4, 30881))
+	s.update(svc, func(svc *corev1.Service) {
+		svc.Spec.Type = corev1.ServiceTypeLoadBalancer
+		svc.Spec.Ports[1].NodePort = 30881
+	})
+	again()
+	again = first("198.51.100.72:80")
+	now, err := s.cluster.Client.CoreV1().Services(s.namespace).Get(t.Context(), svc.Name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.ingress(now, corev1.LoadBalancerIngress{IP: "198.51.100.72"})
+	again()
+	again = first(hostPort(ip, 81))
+	s.update(svc, func(svc *corev1.Service) { svc.Spec.Ports[1].Port = 81 })
+	again()
+}
