@@ -103,7 +103,7 @@ func (c *cluster) run(ctx context.Context) error {
 func (a *Agent) takeCluster(ctx context.Context, u kube.Update) error {
 	c := a.cluster
 	first := !c.known
-	u.Problems = append(u.Problems, c.openChecks(u.Checks)...)
+	c.openChecks(u.Checks)
 	a.mu.Lock()
 	c.latest, c.known, c.changed = u, true, time.Now()
 	c.count++
@@ -113,6 +113,7 @@ func (a *Agent) takeCluster(ctx context.Context, u kube.Update) error {
 	a.noteVIPs()
 	err := a.apply(ctx)
 	if first {
+		tuneConntrack(a.opts.RunDir, a.log)
 		a.log.Info("the services of the cluster are in the kernel", "source", "kubernetes", "services", len(u.Services),
 			"took", time.Since(a.started).Round(time.Millisecond))
 		a.prune()
@@ -121,19 +122,22 @@ func (a *Agent) takeCluster(ctx context.Context, u kube.Update) error {
 	return err
 }
 
-func (c *cluster) openChecks(checks []kube.Check) []kube.Problem {
+func (c *cluster) openChecks(checks []kube.Check) {
 	wanted := make([]nodehealth.Check, len(checks))
 	for i, k := range checks {
 		wanted[i] = nodehealth.Check(k)
 	}
-	var problems []kube.Problem
-	for k, err := range c.health.Set(wanted) {
-		problems = append(problems, kube.Problem{
-			Object:  "Service " + k.Namespace + "/" + k.Name,
-			Message: fmt.Sprintf("load balancers cannot ask at healthCheckNodePort %d: %v", k.Port, err),
-		})
+	c.health.Set(wanted)
+}
+
+// closedChecks says which healthCheckNodePorts are not open, sorted.
+func (c *cluster) closedChecks() []string {
+	var all []string
+	for k, err := range c.health.Failed() {
+		all = append(all, fmt.Sprintf("Service %s/%s: load balancers cannot ask at healthCheckNodePort %d: %v", k.Namespace, k.Name, k.Port, err))
 	}
-	return problems
+	slices.Sort(all)
+	return all
 }
 
 // say logs each problem once, for as long as it is there.
@@ -234,7 +238,7 @@ func (c *cluster) addTo(s *api.Status) {
 	for _, p := range c.latest.Problems {
 		s.Warnings = append(s.Warnings, p.Object+": "+p.Message)
 	}
-	s.Warnings = append(append(s.Warnings, c.overruled...), c.nat.Refused()...)
+	s.Warnings = slices.Concat(s.Warnings, c.closedChecks(), c.overruled, c.nat.Refused())
 	forwards, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
 	if err == nil && len(forwards) > 0 && forwards[0] == '0' {
 		s.Problems = append(s.Problems, "this host does not forward packets, so that nobody outside reaches pods: sysctl -w net.ipv4.ip_forward=1")

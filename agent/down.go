@@ -23,7 +23,7 @@ const downPatience = 5 * time.Second
 // running agent is ended first, because it would put everything back.
 func Down(ctx context.Context, pins, runDir string) error {
 	if _, err := os.Stat(pins); errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(nat.Remove(), removeRunDir(runDir))
+		return errors.Join(nat.Remove(), restoreConntrack(runDir), removeRunDir(runDir))
 	}
 	lock, err := socket.Lock(pins)
 	var held *socket.LockedError
@@ -34,7 +34,7 @@ func Down(ctx context.Context, pins, runDir string) error {
 		return err
 	}
 	defer lock.Close()
-	return errors.Join(socket.Remove(pins), nat.Remove(), removeRunDir(runDir))
+	return errors.Join(socket.Remove(pins), nat.Remove(), restoreConntrack(runDir), removeRunDir(runDir))
 }
 
 // evict ends the agent that holds the lock and takes the lock.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"hash/fnv"
 	"net/netip"
 	"slices"
 	"strings"
@@ -32,6 +33,15 @@ func claimOf(s *corev1.Service) (ipam.Claim, string) {
 	for _, in := range s.Status.LoadBalancer.Ingress {
 		if a, err := netip.ParseAddr(in.IP); err == nil {
 			c.Current = append(c.Current, a)
+		}
+	}
+	have := meta.FindStatusCondition(s.Status.Conditions, conditionAllocated)
+	c.Foreign = have == nil
+	if granted, terms, ok := recorded(have); ok {
+		c.Changed = terms != termsOf(s, c)
+		if len(c.Current) == 0 {
+			// Somebody has emptied the status: it is its own still.
+			c.Current = granted
 		}
 	}
 	asked := cmp.Or(s.Annotations[AnnotationAddresses], s.Spec.LoadBalancerIP)
@@ -66,12 +76,71 @@ func shareKey(s *corev1.Service) string {
 	return key + " " + s.Namespace + " " + string(pods)
 }
 
+// What the condition of a Service that has all that it wants says: "has ADDRESS and
+// ADDRESS", and for those that may share them ", shared by KEY: PORTS".
+const (
+	recordHas    = "has "
+	recordAnd    = " and "
+	recordShared = ", shared by "
+)
+
+// recordOf is what a Service has, and on which terms.
+func recordOf(addresses []netip.Addr, terms string) string {
+	texts := make([]string, len(addresses))
+	for i, a := range addresses {
+		texts[i] = a.String()
+	}
+	return recordHas + strings.Join(texts, recordAnd) + terms
+}
+
+// termsOf is on which terms a Service shares what it has.
+func termsOf(s *corev1.Service, c ipam.Claim) string {
+	if c.Share == "" {
+		return ""
+	}
+	var ports []string
+	for _, p := range c.Ports {
+		ports = append(ports, fmt.Sprintf("%s %d", p.Protocol, p.Port))
+	}
+	slices.Sort(ports)
+	terms := recordShared + s.Annotations[AnnotationShare] + ": " + strings.Join(ports, ", ")
+	if c.Share != s.Annotations[AnnotationShare] {
+		h := fnv.New32a()
+		h.Write([]byte(c.Share))
+		terms += fmt.Sprintf(", with the pods %08x", h.Sum32())
+	}
+	return terms
+}
+
+// recorded reads a record.
+func recorded(c *metav1.Condition) (addresses []netip.Addr, terms string, ok bool) {
+	if c == nil || c.Status != metav1.ConditionTrue {
+		return nil, "", false
+	}
+	text, ok := strings.CutPrefix(c.Message, recordHas)
+	if !ok {
+		return nil, "", false
+	}
+	text, shared, sharing := strings.Cut(text, recordShared)
+	if sharing {
+		terms = recordShared + shared
+	}
+	for _, t := range strings.Split(text, recordAnd) {
+		a, err := netip.ParseAddr(t)
+		if err != nil {
+			return nil, "", false
+		}
+		addresses = append(addresses, a)
+	}
+	return addresses, terms, true
+}
+
 // conditionAllocated is the condition of a Service that says what became of its wish.
 const conditionAllocated = "pentad.io/AddressAllocated"
 
 // desiredStatus returns the status that a Service shall have, and whether it has
 // another.
-func desiredStatus(s *corev1.Service, r ipam.Result) (corev1.ServiceStatus, bool) {
+func desiredStatus(s *corev1.Service, claim ipam.Claim, r ipam.Result) (corev1.ServiceStatus, bool) {
 	want := *s.Status.DeepCopy()
 	var ingress []corev1.LoadBalancerIngress
 	mode := corev1.LoadBalancerIPModeVIP
@@ -92,8 +161,11 @@ func desiredStatus(s *corev1.Service, r ipam.Result) (corev1.ServiceStatus, bool
 	c := metav1.Condition{
 		Type: conditionAllocated, Status: metav1.ConditionTrue, Reason: string(r.Reason), Message: r.Message, ObservedGeneration: s.Generation,
 	}
-	if len(r.Addresses) == 0 {
+	switch {
+	case len(r.Addresses) == 0:
 		c.Status = metav1.ConditionFalse
+	case r.Message == "":
+		c.Message = recordOf(r.Addresses, termsOf(s, claim))
 	}
 	have := meta.FindStatusCondition(want.Conditions, conditionAllocated)
 	if have != nil && have.Status == c.Status && have.Reason == c.Reason && have.Message == c.Message {

@@ -245,13 +245,18 @@ func (c *Controller) reconcile(ctx context.Context) error {
 		return err
 	}
 	var errs []error
+	byClaim := make(map[string]ipam.Claim, len(claims))
+	for _, claim := range claims {
+		byClaim[claim.Owner] = claim
+	}
 	results := ipam.Allocate(pools, claims)
 	for _, r := range results {
 		if p, ok := unreadable[r.Owner]; ok {
 			r.Reason, r.Message = ipam.Invalid, p
 		}
-		errs = append(errs, c.write(ctx, byOwner[r.Owner], r))
+		errs = append(errs, c.write(ctx, byOwner[r.Owner], byClaim[r.Owner], r))
 	}
+	errs = append(errs, c.clearOthers(ctx))
 	errs = append(errs, c.writePools(ctx, pools, conditions, results))
 	return errors.Join(errs...)
 }
@@ -289,8 +294,8 @@ func (c *Controller) ourServices() []*corev1.Service {
 func newer(a, b string) bool { return len(a) > len(b) || len(a) == len(b) && a > b }
 
 // write gives a Service the status that it shall have.
-func (c *Controller) write(ctx context.Context, s *corev1.Service, r ipam.Result) error {
-	status, differs := desiredStatus(s, r)
+func (c *Controller) write(ctx context.Context, s *corev1.Service, claim ipam.Claim, r ipam.Result) error {
+	status, differs := desiredStatus(s, claim, r)
 	if r.Message != "" {
 		c.say(s, s.UID, corev1.EventTypeWarning, string(r.Reason), r.Message)
 	}
@@ -319,6 +324,24 @@ func (c *Controller) write(ctx context.Context, s *corev1.Service, r ipam.Result
 		c.say(s, s.UID, corev1.EventTypeNormal, string(r.Reason), "has "+strings.Join(texts, " and "))
 	}
 	return nil
+}
+
+// clearOthers takes our condition from Services that want no address of us any more.
+func (c *Controller) clearOthers(ctx context.Context) error {
+	var errs []error
+	for _, o := range c.services.GetStore().List() {
+		s := o.(*corev1.Service)
+		if c.ours(s) || s.DeletionTimestamp != nil || meta.FindStatusCondition(s.Status.Conditions, conditionAllocated) == nil {
+			continue
+		}
+		next := s.DeepCopy()
+		meta.RemoveStatusCondition(&next.Status.Conditions, conditionAllocated)
+		_, err := c.client.CoreV1().Services(s.Namespace).UpdateStatus(ctx, next, metav1.UpdateOptions{})
+		if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+			errs = append(errs, fmt.Errorf("service %s/%s: %w", s.Namespace, s.Name, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // say makes an Event, once for as long as it is the same.

@@ -140,7 +140,12 @@ const (
 
 // ours reports whether a Service gets its addresses here.
 func (c *Controller) ours(s *corev1.Service) bool {
-	if s.Spec.Type != corev1.ServiceTypeLoadBalancer || s.DeletionTimestamp != nil {
+	if s.Spec.Type != corev1.ServiceTypeLoadBalancer {
+		return false
+	}
+	// One that is being deleted has its address until it is gone: that is what its
+	// finalizers wait for. But it gets no more.
+	if s.DeletionTimestamp != nil && len(s.Status.LoadBalancer.Ingress) == 0 {
 		return false
 	}
 	if s.Spec.LoadBalancerClass == nil {

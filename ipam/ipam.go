@@ -107,6 +107,12 @@ type Claim struct {
 	Share     string       // owners with the same, not empty, may have the same address
 	Ports     []Port
 	Current   []netip.Addr // what it has
+	// Changed says that it asks for something else than when it got what it
+	// has: of those that cannot share an address any more this one yields.
+	Changed bool
+	// Foreign says that nobody knows that what it has was allocated: it keeps
+	// what lies in a pool.
+	Foreign bool
 }
 
 // Reason says what became of a claim.
@@ -132,8 +138,9 @@ type Result struct {
 }
 
 // Allocate decides who has which address. Who has one keeps it for as long as he
-// does not ask for another. Of two that have the same by mistake the older one
-// keeps it. Claims and pools may come in any order; results are sorted by owner.
+// does not ask for another that he can have. Of two that have the same and may not,
+// the one keeps it that has not changed, and else the older. Claims and pools may
+// come in any order; results are sorted by owner.
 func Allocate(pools []Pool, claims []Claim) []Result {
 	t := table{pools: slices.Clone(pools), holders: make(map[netip.Addr][]*Claim), next: make(map[place]netip.Addr)}
 	slices.SortFunc(t.pools, func(a, b Pool) int { return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.Name, b.Name)) })
@@ -143,12 +150,21 @@ func Allocate(pools []Pool, claims []Claim) []Result {
 	}
 	slices.SortFunc(order, func(a, b *Claim) int { return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Owner, b.Owner)) })
 	kept := make(map[*Claim][]netip.Addr, len(order))
-	for _, c := range order {
-		kept[c] = t.keep(c)
+	for _, changed := range []bool{false, true} {
+		for _, c := range order {
+			if c.Changed == changed {
+				kept[c] = t.keep(c)
+			}
+		}
 	}
+	// First those who may leave what they have: others may want it.
 	results := make([]Result, 0, len(order))
-	for _, c := range order {
-		results = append(results, t.complete(c, kept[c]))
+	for _, moves := range []bool{true, false} {
+		for _, c := range order {
+			if slices.ContainsFunc(kept[c], func(a netip.Addr) bool { return !c.asksFor(a, &t) }) == moves {
+				results = append(results, t.complete(c, kept[c]))
+			}
+		}
 	}
 	slices.SortFunc(results, func(a, b Result) int { return cmp.Compare(a.Owner, b.Owner) })
 	return results
@@ -169,20 +185,36 @@ type place struct {
 
 func (c *Claim) wants(v4 bool) bool { return v4 && c.V4 || !v4 && c.V6 }
 
-// keep returns what the claim has and may keep.
+// keep returns what the claim has and may keep: of each family what it asks for, or
+// else what it has until it can have that.
 func (t *table) keep(c *Claim) []netip.Addr {
 	var kept []netip.Addr
 	for _, v4 := range []bool{true, false} {
-		for _, a := range c.Current {
-			if a.Is4() != v4 || !c.wants(v4) || !c.asksFor(a, t) || !t.free(a, c) {
-				continue
-			}
+		if a, ok := t.best(c, v4); ok {
 			t.take(a, c)
 			kept = append(kept, a)
-			break
 		}
 	}
 	return kept
+}
+
+func (t *table) best(c *Claim, v4 bool) (best netip.Addr, ok bool) {
+	for _, a := range c.Current {
+		if a.Is4() != v4 || !c.wants(v4) || !t.free(a, c) || c.Foreign && !t.pooled(a) {
+			continue
+		}
+		if c.asksFor(a, t) {
+			return a, true
+		}
+		if !ok {
+			best, ok = a, true
+		}
+	}
+	return best, ok
+}
+
+func (t *table) pooled(a netip.Addr) bool {
+	return slices.ContainsFunc(t.pools, func(p Pool) bool { return p.has(a) })
 }
 
 // asksFor reports whether an address is still one that the claim wants. An address
@@ -212,31 +244,46 @@ func (t *table) free(a netip.Addr, c *Claim) bool {
 
 func (t *table) take(a netip.Addr, c *Claim) { t.holders[a] = append(t.holders[a], c) }
 
+func (t *table) give(a netip.Addr, c *Claim) {
+	t.holders[a] = slices.DeleteFunc(t.holders[a], func(h *Claim) bool { return h == c })
+	clear(t.next)
+}
+
 // complete gives a claim what it lacks.
 func (t *table) complete(c *Claim, kept []netip.Addr) Result {
 	r := Result{Owner: c.Owner, Reason: Allocated}
+	var without []Result // families that are done without
 	for _, v4 := range []bool{true, false} {
 		if !c.wants(v4) {
 			continue
 		}
 		i := slices.IndexFunc(kept, func(a netip.Addr) bool { return a.Is4() == v4 })
-		if i >= 0 {
+		if i >= 0 && c.asksFor(kept[i], t) {
 			r.Addresses = append(r.Addresses, kept[i])
 			r.note(t.stillPooled(kept[i]))
 			continue
 		}
 		a, reason, message := t.find(c, v4)
-		if reason == Allocated {
+		switch {
+		case reason == Allocated:
+			if i >= 0 {
+				t.give(kept[i], c)
+			}
 			t.take(a, c)
 			r.Addresses = append(r.Addresses, a)
-			continue
+		case i >= 0:
+			r.Addresses = append(r.Addresses, kept[i])
+			r.note(reason, fmt.Sprintf("%s; it keeps %s until then", message, kept[i]))
+		case c.Optional && c.wants(!v4) && (reason == NoPool || reason == Invalid || reason == UnknownPool):
+			without = append(without, Result{Reason: reason, Message: message})
+		default:
+			r.note(reason, message)
 		}
-		if c.Optional && (reason == NoPool || reason == Invalid) && (c.wants(!v4)) {
-			continue
-		}
-		r.note(reason, message)
 	}
 	if len(r.Addresses) == 0 && r.Reason == Allocated {
+		for _, w := range without {
+			r.note(w.Reason, w.Message)
+		}
 		r.note(NoPool, "no pool has addresses of any family that it wants; create an AddressPool")
 	}
 	return r
@@ -250,7 +297,7 @@ func (r *Result) note(reason Reason, message string) {
 }
 
 func (t *table) stillPooled(a netip.Addr) (Reason, string) {
-	if slices.ContainsFunc(t.pools, func(p Pool) bool { return p.has(a) }) {
+	if t.pooled(a) {
 		return Allocated, ""
 	}
 	return NotInPool, fmt.Sprintf("%s is in no pool any more; it is kept for as long as this lives: put it back into a pool, or ask for another address", a)
@@ -305,8 +352,8 @@ func (t *table) findAsked(c *Claim, v4 bool) (netip.Addr, Reason, string) {
 }
 
 // firstFree looks for an address that nobody has, or that others share with the
-// claim. Nothing becomes free while it is decided, so that each address of a range
-// is looked at once.
+// claim. Hardly anything becomes free while it is decided, so that each address of a
+// range is looked at once.
 func (t *table) firstFree(p *Pool, c *Claim, v4 bool) (netip.Addr, bool) {
 	if c.Share != "" {
 		if a, ok := t.shared(p, c, v4); ok {
@@ -340,7 +387,7 @@ func (t *table) firstFree(p *Pool, c *Claim, v4 bool) (netip.Addr, bool) {
 // has the ports of the claim free.
 func (t *table) shared(p *Pool, c *Claim, v4 bool) (best netip.Addr, ok bool) {
 	for a, holders := range t.holders {
-		if a.Is4() != v4 || !p.has(a) || holders[0].Share != c.Share || !t.free(a, c) || ok && best.Less(a) {
+		if a.Is4() != v4 || len(holders) == 0 || !p.has(a) || holders[0].Share != c.Share || !t.free(a, c) || ok && best.Less(a) {
 			continue
 		}
 		best, ok = a, true

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -45,6 +46,7 @@ type Server struct {
 
 	mu     sync.Mutex
 	checks map[uint16]*check
+	failed map[Check]error // those that could not be opened
 }
 
 // check is one port that is asked.
@@ -81,6 +83,7 @@ func (s *Server) Run(ctx context.Context, at netip.AddrPort) {
 		<-ctx.Done()
 		srv.Close()
 	}()
+	go s.retry(ctx)
 	for said := false; ctx.Err() == nil; said = true {
 		l, err := net.Listen("tcp", at.String())
 		if err == nil {
@@ -117,26 +120,17 @@ func reply(w http.ResponseWriter, good bool, body any) {
 	_ = json.NewEncoder(w).Encode(body)
 }
 
+// errTaken says that a port is asked for twice.
+var errTaken = errors.New("another Service has the same healthCheckNodePort")
+
 // Set replaces the checks. Ports of checks that are gone are closed; one that
-// cannot be opened is returned by its Service, and tried again with the next Set.
-func (s *Server) Set(checks []Check) map[Check]error {
+// cannot be opened is tried again until it can.
+func (s *Server) Set(checks []Check) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	wanted := make(map[uint16]bool, len(checks))
-	failed := make(map[Check]error)
 	for _, c := range checks {
-		if wanted[c.Port] {
-			failed[c] = errors.New("another Service has the same healthCheckNodePort")
-			continue
-		}
 		wanted[c.Port] = true
-		if have := s.checks[c.Port]; have != nil {
-			have.Check = c
-			continue
-		}
-		if err := s.open(c); err != nil {
-			failed[c] = err
-		}
 	}
 	for port, c := range s.checks {
 		if !wanted[port] {
@@ -144,7 +138,64 @@ func (s *Server) Set(checks []Check) map[Check]error {
 			delete(s.checks, port)
 		}
 	}
-	return failed
+	before := s.failed
+	s.failed = make(map[Check]error)
+	seen := make(map[uint16]bool, len(checks))
+	for _, c := range checks {
+		have := s.checks[c.Port]
+		switch {
+		case seen[c.Port]:
+			s.failed[c] = errTaken
+		case have != nil:
+			have.Check = c
+		default:
+			s.try(c, before[c] == nil)
+		}
+		seen[c.Port] = true
+	}
+}
+
+// try opens the port of a check; what is wrong is logged if it is news.
+func (s *Server) try(c Check, news bool) {
+	err := s.open(c)
+	if err == nil {
+		delete(s.failed, c)
+		return
+	}
+	s.failed[c] = err
+	if news {
+		s.log.Warn("load balancers cannot ask at a healthCheckNodePort; it is tried again", "service", c.Namespace+"/"+c.Name, "port", c.Port, "error", err)
+	}
+}
+
+// retryEvery is how often ports are tried that could not be opened.
+const retryEvery = time.Second
+
+// retry opens ports that others had, until the context ends.
+func (s *Server) retry(ctx context.Context) {
+	tick := time.NewTicker(retryEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		s.mu.Lock()
+		for c, err := range s.failed {
+			if ctx.Err() == nil && !errors.Is(err, errTaken) {
+				s.try(c, false)
+			}
+		}
+		s.mu.Unlock()
+	}
+}
+
+// Failed returns the checks whose ports are not open, and why.
+func (s *Server) Failed() map[Check]error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.failed)
 }
 
 func (s *Server) open(c Check) error {

@@ -2,7 +2,9 @@ package cluster
 
 import (
 	"fmt"
+	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -263,7 +265,9 @@ func TestConnectionsStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	alive("the Service is deleted")
-	s.service("web", func(again *corev1.Service) { again.Spec.ClusterIP, again.Spec.ClusterIPs = svc.Spec.ClusterIP, svc.Spec.ClusterIPs })
+	s.service("web", func(again *corev1.Service) {
+		again.Spec.ClusterIP, again.Spec.ClusterIPs = svc.Spec.ClusterIP, svc.Spec.ClusterIPs
+	})
 	alive("the Service is made anew")
 	// Gone for good: the sockets of this node hear of it, as they always did.
 	if err := c.Delete(t.Context(), moved.Name, metav1.DeleteOptions{}); err != nil {
@@ -340,3 +344,157 @@ func TestSenderWasFirst(t *testing.T) {
 	s.update(svc, func(svc *corev1.Service) { svc.Spec.Ports[1].Port = 81 })
 	again()
 }
+
+// A port that somebody has when its Service comes is opened when he is gone.
+func TestHealthCheckNodePortIsTaken(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	const port = 31977
+	var taken net.Listener
+	if err := s.a.Do(func() (err error) {
+		taken, err = net.Listen("tcp", fmt.Sprintf(":%d", port))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	svc := s.service("web", func(svc *corev1.Service) {
+		svc.Spec.Type, svc.Spec.HealthCheckNodePort = corev1.ServiceTypeLoadBalancer, port
+		svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+	})
+	s.endpoints(svc, pods("a1")...)
+	warns := func(want bool) {
+		t.Helper()
+		s.within(patience, func() error {
+			out, err := s.a.pentad("status")
+			if strings.Contains(out, fmt.Sprintf("healthCheckNodePort %d", port)) != want {
+				err = fmt.Errorf("status: %w\n%s", err, out)
+			} else {
+				err = nil
+			}
+			return err
+		})
+	}
+	warns(true)
+	taken.Close()
+	warns(false)
+	s.within(patience, func() error {
+		code, body, err := get(s.a, "/", port)
+		if err == nil && code != http.StatusOK {
+			err = fmt.Errorf("%d %s", code, body)
+		}
+		return err
+	})
+}
+
+// A client that has said all that it has to say may wait long for its answer; what a
+// node changes for that is put back.
+func TestConntrackSettings(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	s := newScene(t, w)
+	svc := s.service("web", nil)
+	s.endpoints(svc, pods("a1")...)
+	s.expect(s.outside, hostPort(svc.Spec.ClusterIP, 80), seen{"a1", ""})
+	settings := func(closeWait, established string) {
+		t.Helper()
+		for name, want := range map[string]string{
+			"nf_conntrack_tcp_timeout_close_wait": closeWait, "nf_conntrack_tcp_timeout_established": established,
+		} {
+			s.within(patience, func() error {
+				var have []byte
+				err := s.a.Do(func() (err error) {
+					have, err = os.ReadFile("/proc/sys/net/netfilter/" + name)
+					return err
+				})
+				if err == nil && strings.TrimSpace(string(have)) != want {
+					err = fmt.Errorf("%s is %s, want %s", name, have, want)
+				}
+				return err
+			})
+		}
+	}
+	settings("3600", "86400")
+	// Another agent does not take for the kernel's what this one has set.
+	s.a.agent.Kill()
+	if err := s.a.start(); err != nil {
+		t.Fatal(err)
+	}
+	s.healthy(s.a, "/healthz", http.StatusOK)
+	settings("3600", "86400")
+	if out, err := s.a.pentad("down"); err != nil {
+		t.Fatalf("down: %v\n%s", err, out)
+	}
+	settings("60", "432000")
+}
+
+// A Service that changes harms itself alone: it keeps what it has until it can have
+// what it asks for, and who shares an address with it keeps that.
+func TestControllerKeeps(t *testing.T) {
+	t.Parallel()
+	c := newControl(t)
+	c.start()
+	c.pool("main", map[string]any{"addresses": []any{"192.0.2.1-192.0.2.3"}})
+	share := func(port int32) func(*corev1.Service) {
+		return func(svc *corev1.Service) {
+			svc.Annotations = map[string]string{"pentad.io/share": "k"}
+			svc.Spec.Ports = svc.Spec.Ports[:1]
+			svc.Spec.Ports[0].Port = port
+		}
+	}
+	old := c.balancer("old", share(80))
+	c.has("old", "192.0.2.1", "Allocated")
+	time.Sleep(1100 * time.Millisecond) // creationTimestamp has seconds
+	c.balancer("young", share(81))
+	c.has("young", "192.0.2.1", "Allocated")
+	// The older one takes the younger's port, and has to go.
+	c.update(old, func(svc *corev1.Service) { svc.Spec.Ports[0].Port = 81 })
+	c.has("old", "192.0.2.2", "Allocated")
+	c.has("young", "192.0.2.1", "Allocated")
+
+	asks := func(address string) func(*corev1.Service) {
+		return func(svc *corev1.Service) { svc.Annotations = map[string]string{"pentad.io/addresses": address} }
+	}
+	for address, reason := range map[string]string{"192.0.2.300": "Invalid", "198.51.100.1": "NotInPool", "192.0.2.1": "InUse"} {
+		c.update(old, asks(address))
+		c.has("old", "192.0.2.2", reason)
+	}
+	c.update(old, asks("192.0.2.3"))
+	c.has("old", "192.0.2.3", "Allocated")
+	c.update(old, func(svc *corev1.Service) { svc.Annotations = map[string]string{"pentad.io/pool": "nowhere"} })
+	c.has("old", "192.0.2.3", "UnknownPool")
+	c.update(old, func(svc *corev1.Service) { svc.Annotations = nil })
+	c.has("old", "192.0.2.3", "Allocated")
+
+	// Somebody empties its status: it gets its own address again.
+	first := c.balancer("first", nil)
+	c.has("first", "192.0.2.2", "Allocated")
+	now := c.update(old, func(svc *corev1.Service) {})
+	c.update(first, func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeClusterIP })
+	c.has("first", "", "")
+	c.ingress(now)
+	c.has("old", "192.0.2.3", "Allocated")
+
+	// One that is being deleted has its address until it is gone.
+	c.update(old, func(svc *corev1.Service) { svc.Finalizers = []string{"example.com/cleanup"} })
+	c.pool("main", map[string]any{"addresses": []any{"192.0.2.1/32", "192.0.2.3/32"}})
+	if err := c.cluster.Client.CoreV1().Services(c.namespace).Delete(t.Context(), "old", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.balancer("second", nil)
+	c.has("second", "", "Exhausted")
+	c.update(old, func(svc *corev1.Service) { svc.Finalizers = nil })
+	c.has("second", "192.0.2.3", "Allocated")
+
+	// What others write into a status is of no pool, and nobody's.
+	alien := c.balancer("alien", func(svc *corev1.Service) { svc.Spec.LoadBalancerClass = ptr("example.com/other") })
+	c.ingress(alien, corev1.LoadBalancerIngress{IP: "198.18.0.1"})
+	c.has("alien", "198.18.0.1", "")
+	c.update(alien, func(svc *corev1.Service) {
+		svc.Spec.Type, svc.Spec.LoadBalancerClass = corev1.ServiceTypeClusterIP, nil
+	})
+	alien = c.update(alien, func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeLoadBalancer })
+	c.has("alien", "", "Exhausted")
+}
+
+func ptr[T any](v T) *T { return &v }
