@@ -16,6 +16,9 @@ import (
 //	    ip daddr . meta l4proto . th dport vmap @services4
 //	    (the same for IPv6)
 //	}
+//	chain output { type nat hook output priority dstnat
+//	    meta nfproto ipv4 goto guests4                    # what connect() has not translated
+//	}
 //	chain guests4 {
 //	    ip daddr . meta l4proto . th dport vmap @guests_to4
 //	}
@@ -73,11 +76,12 @@ const TableName = "pentad"
 
 // layoutVersion numbers the meaning of chains and sets. A table of another
 // number is replaced, in one transaction.
-const layoutVersion = "layout-2"
+const layoutVersion = "layout-3"
 
 // The chains that are always there.
 const (
 	chainPrerouting  = "prerouting"
+	chainOutput      = "output"
 	chainUnserved    = "unserved"
 	chainUnservedOwn = "unserved_here"
 	chainPostrouting = "postrouting"
@@ -204,6 +208,7 @@ func fixedChains(t *nftables.Table) []fixedChain {
 		{plain(chainSource6), sourceRules(false)},
 		{plain(chainForeign), foreignRules()},
 		{hook(chainPrerouting, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), preroutingRules()},
+		{hook(chainOutput, nftables.ChainHookOutput, nftables.ChainPriorityNATDest), outputRules()},
 		{hook(chainUnserved, nftables.ChainHookPrerouting, priorityLast), unservedRules()},
 		{hook(chainUnservedOwn, nftables.ChainHookOutput, priorityLast), unservedRules()},
 		{hook(chainPostrouting, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), postroutingRules()},
@@ -291,6 +296,15 @@ func preroutingRules() [][]expr.Any {
 			append(ofFamily(v4), vmapRule(set{setServices, v4})...))
 	}
 	return rules
+}
+
+// outputRules serve what this host sends to listeners as it is: from a socket that is
+// older than the service, or of the kernel. It is led where guests are.
+func outputRules() [][]expr.Any {
+	return [][]expr.Any{
+		append(ofFamily(true), goTo(chainGuests4)),
+		append(ofFamily(false), goTo(chainGuests6)),
+	}
 }
 
 // unservedRules look at what begins and goes where it was sent: not this table has

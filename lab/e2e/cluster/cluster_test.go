@@ -126,7 +126,8 @@ func serve(name string, addresses []string) error {
 // answerLines is a client: it reads "tcp ADDRESS:PORT" (or udp) and writes what the
 // server there says, or "error" and why there is none. It binds an address ("bind"),
 // holds a connection ("hold") and says later whether that is "alive" still, lets it
-// go ("drop"), and asks by UDP from one port each time ("from PORT ADDRESS:PORT").
+// go ("drop"), asks by UDP from one port each time ("from PORT ADDRESS:PORT"), and by
+// one connected socket, which the first time makes ("again").
 func answerLines() error {
 	held := make(map[string]net.Conn)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
@@ -144,6 +145,16 @@ func answerLines() error {
 			}
 		case "from":
 			answer, err = askFrom(rest)
+		case "again":
+			c := held["udp "+rest]
+			if c == nil {
+				if c, err = net.Dial("udp", rest); err == nil {
+					held["udp "+rest] = c
+				}
+			}
+			if c != nil {
+				answer, err = askAgain(c)
+			}
 		default:
 			answer, err = askOnce(verb, rest)
 		}
@@ -187,6 +198,19 @@ func isAlive(c net.Conn) (string, error) {
 		return "", fmt.Errorf("it ended: %w", err)
 	}
 	return "alive", nil
+}
+
+// askAgain asks by a UDP socket that is connected.
+func askAgain(c net.Conn) (string, error) {
+	if _, err := c.Write([]byte("?\n")); err != nil {
+		return "", err
+	}
+	if err := c.SetReadDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
+		return "", err
+	}
+	b := make([]byte, 100)
+	n, err := c.Read(b)
+	return string(b[:n]), err
 }
 
 // askFrom asks by UDP from a port: "PORT ADDRESS:PORT".

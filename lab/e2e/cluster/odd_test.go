@@ -345,6 +345,46 @@ func TestSenderWasFirst(t *testing.T) {
 	again()
 }
 
+// Sockets of the node that are older than a Service find it, as those of pods do.
+func TestSocketsAreOlder(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	spare := s.service("spare", nil)
+	ip := spare.Spec.ClusterIP
+	if err := s.cluster.Client.CoreV1().Services(s.namespace).Delete(t.Context(), spare.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	at := hostPort(ip, 80)
+	for _, from := range []*place{s.a.place, s.pods["a2"]} {
+		s.within(patience, func() error {
+			if _, _, err := from.ask("tcp", at); err == nil || failure(err) != "timeout" {
+				return fmt.Errorf("the address is not free: %v", err)
+			}
+			return nil
+		})
+		if who, _, err := from.ask("again", at); err == nil {
+			t.Fatalf("%s answers", who)
+		}
+	}
+	under := make(chan error)
+	go func() {
+		_, _, err := s.a.place.ask("hold", at)
+		under <- err
+	}()
+	time.Sleep(200 * time.Millisecond)
+	svc := s.service("web", func(svc *corev1.Service) { svc.Spec.ClusterIP, svc.Spec.ClusterIPs = ip, nil })
+	s.endpoints(svc, pods("b1")...)
+	if err := <-under; err != nil {
+		t.Errorf("a connect that was under way: %v", err)
+	}
+	for _, from := range []*place{s.a.place, s.pods["a2"]} {
+		s.within(patience, func() error {
+			_, _, err := from.ask("again", at)
+			return err
+		})
+	}
+}
+
 // A port that somebody has when its Service comes is opened when he is gone.
 func TestHealthCheckNodePortIsTaken(t *testing.T) {
 	t.Parallel()
