@@ -745,7 +745,8 @@ func (a *Agent) Status() api.Status {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := api.Status{
-		Version: a.opts.Version, PID: os.Getpid(), Started: a.started, Revision: a.snapshot.Revision,
+		MemoryLimit: memoryLimit(),
+		Version:     a.opts.Version, PID: os.Getpid(), Started: a.started, Revision: a.snapshot.Revision,
 		Config: api.Config{File: a.opts.ConfigFile, Loaded: a.loaded},
 	}
 	if a.monitor != nil {

@@ -4,12 +4,67 @@ import (
 	"bufio"
 	"debug/elf"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/plane/socket"
 )
+
+// memoryLimit returns how much memory the cgroups of this process let it have, in
+// bytes; 0: as much as there is, or it is not known.
+func memoryLimit() uint64 {
+	raw, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return 0
+	}
+	least := uint64(0)
+	// "4:memory:/PATH" of cgroup v1 and "0::/PATH" of v2, see cgroups(7).
+	for line := range strings.Lines(string(raw)) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) < 3 {
+			continue
+		}
+		root, file := "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+		if fields[1] == "" {
+			file = "memory.max"
+			if root, err = socket.CgroupRoot(); err != nil {
+				continue
+			}
+		} else if fields[1] != "memory" {
+			continue
+		}
+		for dir := fields[2]; ; dir = filepath.Dir(dir) {
+			limit := readLimit(filepath.Join(root, dir, file))
+			if limit > 0 && (least == 0 || limit < least) {
+				least = limit
+			}
+			if dir == "/" || dir == "." {
+				break
+			}
+		}
+	}
+	return least
+}
+
+// noLimit is from where on a limit of cgroup v1 means none: it is the largest number
+// of pages then.
+const noLimit = 1 << 60
+
+func readLimit(path string) uint64 {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(raw)), 10, 64)
+	if err != nil || n >= noLimit {
+		return 0 // "max"
+	}
+	return n
+}
 
 // giveBack returns what start-up and parsing have left behind to the host, without
 // anybody waiting for it: an agent should be small.

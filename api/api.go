@@ -37,9 +37,12 @@ type Status struct {
 	Revision uint64    `json:"revision"`
 	Config   Config    `json:"config"`
 	Probes   Probes    `json:"probes"`
-	Cluster  *Cluster  `json:"cluster,omitempty"`  // absent: this host is no node of one
-	Problems []string  `json:"problems,omitempty"` // what is wrong, a sentence each
-	Warnings []string  `json:"warnings,omitempty"` // what makes no sense in the cluster and breaks nothing else
+	Cluster  *Cluster  `json:"cluster,omitempty"` // absent: this host is no node of one
+	// MemoryLimit, in bytes, is what the agent's cgroups let it have; 0: anything.
+	// What the kernel keeps of the UDP sockets of others counts in it.
+	MemoryLimit uint64   `json:"memoryLimit,omitempty"`
+	Problems    []string `json:"problems,omitempty"` // what is wrong, a sentence each
+	Warnings    []string `json:"warnings,omitempty"` // what makes no sense in the cluster and breaks nothing else
 }
 
 // Cluster is the state of a node of a Kubernetes cluster.

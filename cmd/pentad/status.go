@@ -209,6 +209,9 @@ func (s *statusOut) kernelRows() [][]string {
 		{"connections", fmt.Sprintf("%d open, %d translated, %d refused, %d reset", s.InFlight, s.Connections.Translated, s.Connections.Refused, s.Connections.Reset)},
 		{"kernel memory", bytesText(memory)},
 	}
+	if s.Agent != nil && s.Agent.MemoryLimit > 0 {
+		rows = append(rows, []string{"memory limit", bytesText(s.Agent.MemoryLimit) + ": what the kernel keeps of UDP sockets of others counts in it"})
+	}
 	if s.Packets {
 		rows = append(rows, []string{"packets", "from elsewhere are served by the table inet " + nat.TableName})
 	}

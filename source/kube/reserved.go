@@ -48,7 +48,8 @@ func reserve(all []*cidr, own map[netip.Addr]bool, guests []netip.Prefix, endpoi
 				continue
 			}
 			said = append(slices.Clone(said), fmt.Sprintf("%s has %s: what is sent to addresses that no Service has is not refused there; "+
-				"give Services a range of their own", r, who))
+				"give Services a range of their own, or, if something of this node serves a ClusterIP there, such as a DNS cache, the annotation "+
+				"pentad.io/local: bypass to that Service", r, who))
 		}
 		for _, text := range said {
 			problems = append(problems, Problem{"ServiceCIDR " + c.Name, text})

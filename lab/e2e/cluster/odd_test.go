@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -538,3 +539,106 @@ func TestControllerKeeps(t *testing.T) {
 }
 
 func ptr[T any](v T) *T { return &v }
+
+// hostile returns a Service that asks for what another has: its ClusterIP, the
+// address that its load balancer has, its NodePort; or for its own things twice.
+func hostile(i int, victim, balancer string, nodePort int32) (svc *corev1.Service, ingress []corev1.LoadBalancerIngress) {
+	svc = &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("hostile-%04d", i)}}
+	svc.Spec.ClusterIP = fmt.Sprintf("10.96.%d.%d", 60+i/250, 1+i%250)
+	port := corev1.ServicePort{Name: "http", Protocol: corev1.ProtocolTCP, Port: 80, TargetPort: intstr.FromInt32(8080)}
+	local, loadBalancer := corev1.ServiceInternalTrafficPolicyLocal, false
+	switch i % 6 {
+	case 0:
+		svc.Spec.ExternalIPs = []string{victim, balancer}
+	case 1:
+		svc.Spec.ExternalIPs, svc.Spec.InternalTrafficPolicy = []string{victim, svc.Spec.ClusterIP}, &local
+	case 2:
+		loadBalancer, port.Port, ingress = true, nodePort, bothNodes
+	case 3:
+		loadBalancer, ingress = true, []corev1.LoadBalancerIngress{{IP: victim}, {IP: svc.Spec.ClusterIP}, {IP: balancer}}
+		svc.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24"}
+	case 4:
+		loadBalancer, ingress = true, []corev1.LoadBalancerIngress{{IP: victim}}
+		svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+		svc.Spec.SessionAffinity = corev1.ServiceAffinityClientIP
+		svc.Spec.HealthCheckNodePort = int32(31200 + i)
+	case 5:
+		port.Port = nodePort
+		svc.Spec.ExternalIPs = []string{a4, b4, victim, victim}
+		svc.Annotations = map[string]string{"pentad.io/breaker": "{failures: many}", "pentad.io/health": "{probe: exec, command: [reboot]}"}
+	}
+	if loadBalancer {
+		svc.Spec.Type, svc.Spec.AllocateLoadBalancerNodePorts = corev1.ServiceTypeLoadBalancer, ptr(false)
+	}
+	svc.Spec.Ports = []corev1.ServicePort{port}
+	return svc, ingress
+}
+
+// Services by the hundred, each with an older one beside it that wants what it has:
+// every one is served on every node, as if it were alone. PENTAD_HOSTILE is how many.
+func TestHostileNeighbours(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, ownWorld(t))
+	count := 200
+	if text := os.Getenv("PENTAD_HOSTILE"); text != "" {
+		n, err := strconv.Atoi(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		count = n
+	}
+	services := s.cluster.Client.CoreV1().Services(s.namespace)
+	create := func(svc *corev1.Service, ingress []corev1.LoadBalancerIngress) *corev1.Service {
+		t.Helper()
+		svc, err := services.Create(t.Context(), svc, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(ingress) > 0 {
+			s.ingress(svc, ingress...)
+		}
+		return svc
+	}
+	victim := func(i int) (ip, balancer string, nodePort int32) {
+		return fmt.Sprintf("10.96.%d.%d", 30+i/250, 1+i%250), fmt.Sprintf("198.51.%d.%d", 101+i/250, 1+i%250), int32(30000 + i)
+	}
+	for i := range count {
+		ip, balancer, nodePort := victim(i)
+		svc := create(hostile(i, ip, balancer, nodePort))
+		s.slice(svc, true, pods("b2"))
+	}
+	for i := range count {
+		ip, balancer, nodePort := victim(i)
+		svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("victim-%04d", i)}}
+		svc.Spec.Type, svc.Spec.ClusterIP = corev1.ServiceTypeLoadBalancer, ip
+		svc.Spec.Ports = []corev1.ServicePort{{Name: "http", Protocol: corev1.ProtocolTCP, Port: 80, NodePort: nodePort, TargetPort: intstr.FromInt32(8080)}}
+		svc = create(svc, []corev1.LoadBalancerIngress{{IP: balancer}})
+		s.slice(svc, true, pods("a1"))
+	}
+	last, _, lastPort := victim(count - 1)
+	s.expectBy("tcp", s.outside, hostPort(last, 80), seen{"a1", ""})
+	s.expectBy("tcp", s.outside, hostPort(b4, lastPort), seen{"a1", ""})
+	for i := range count {
+		ip, balancer, nodePort := victim(i)
+		for _, x := range []struct {
+			from    *place
+			address string
+		}{
+			{s.pods["a2"], hostPort(ip, 80)}, {s.b.place, hostPort(ip, 80)}, {s.pods["b1"], hostPort(balancer, 80)},
+			{s.outside, hostPort(ip, 80)}, {s.outside, hostPort(a4, nodePort)}, {s.outside, hostPort(b4, nodePort)},
+		} {
+			if who, _, err := x.from.ask("tcp", x.address); err != nil || who != "a1" {
+				t.Errorf("victim %d, beside a hostile one of kind %d: %s to %s: %s answers, %v", i, i%6, x.from.name, x.address, who, err)
+			}
+		}
+		if t.Failed() && i%20 == 0 {
+			t.FailNow()
+		}
+	}
+	for _, n := range []*node{s.a, s.b} {
+		s.healthy(n, "/healthz", http.StatusOK)
+		if strings.Contains(n.agent.Log.String(), "level=ERROR") {
+			t.Errorf("node %s:\n%s", n.name, n.agent.Log)
+		}
+	}
+}
