@@ -65,10 +65,13 @@ func tuneConntrack(runDir string, log *slog.Logger) {
 			noted[s.name] = setting{have, s.value}
 			err = errors.Join(writeSettings(path, noted), writeSetting(s.name, s.value))
 		}
+		if err != nil {
+			delete(noted, s.name)
+			err = errors.Join(err, writeSettings(path, noted))
+		}
 		switch {
 		case errors.Is(err, fs.ErrPermission):
 			// Of the whole machine, and this is a namespace on it.
-			delete(noted, s.name)
 		case err != nil:
 			log.Warn("a setting of connection tracking is left as it is", "setting", s.name, "error", err)
 		default:

@@ -76,12 +76,13 @@ func shareKey(s *corev1.Service) string {
 	return key + " " + s.Namespace + " " + string(pods)
 }
 
-// What the condition of a Service that has all that it wants says: "has ADDRESS and
-// ADDRESS", and for those that may share them ", shared by KEY: PORTS".
+// What the condition of a Service that has addresses says, after what is wrong: "has
+// ADDRESS and ADDRESS", and for those that may share them ", shared by KEY: PORTS".
 const (
 	recordHas    = "has "
 	recordAnd    = " and "
 	recordShared = ", shared by "
+	recordApart  = "; " // after what is wrong
 )
 
 // recordOf is what a Service has, and on which terms.
@@ -117,7 +118,11 @@ func recorded(c *metav1.Condition) (addresses []netip.Addr, terms string, ok boo
 	if c == nil || c.Status != metav1.ConditionTrue {
 		return nil, "", false
 	}
-	text, ok := strings.CutPrefix(c.Message, recordHas)
+	text := c.Message
+	if i := strings.LastIndex(text, recordApart+recordHas); i >= 0 {
+		text = text[i+len(recordApart):]
+	}
+	text, ok = strings.CutPrefix(text, recordHas)
 	if !ok {
 		return nil, "", false
 	}
@@ -166,6 +171,8 @@ func desiredStatus(s *corev1.Service, claim ipam.Claim, r ipam.Result) (corev1.S
 		c.Status = metav1.ConditionFalse
 	case r.Message == "":
 		c.Message = recordOf(r.Addresses, termsOf(s, claim))
+	default:
+		c.Message += recordApart + recordOf(r.Addresses, termsOf(s, claim))
 	}
 	have := meta.FindStatusCondition(want.Conditions, conditionAllocated)
 	if have != nil && have.Status == c.Status && have.Reason == c.Reason && have.Message == c.Message {

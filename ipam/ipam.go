@@ -226,7 +226,8 @@ func (c *Claim) asksFor(a netip.Addr, t *table) bool {
 	if c.Pool == "" {
 		return true
 	}
-	return !slices.ContainsFunc(t.pools, func(p Pool) bool { return p.Name != c.Pool && p.has(a) })
+	// Pools may overlap: what is in the one that it asks for is right.
+	return slices.ContainsFunc(t.pools, func(p Pool) bool { return p.Name == c.Pool && p.has(a) }) || !t.pooled(a)
 }
 
 // free reports whether a claim may have an address beside those that have it.

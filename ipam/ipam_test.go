@@ -58,7 +58,8 @@ func TestAllocate(t *testing.T) {
 	named := Pool{Name: "named", Ranges: ranges(t, "198.51.100.254-198.51.101.1"), AvoidEnds: true}
 	choosy := Pool{Name: "choosy", Auto: true, Priority: -1, Ranges: ranges(t, "203.0.113.1/32"),
 		Admits: func(owner string) bool { return strings.HasPrefix(owner, "shop/") }}
-	pools := []Pool{auto, named, choosy}
+	over := Pool{Name: "over", Ranges: ranges(t, "192.0.2.1-192.0.2.2")}
+	pools := []Pool{auto, named, choosy, over}
 	web := []Port{{"TCP", 80}}
 	for name, c := range map[string]struct {
 		claims []Claim
@@ -83,6 +84,7 @@ func TestAllocate(t *testing.T) {
 		"asks for no pool":              {[]Claim{{Owner: "a/x", V4: true, Current: addrs("192.0.2.2"), Pool: "nowhere"}}, "a/x 192.0.2.2 UnknownPool"},
 		"asks for another's": {[]Claim{{Owner: "a/x", V4: true, Current: addrs("192.0.2.2"), Addresses: addrs("192.0.2.3")}, {Owner: "b/y", V4: true, Current: addrs("192.0.2.3")}},
 			"a/x 192.0.2.2 InUse; b/y 192.0.2.3 Allocated"},
+		"asks for a pool that overlaps": {[]Claim{{Owner: "shop/x", V4: true, Current: addrs("192.0.2.1"), Pool: "over"}}, "shop/x 192.0.2.1 Allocated"},
 		"no pool at all, optional":     {[]Claim{{Owner: "a/x", V4: true, V6: true, Optional: true, Pool: "nowhere"}}, "a/x UnknownPool"},
 		"written by others":            {[]Claim{{Owner: "a/x", V4: true, Current: addrs("10.9.9.9"), Foreign: true}}, "a/x 192.0.2.0 Allocated"},
 		"written by others, of a pool": {[]Claim{{Owner: "a/x", V4: true, Current: addrs("192.0.2.3"), Foreign: true}}, "a/x 192.0.2.3 Allocated"},

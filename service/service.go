@@ -262,6 +262,7 @@ type Service struct {
 type Origin struct {
 	Name      string
 	Endpoints []netip.Addr // sorted; of all its services, and whether they take connections or not
+	Unsettled bool         // it is new, and its endpoints may not be known yet
 }
 
 // Has reports whether an address is one of the object's endpoints.
@@ -271,7 +272,7 @@ func (o *Origin) Has(a netip.Addr) bool {
 }
 
 func (o *Origin) equal(other *Origin) bool {
-	return o == other || o != nil && other != nil && o.Name == other.Name && slices.Equal(o.Endpoints, other.Endpoints)
+	return o == other || o != nil && other != nil && o.Name == other.Name && o.Unsettled == other.Unsettled && slices.Equal(o.Endpoints, other.Endpoints)
 }
 
 // MaxName bounds the name of a service, in bytes: NAMESPACE/NAME:PORT of

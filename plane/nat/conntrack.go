@@ -40,8 +40,8 @@ type flow struct {
 type stale map[flow]bool
 
 // at notes the flows to a listener that become stale when other services have it.
-func (s stale) at(at service.Listener, before, after []*service.Service) {
-	was, now := targetsAt(at, before), targetsAt(at, after)
+func (s stale) at(at service.Listener, before, after []*service.Service, slots slotTable) {
+	was, now := targetsAt(at, before, slots), targetsAt(at, after, slots)
 	for _, b := range now {
 		s[flow{at.Protocol, at.Address, b}] = false
 	}
@@ -84,13 +84,13 @@ func (s stale) untranslated(at service.Listener) {
 }
 
 // targetsAt returns the backends to which a listener leads, whoever comes.
-func targetsAt(at service.Listener, of []*service.Service) []netip.AddrPort {
+func targetsAt(at service.Listener, of []*service.Service, slots slotTable) []netip.AddrPort {
 	world, guests := leads(at, of)
 	v4 := at.Address.Addr().Is4()
 	var all []netip.AddrPort
 	for _, w := range []*lead{world, guests} {
 		if w != nil {
-			all = append(all, slotsOf(w.to, v4)...)
+			all = append(all, slots.of(w.to, v4)...)
 		}
 	}
 	slices.SortFunc(all, netip.AddrPort.Compare)
@@ -165,6 +165,7 @@ func (p *Plane) Run(ctx context.Context) {
 	rest := time.NewTimer(time.Hour)
 	rest.Stop()
 	defer rest.Stop()
+	resting := false
 	reviews := time.NewTicker(reviewEvery)
 	defer reviews.Stop()
 	for {
@@ -179,10 +180,12 @@ func (p *Plane) Run(ctx context.Context) {
 			}
 			continue
 		case <-rest.C:
-			s, all = p.take(&p.later), true
+			s, all, resting = p.take(&p.later), true, false
 		case <-p.staleWake:
-			if s = p.take(&p.stale); p.postpone(s) {
+			// Changes that go on must not put it off for ever.
+			if s = p.take(&p.stale); p.postpone(s) && !resting {
 				rest.Reset(shaking)
+				resting = true
 			}
 		}
 		if err := s.flush(all); err != nil {

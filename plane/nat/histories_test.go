@@ -154,11 +154,11 @@ func TestServicesAreIndependent(t *testing.T) {
 			if len(of) > 1 {
 				continue
 			}
-			alone := elementsAt(at, of, make(map[string]chain))
+			alone := elementsAt(at, of, make(slotTable), make(map[string]chain))
 			for _, s := range []*service.Service{a, b} {
 				single := make(holders)
 				single.add(s)
-				if s == of[0] && !slices.Equal(alone, elementsAt(at, single[at], make(map[string]chain))) {
+				if s == of[0] && !slices.Equal(alone, elementsAt(at, single[at], make(slotTable), make(map[string]chain))) {
 					t.Fatalf("seed %d: %s of %+v is another one beside others", seed, at, s)
 				}
 			}

@@ -59,10 +59,9 @@ type lead struct {
 // listener; nil: nothing. Where several would, the first by name does.
 func leads(at service.Listener, of []*service.Service) (world, guests *lead) {
 	for _, s := range of {
-		for _, l := range s.Listeners {
-			if l.At() != at {
-				continue
-			}
+		i, _ := slices.BinarySearchFunc(s.Listeners, at, service.Listener.Compare)
+		for ; i < len(s.Listeners) && s.Listeners[i].At() == at; i++ {
+			l := s.Listeners[i]
 			if world == nil && l.From.Has(service.FromWorld) {
 				world = &lead{s, l}
 			}
@@ -77,15 +76,34 @@ func leads(at service.Listener, of []*service.Service) (world, guests *lead) {
 // equal reports whether both lead to the same, for the same reason.
 func (l *lead) equal(o *lead) bool { return l == o || l != nil && o != nil && *l == *o }
 
+// slotTable remembers the slots of services, by family, while a change is put together:
+// a service may have many listeners.
+type slotTable map[slotsKey][]netip.AddrPort
+
+type slotsKey struct {
+	of *service.Service
+	v4 bool
+}
+
+func (t slotTable) of(s *service.Service, v4 bool) []netip.AddrPort {
+	key := slotsKey{s, v4}
+	found, known := t[key]
+	if !known {
+		found = slotsOf(s, v4)
+		t[key] = found
+	}
+	return found
+}
+
 // elementsAt is all that the sets have of a listener, except what concerns addresses
 // alone. It is pure. chains gets the chains that it needs.
-func elementsAt(at service.Listener, of []*service.Service, chains map[string]chain) []element {
+func elementsAt(at service.Listener, of []*service.Service, slots slotTable, chains map[string]chain) []element {
 	world, guests := leads(at, of)
 	key, v4 := listenerKey(at), at.Address.Addr().Is4()
 	if world.equal(guests) {
-		return appendSources(world.elements(setServices, chains, setGuestsTo), key, sourcesOf(world), v4)
+		return appendSources(world.elements(setServices, slots, chains, setGuestsTo), key, sourcesOf(world), v4)
 	}
-	all := append(world.elements(setServices, chains), guests.elements(setGuestsTo, chains)...)
+	all := append(world.elements(setServices, slots, chains), guests.elements(setGuestsTo, slots, chains)...)
 	return appendSources(once(all), key, sourcesOf(world, guests), v4)
 }
 
@@ -117,13 +135,13 @@ func once(all []element) []element {
 }
 
 // elements is what one way needs: its verdict in the sets named, and its slots.
-func (w *lead) elements(in setName, chains map[string]chain, also ...setName) []element {
+func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, also ...setName) []element {
 	if w == nil {
 		return nil
 	}
 	s, l := w.to, w.listener
 	v4 := l.Address.Addr().Is4()
-	at := slotsOf(s, v4)
+	at := slots.of(s, v4)
 	key := listenerKey(l)
 	c := chain{v4: v4, guests: in == setGuestsTo, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
 	verdict := c.name()

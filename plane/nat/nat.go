@@ -167,15 +167,15 @@ func (p *Plane) count(w *work, s *service.Service, n int, ranges *service.Ranges
 // finish returns the whole change, and the flows that it ends.
 func (p *Plane) finish(w *work) (change, stale) {
 	c := w.common
-	ended := make(stale)
+	ended, slots := make(stale), make(slotTable)
 	for _, at := range slices.SortedFunc(maps.Keys(w.before), service.Listener.Compare) {
 		before := w.before[at]
 		if p.refused[at] != nil {
 			delete(p.refused, at)
 			before = nil
 		}
-		c.differ(elementsAt(at, before, make(map[string]chain)), elementsAt(at, p.holders[at], w.needed))
-		ended.at(at, before, p.holders[at])
+		c.differ(elementsAt(at, before, slots, make(map[string]chain)), elementsAt(at, p.holders[at], slots, w.needed))
+		ended.at(at, before, p.holders[at], slots)
 	}
 	return c, ended
 }
@@ -319,8 +319,15 @@ func (p *Plane) remake(k *kernel, want *change, needed map[string]chain) error {
 }
 
 func (p *Plane) forgetFound(c *change) {
-	ended := make(stale)
+	ended, slots := make(stale), make(slotTable)
 	ended.found(c)
+	for f := range ended {
+		of := p.holders[service.Listener{Address: f.listener, Protocol: f.protocol}]
+		if slices.Contains(targetsAt(service.Listener{Address: f.listener, Protocol: f.protocol}, of, slots), f.backend) ||
+			f.protocol == service.UDP && servesStill(f.backend, of) {
+			delete(ended, f)
+		}
+	}
 	p.forget(ended)
 }
 
@@ -374,7 +381,7 @@ func order(e element) int {
 }
 
 func (p *Plane) commitAtOnce(k *kernel, c *change, needed map[string]chain) error {
-	added := p.addChains(k, needed)
+	added := p.addChains(k, chainsOf(c, needed))
 	err := errors.Join(k.remove(c.remove), k.add(c.add))
 	if err = errors.Join(err, p.flush(k)); err != nil {
 		// Nothing of a transaction is there when it fails.
@@ -383,6 +390,26 @@ func (p *Plane) commitAtOnce(k *kernel, c *change, needed map[string]chain) erro
 		}
 	}
 	return err
+}
+
+// chainsOf returns the chains that a change leads to, and those to which they lead.
+// The one that keeps packets from being tracked is always needed.
+func chainsOf(c *change, needed map[string]chain) map[string]chain {
+	found := make(map[string]chain)
+	for name, x := range needed {
+		if x.untracked != nil {
+			found[name] = x
+		}
+	}
+	for _, e := range c.add {
+		if x, ok := needed[e.data]; ok && (e.in.name == setServices || e.in.name == setGuestsTo) {
+			found[e.data] = x
+			if x.affinity > 0 {
+				found[x.sticks().name()] = x.sticks()
+			}
+		}
+	}
+	return found
 }
 
 // addChains adds the chains that are needed and not there, and returns their names.

@@ -22,7 +22,7 @@ const sockDestroy = 21
 
 // doomed returns the sockets to close by their cookies, and the backends that they
 // must be connected to.
-func (s *mapSet) doomed(resets map[uint32]bool) (map[uint64][]netip.AddrPort, error) {
+func (s *mapSet) doomed(resets map[uint32]uint8) (map[uint64][]netip.AddrPort, error) {
 	backends, err := dump[uint32, kernelBackend](s.maps[kernelMapBackends])
 	if err != nil {
 		return nil, fmt.Errorf("map backends: %w", err)
@@ -40,7 +40,7 @@ func (s *mapSet) doomed(resets map[uint32]bool) (map[uint64][]netip.AddrPort, er
 		for i := range values {
 			v := &values[i]
 			index, generation := uint32(v.Backend), uint32(v.Backend>>32)
-			if v.Cookie == 0 || !resets[index] {
+			if v.Cookie == 0 || resets[index] == 0 {
 				continue
 			}
 			if backends.values[index].Reset == uint8(kernelResetScopeRESET_UDP) && v.Protocol != unix.IPPROTO_UDP {

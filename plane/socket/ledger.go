@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 	"unsafe"
 
@@ -31,8 +32,9 @@ type ledger struct {
 	shared map[uint32]uint32 // listeners by their bit of the filter
 	filter map[uint32]uint64 // words of the filter that are not 0
 
-	// Backends whose connections are to be closed, also those that are gone.
-	resets map[uint32]bool
+	// Backends whose connections are to be closed, also those that are gone, and
+	// which connections (enum reset_scope).
+	resets map[uint32]uint8
 	// Backends that are gone from their services, but not from the objects that
 	// these were made from.
 	orphans map[uint32]orphan
@@ -218,7 +220,7 @@ func newLedger(c capacity, first uint32) *ledger {
 		owner:      make(map[service.Listener]*entry),
 		shared:     make(map[uint32]uint32),
 		filter:     make(map[uint32]uint64),
-		resets:     make(map[uint32]bool),
+		resets:     make(map[uint32]uint8),
 		orphans:    make(map[uint32]orphan),
 	}
 	for i := range l.generation {
@@ -377,7 +379,7 @@ func resetOf(s *service.Service, b service.Backend) uint8 {
 	switch {
 	case s.Closes(b):
 		return uint8(kernelResetScopeRESET_ALL)
-	case b.Unserving && s.OnDown == service.Reset:
+	case b.Unserving && s.OnDown == service.Reset && slices.ContainsFunc(s.Listeners, func(l service.Listener) bool { return l.Protocol == service.UDP }):
 		return uint8(kernelResetScopeRESET_UDP)
 	}
 	return 0
@@ -402,7 +404,7 @@ func leaveOf(s *service.Service, b service.Backend, state service.State, before 
 
 func (l *ledger) markReset(index uint32, reset uint8) {
 	if reset != 0 {
-		l.resets[index] = true
+		l.resets[index] = reset
 	} else {
 		delete(l.resets, index)
 	}
@@ -592,7 +594,7 @@ func (e *entry) fate(left *service.Origin) fate {
 }
 
 func (f fate) closes(a netip.Addr) bool {
-	return f.reset && (f.owner == "" || f.of != nil && !f.of.Has(a))
+	return f.reset && (f.owner == "" || f.of != nil && !f.of.Unsettled && !f.of.Has(a))
 }
 
 // orphan is a retired backend whose connections go on, because the object that it
@@ -603,11 +605,30 @@ type orphan struct {
 	hot   hot
 }
 
+// originOf names the object that a service of this name is made from; nil: none. The
+// names of services of the file have no slash.
+func originOf(name string) *service.Origin {
+	object, _, _ := strings.Cut(name, ":")
+	if !strings.Contains(object, "/") {
+		return nil
+	}
+	return &service.Origin{Name: object}
+}
+
+// takeOrphans takes over those of an earlier ledger whose places are still theirs.
+func (l *ledger) takeOrphans(of map[uint32]orphan) {
+	for index, o := range of {
+		if slices.Contains(l.retired.backends, index) && l.generation[index] == o.hot.generation {
+			l.orphans[index] = o
+		}
+	}
+}
+
 // closeOrphans closes the connections to backends that their objects have no more.
 func (l *ledger) closeOrphans(snap *service.Snapshot, w *writes) {
 	for index, o := range l.orphans {
 		of := snap.Origin(o.owner)
-		if of == nil || of.Has(o.addr) {
+		if of == nil || of.Unsettled || of.Has(o.addr) {
 			continue
 		}
 		o.hot.reset = uint8(kernelResetScopeRESET_ALL)

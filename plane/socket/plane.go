@@ -62,7 +62,8 @@ type Plane struct {
 	unswept string // why the last walk over all sockets was not complete
 	set     *mapSet
 	ledger  *ledger
-	loaded  *loaded // nil: no programs are
+	orphans map[uint32]orphan // of the ledger; they outlive it
+	loaded  *loaded           // nil: no programs are
 	links   attacher
 	applied *service.Snapshot // what the ledger knows to be in the kernel
 	partial bool              // the kernel may show services that applied does not name
@@ -174,12 +175,12 @@ func (p *Plane) sweep(ctx context.Context) error {
 	if p.ledger == nil || p.sweeper == nil {
 		return nil
 	}
-	for index := range p.ledger.resets {
+	for index, scope := range p.ledger.resets {
 		l, err := p.set.readLoad(index)
 		if err != nil {
 			return err
 		}
-		if isBusy(&l) {
+		if l.Datagrams > 0 || l.Inflight > 0 && scope == uint8(kernelResetScopeRESET_ALL) {
 			return errors.Join(p.closeByDiag(ctx), p.sweeper.sweep(ctx, false))
 		}
 	}
@@ -368,6 +369,8 @@ func (p *Plane) adopt() error {
 	if err := p.sortLoads(l); err != nil {
 		return err
 	}
+	l.takeOrphans(p.orphans)
+	p.orphans = l.orphans
 	p.ledger, p.applied, p.partial = l, &service.Snapshot{}, true
 	return nil
 }

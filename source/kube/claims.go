@@ -36,6 +36,27 @@ type want struct {
 	as []asked
 }
 
+// claimed returns whose listener it is, if it is this one's: a ClusterIP is nobody
+// else's also for clients that it does not serve.
+func (w want) claimed(i int) service.From {
+	if w.as[i] == asClusterIP {
+		return service.Anywhere
+	}
+	return w.Listeners[i].From
+}
+
+// sockets are the clients that find one listener at an address, and not two.
+const sockets = service.FromSockets | service.FromHost
+
+// common returns the clients of both.
+func common(a, b service.From) service.From {
+	both := a & b
+	if a&sockets != 0 && b&sockets != 0 {
+		both |= b & sockets
+	}
+	return both
+}
+
 // claims say who wants which listeners. Of two that want the same one for the same
 // clients one has it: by what it is to them, and where it is the same to both, the
 // older. Clients whom only one of them wants are its own.
@@ -63,7 +84,7 @@ func (c claims) add(s *clusterService, wanted []want) []types.NamespacedName {
 		for i, l := range w.Listeners {
 			at := l.At()
 			others = appendOwners(others, c[at], s.key())
-			c[at] = append(c[at], claim{w.as[i], s.key(), s.created, w.Name, l.From})
+			c[at] = append(c[at], claim{w.as[i], s.key(), s.created, w.Name, w.claimed(i)})
 		}
 	}
 	return others
@@ -140,16 +161,16 @@ func (c claims) left(owner types.NamespacedName, w want, i int) (left service.Fr
 		return left, nil
 	}
 	mine := slices.IndexFunc(all, func(x claim) bool {
-		return x.owner == owner && x.service == w.Name && x.as == w.as[i] && x.from == l.From
+		return x.owner == owner && x.service == w.Name && x.as == w.as[i] && x.from == w.claimed(i)
 	})
 	if mine < 0 {
 		return left, nil
 	}
 	for _, x := range all {
-		if x.from&l.From == 0 || !x.before(all[mine]) {
+		if common(x.from, l.From) == 0 || !x.before(all[mine]) {
 			continue
 		}
-		left &^= x.from
+		left &^= common(x.from, l.From)
 		if holder == nil || x.before(*holder) {
 			holder = &x
 		}

@@ -395,7 +395,7 @@ func claimant(name string, age int, listeners ...string) (*clusterService, []wan
 	for _, text := range listeners {
 		f := strings.Fields(text)
 		address, clients, _ := strings.Cut(f[0], "=")
-		from := map[string]service.From{"": service.Anywhere, "w": service.FromWorld, "s": service.FromSockets}[clients]
+		from := map[string]service.From{"": service.Anywhere, "w": service.FromWorld, "s": service.FromSockets, "h": service.FromHost}[clients]
 		w.Listeners = append(w.Listeners, service.Listener{Address: netip.MustParseAddrPort(address), Protocol: service.TCP, From: from})
 		w.as = append(w.as, asked(strings.Index("cnie", f[1])))
 	}
@@ -436,11 +436,19 @@ func TestClaims(t *testing.T) {
 			{"older", 10, []string{"10.0.0.1:30080 e"}, "", "a NodePort of the Service shop/victim"},
 			{"victim", 1, []string{"10.0.0.1:30080 n"}, "shop/victim 10.0.0.1:30080=shgw ->", ""},
 		},
+		"sockets find one": {
+			{"host", 2, []string{"198.51.100.1:80=h e"}, "shop/host 198.51.100.1:80=h ->", ""},
+			{"pods", 1, []string{"198.51.100.1:80=s e"}, "", "an externalIP of the older Service shop/host"},
+		},
+		"a ClusterIP that is passed by": {
+			{"old", 9, []string{"10.96.0.1:80 e"}, "", "a ClusterIP of the Service shop/victim"},
+			{"victim", 1, []string{"10.96.0.1:80=w c"}, "shop/victim 10.96.0.1:80=w ->", ""},
+		},
 		"one that asks twice": {
 			{"twice", 1, []string{"10.96.0.1:80 c", "10.96.0.1:80=w e"}, "shop/twice 10.96.0.1:80=shgw ->", ""},
 		},
 		"one that asks twice for others": {
-			{"twice", 1, []string{"10.0.0.1:80=s n", "10.0.0.1:80 i"}, "shop/twice 10.0.0.1:80=s 10.0.0.1:80=hgw ->", ""},
+			{"twice", 1, []string{"10.0.0.1:80=s n", "10.0.0.1:80 i"}, "shop/twice 10.0.0.1:80=s 10.0.0.1:80=gw ->", ""},
 		},
 	} {
 		// In whatever order they are heard of.

@@ -60,6 +60,7 @@ type Source struct {
 	noRanges error
 
 	// Owned by Run.
+	emitted  bool // everything was translated once
 	at       surroundings
 	claims   claims
 	entries  map[types.NamespacedName]*entry
@@ -73,6 +74,7 @@ type Source struct {
 // entry is what became of a Service.
 type entry struct {
 	origin  *service.Origin
+	made    time.Time                // when it was heard of; zero: it was there before
 	missing map[netip.Addr]time.Time // endpoints of origin that no slice has, and since when
 	wanted  []want                   // as translated
 	granted []*service.Service       // with the listeners that it may have
@@ -425,6 +427,7 @@ func (s *Source) update() (Update, bool) {
 		}
 	}
 	s.settle(dirty)
+	s.emitted = true
 	u := Update{Services: s.list, Checks: s.sortedChecks(), Problems: s.sortedProblems(n)}
 	for _, ports := range s.unserved {
 		u.Unserved += ports
@@ -515,14 +518,26 @@ func (s *Source) retranslate(key types.NamespacedName) (others []types.Namespace
 // both, one after the other.
 const missingFor = time.Second
 
+// settledAfter is how long the endpoints of a Service that is new, or made anew, may be
+// on their way.
+const settledAfter = 5 * time.Second
+
 // linger leaves endpoints in the origin that have been in the slices until just now.
 func (s *Source) linger(e *entry, key types.NamespacedName, to *service.Origin, now time.Time) {
 	before := e.origin
 	e.origin = to
-	if before == nil || to == nil {
-		e.missing = nil
+	if to == nil {
 		return
 	}
+	if before == nil {
+		before = &service.Origin{}
+		// Those that are there when this process starts have theirs.
+		if s.emitted {
+			e.made = now
+			time.AfterFunc(settledAfter, func() { s.touch(key) })
+		}
+	}
+	to.Unsettled = !e.made.IsZero() && now.Sub(e.made) < settledAfter
 	missing := make(map[netip.Addr]time.Time)
 	for _, a := range before.Endpoints {
 		if to.Has(a) {

@@ -200,7 +200,7 @@ func TestFamilies(t *testing.T) {
 // else becomes of the Service.
 func TestConnectionsStay(t *testing.T) {
 	t.Parallel()
-	s := newScene(t, theWorld(t))
+	s := newScene(t, ownWorld(t))
 	svc := s.service("web", nil)
 	s.endpoints(svc, pods("b1")...)
 	at := hostPort(svc.Spec.ClusterIP, 80)
@@ -266,10 +266,20 @@ func TestConnectionsStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	alive("the Service is deleted")
+	// Its slices go with it, and come after the new one.
+	if err := c.Delete(t.Context(), moved.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // the nodes have heard of it
 	s.service("web", func(again *corev1.Service) {
-		again.Spec.ClusterIP, again.Spec.ClusterIPs = svc.Spec.ClusterIP, svc.Spec.ClusterIPs
+		again.Spec.ClusterIP, again.Spec.ClusterIPs, again.Spec.Ports = svc.Spec.ClusterIP, svc.Spec.ClusterIPs, svc.Spec.Ports
 	})
 	alive("the Service is made anew")
+	moved.ResourceVersion, moved.UID = "", ""
+	if _, err := c.Create(t.Context(), moved, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	alive("its slice is made anew")
 	// Gone for good: the sockets of this node hear of it, as they always did.
 	if err := c.Delete(t.Context(), moved.Name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
@@ -282,6 +292,26 @@ func TestConnectionsStay(t *testing.T) {
 			return nil
 		})
 	}
+	// A port gets another name while no agent is there.
+	for _, p := range from {
+		p.ask("drop", at)
+	}
+	if _, err := c.Create(t.Context(), moved, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range from {
+		s.expectBy("tcp", p, at, seen{"b1", ""})
+		if who, _, err := p.ask("hold", at); err != nil || who != "b1" {
+			t.Fatalf("%s holds %s, %v", p.name, who, err)
+		}
+	}
+	s.a.agent.Kill()
+	s.update(svc, func(svc *corev1.Service) { svc.Spec.Ports[0].Name = "renamed" })
+	if err := s.a.start(); err != nil {
+		t.Fatal(err)
+	}
+	s.healthy(s.a, "/healthz", http.StatusOK)
+	alive("another agent")
 }
 
 // Who sends datagrams from one port, and was there first, is answered as soon as

@@ -114,14 +114,16 @@ static __always_inline const struct cred *opener_of(struct sock *sk)
 
 /*
  * In whose share of what is bounded a socket is. However many numbers somebody has in
- * user namespaces of his own, he is one.
+ * user namespaces of his own, or in a container, he is one.
  */
 static __always_inline __u64 share_of(struct sock *sk)
 {
 	const struct cred *opener = opener_of(sk);
 	__u64 uid = opener ? opener->uid.val : sk->sk_uid.val;
 
-	if (opener && opener->user_ns->level)
+	if (sk->__sk_common.skc_net.net->net_cookie != host_netns)
+		uid = 1ULL << 33;
+	else if (opener && opener->user_ns->level)
 		uid = maker_of(opener->user_ns) | 1ULL << 32;
 	return mix(network_of(sk->__sk_common.skc_net.net)) ^ mix(uid << 1 | 1);
 }
