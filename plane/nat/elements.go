@@ -216,13 +216,6 @@ func bounds(p netip.Prefix) (first, last string) {
 	return string(low), string(high)
 }
 
-func index(v4 bool) int {
-	if v4 {
-		return 1
-	}
-	return 0
-}
-
 // slotsOf returns the backends of the group that serves, each as often as its
 // weight says: a slot drawn by lot is a backend drawn by weight. With source-hash
 // they are in an order that hardly changes when one comes or goes.

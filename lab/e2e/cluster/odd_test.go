@@ -564,7 +564,7 @@ func TestControllerKeeps(t *testing.T) {
 	c.update(alien, func(svc *corev1.Service) {
 		svc.Spec.Type, svc.Spec.LoadBalancerClass = corev1.ServiceTypeClusterIP, nil
 	})
-	alien = c.update(alien, func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeLoadBalancer })
+	c.update(alien, func(svc *corev1.Service) { svc.Spec.Type = corev1.ServiceTypeLoadBalancer })
 	c.has("alien", "", "Exhausted")
 }
 
