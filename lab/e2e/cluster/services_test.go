@@ -457,9 +457,11 @@ func TestExternalIPs(t *testing.T) {
 
 // What no Service has is nobody's: an address in a ServiceCIDR, a port of a
 // ClusterIP. A range that others have addresses in is left alone.
+//
+// In a world of its own: a ServiceCIDR is where the Services of others get addresses, too.
 func TestServiceCIDRs(t *testing.T) {
 	t.Parallel()
-	s := newScene(t, theWorld(t))
+	s := newScene(t, ownWorld(t))
 	svc := s.service("web", nil)
 	s.endpoints(svc, pods("a1")...)
 	everywhere := []*place{s.pods["a2"], s.pods["b2"], s.outside}
