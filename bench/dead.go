@@ -39,7 +39,7 @@ var ailments = []ailment{
 	{name: "refuses", fall: func(_ *site, healthy *lab.Process) error { healthy.Kill(); return nil }},
 	{name: "resets what it accepts", fall: func(s *site, healthy *lab.Process) error { return s.instead(healthy, "slam") }},
 	{name: "is silent", fall: func(s *site, _ *lab.Process) error { return s.CutOff(deadBackend.Addr()) }},
-	{name: "is 200 ms late", latency: true, fall: func(s *site, healthy *lab.Process) error { return s.instead(healthy, "name", "200ms") }},
+	{name: "is 200 ms late", latency: true, fall: func(s *site, healthy *lab.Process) error { return s.instead(healthy, "answer", "200ms") }},
 }
 
 // instead ends a server and starts another one at the first backend's address.
@@ -135,7 +135,7 @@ func (s *site) namedServers() (*lab.Process, error) {
 	var first *lab.Process
 	for i := range slices.Max(deadSizes) {
 		address := fmt.Sprintf("10.0.0.%d:8080", 11+i)
-		p, err := s.Start(exec.Command(s.b.self, "name", address, "0s"), lab.Outside)
+		p, err := s.Start(exec.Command(s.b.self, "answer", address, "0s"), lab.Outside)
 		if err = errors.Join(err, s.listening(address)); err != nil {
 			return nil, err
 		}

@@ -35,7 +35,6 @@ var helpers = map[string]func(args []string) error{
 	"storm":     storm,
 	"ask":       ask,
 	"hold":      hold,
-	"name":      name,
 	"slam":      slam,
 	"toll":      takeToll,
 }
@@ -266,7 +265,8 @@ func keep(args []string) error {
 	})
 }
 
-// answer answers one request per connection after a delay.
+// answer answers one request per connection after a delay, with the address at which
+// it was asked.
 func answer(args []string) error {
 	delay, err := time.ParseDuration(args[1])
 	if err != nil {
@@ -278,7 +278,7 @@ func answer(args []string) error {
 			return
 		}
 		time.Sleep(delay)
-		fmt.Fprintln(c, "here it is")
+		fmt.Fprint(c, args[0])
 	})
 }
 
@@ -455,22 +455,6 @@ func dialUDP(args []string) error {
 	tasks.Wait()
 	fmt.Println(made.Load())
 	return nil
-}
-
-// name says after a delay, to whoever asks, at which address it was asked.
-func name(args []string) error {
-	delay, err := time.ParseDuration(args[1])
-	if err != nil {
-		return err
-	}
-	return serve(args[0], func(c net.Conn) {
-		defer c.Close()
-		if _, err := c.Read(make([]byte, 100)); err != nil {
-			return
-		}
-		time.Sleep(delay)
-		fmt.Fprint(c, args[0])
-	})
 }
 
 // slam accepts and resets.
