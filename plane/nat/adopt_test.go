@@ -5,22 +5,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/service"
 )
 
 // A plane that finds what it would make itself makes no transaction at all.
 func TestAdoptWritesNothing(t *testing.T) {
-	lab.Need(t)
-	h, err := lab.NewHost()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := h.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	h := host(t)
 	s := &service.Service{
 		Name: "web", Affinity: time.Minute, Sources: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")},
 		Listeners: []service.Listener{

@@ -119,8 +119,7 @@ func TestHistories(t *testing.T) {
 		for _, s := range services {
 			list = append(list, s)
 		}
-		snap = snap.Next("/", list)
-		snap.Ranges = ranges
+		snap = snap.Next("/", list).With(ranges, false)
 		if err := h.Do(func() error { return p.Apply(t.Context(), snap) }); err != nil {
 			t.Fatalf("seed %d, step %d: %v", seed, step, err)
 		}

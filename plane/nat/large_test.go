@@ -11,23 +11,13 @@ import (
 
 	"github.com/google/nftables"
 
-	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/service"
 )
 
 // A change of more elements than a first filling has in one transaction takes no
 // listener away, not even for a moment.
 func TestLargeChange(t *testing.T) {
-	lab.Need(t)
-	h, err := lab.NewHost()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := h.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	h := host(t)
 	snap := func(third byte) *service.Snapshot {
 		var all []*service.Service
 		for i := range 3000 {
@@ -65,7 +55,7 @@ func TestLargeChange(t *testing.T) {
 		}
 	})
 	// A plane that has just started finds all of it different.
-	err = h.Do(func() error { return New(nil).Apply(t.Context(), snap(2)) })
+	err := h.Do(func() error { return New(nil).Apply(t.Context(), snap(2)) })
 	stop()
 	looks.Wait()
 	if err != nil {

@@ -248,7 +248,7 @@ struct {
 	__uint(max_entries, UDP_MORE);
 } udp_more SEC(".maps");
 
-/* udp_shares: network namespace and user -> entries of udp_more. Bound: fixed. */
+/* udp_shares: user of the host, or pod -> entries of udp_more. Bound: fixed. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__type(key, __u64);
