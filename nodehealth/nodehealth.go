@@ -27,7 +27,9 @@ type Check struct {
 	Port      uint16
 	Namespace string
 	Name      string
-	Endpoints int // ready ones on this node
+	// Ready endpoints on this node, of each family: a load balancer that asks by
+	// IPv6 sends IPv6.
+	Endpoints4, Endpoints6 int
 }
 
 // State is what the node says of itself.
@@ -203,14 +205,20 @@ func (s *Server) open(c Check) error {
 	if err != nil {
 		return err
 	}
-	srv := s.limit.Server(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { s.answerCheck(w, c.Port) }))
+	srv := s.limit.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.answerCheck(w, c.Port, overIPv4(r)) }))
 	s.checks[c.Port] = &check{c, srv}
 	// It ends when it is closed.
 	go func() { _ = srv.Serve(l) }()
 	return nil
 }
 
-func (s *Server) answerCheck(w http.ResponseWriter, port uint16) {
+// overIPv4 reports by which family a request came.
+func overIPv4(r *http.Request) bool {
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	return ok && local.AddrPort().Addr().Unmap().Is4()
+}
+
+func (s *Server) answerCheck(w http.ResponseWriter, port uint16, v4 bool) {
 	s.mu.Lock()
 	have := s.checks[port]
 	var c Check
@@ -218,17 +226,20 @@ func (s *Server) answerCheck(w http.ResponseWriter, port uint16) {
 		c = have.Check
 	}
 	s.mu.Unlock()
-	st := s.state()
+	st, endpoints := s.state(), c.Endpoints6
+	if v4 {
+		endpoints = c.Endpoints4
+	}
 	type name struct {
 		Namespace string `json:"namespace"`
 		Name      string `json:"name"`
 	}
-	w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.Itoa(c.Endpoints))
-	reply(w, st.Healthy && c.Endpoints > 0, struct {
+	w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.Itoa(endpoints))
+	reply(w, st.Healthy && endpoints > 0, struct {
 		Service             name `json:"service"`
 		LocalEndpoints      int  `json:"localEndpoints"`
 		ServiceProxyHealthy bool `json:"serviceProxyHealthy"`
-	}{name{c.Namespace, c.Name}, c.Endpoints, st.Healthy})
+	}{name{c.Namespace, c.Name}, endpoints, st.Healthy})
 }
 
 func (s *Server) closeAll() {

@@ -226,6 +226,12 @@ func (s State) String() string {
 	return fmt.Sprintf("state %d", uint8(s))
 }
 
+// Families says something of each family of addresses.
+type Families struct{ V4, V6 bool }
+
+// Has is what it says of the family of an address.
+func (f Families) Has(a netip.Addr) bool { return a.Is4() && f.V4 || a.Is6() && f.V6 }
+
 // Service is a set of virtual addresses and the backends behind them. It is
 // immutable once it is part of a Snapshot.
 type Service struct {
@@ -247,9 +253,9 @@ type Service struct {
 	// Sources are who may reach the guarded listeners from outside this host.
 	Sources []netip.Prefix // sorted
 
-	// Elsewhere says that other hosts have backends: packets that find none
-	// here are dropped, not refused, so that their sender looks elsewhere.
-	Elsewhere bool
+	// Elsewhere says of which families other hosts have backends: packets that find
+	// none here are dropped, not refused, so that their sender looks elsewhere.
+	Elsewhere Families
 
 	// Of is the object that this service is a part of; nil: it is one by itself.
 	Of *Origin

@@ -67,6 +67,10 @@ type chain struct {
 	affinity time.Duration
 	guarded  bool
 
+	// shared are the keys of all listeners of a service with affinity that has
+	// several, one after the other: a client that is known at one is known at all.
+	shared string
+
 	// untracked ranges make it one that leads to no backend, but keeps packets
 	// between them from being tracked.
 	untracked []netip.Prefix
@@ -74,7 +78,28 @@ type chain struct {
 
 // sticks returns the chain to which one with affinity leads: it remembers the
 // backend whose number is known.
-func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity} }
+func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity, shared: c.shared} }
+
+// sharers are the keys in shared.
+func (c chain) sharers() []string {
+	n := addressLength(c.v4) + 8
+	var keys []string
+	for key := range slices.Chunk([]byte(c.shared), n) {
+		keys = append(keys, string(key))
+	}
+	return keys
+}
+
+// sharedName tells chains of services that share from each other. It begins with how
+// many listeners do.
+func (c chain) sharedName() string {
+	if c.shared == "" {
+		return ""
+	}
+	h := fnv.New64a()
+	h.Write([]byte(c.shared))
+	return fmt.Sprintf("%s%d-%016x", sharedMark, len(c.sharers()), h.Sum64())
+}
 
 // name is unique for what the chain does.
 func (c chain) name() string {
@@ -86,7 +111,7 @@ func (c chain) name() string {
 		return fmt.Sprintf("%s%d-%08x", rawMark, len(pairsOf(c.untracked)), h.Sum32())
 	}
 	if c.slots == 0 {
-		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second)
+		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second) + c.sharedName()
 	}
 	name := fmt.Sprintf("backend%d-%d", family(c.v4), c.slots)
 	if c.guests {
@@ -96,7 +121,7 @@ func (c chain) name() string {
 		name += hashedMark
 	}
 	if c.affinity > 0 {
-		name += fmt.Sprint(affinityMark, int(c.affinity/time.Second))
+		name += fmt.Sprint(affinityMark, int(c.affinity/time.Second)) + c.sharedName()
 	}
 	if c.guarded {
 		name += guardedMark
@@ -105,10 +130,11 @@ func (c chain) name() string {
 }
 
 // What is in the names of chains that lead clients by their addresses, that remember
-// them for so many seconds, and that ask who they are.
+// them for so many seconds, at so many listeners, and that ask who they are.
 const (
 	hashedMark   = "-hashed"
 	affinityMark = "-affinity-"
+	sharedMark   = "-shared-"
 	guardedMark  = "-guarded"
 )
 

@@ -36,7 +36,7 @@ func host(t *testing.T) *lab.Host {
 // has endpoints of a few that all have.
 func randomService(r *rand.Rand, name string) *service.Service {
 	maybe := func() bool { return r.IntN(2) == 0 }
-	s := &service.Service{Name: name, Elsewhere: maybe()}
+	s := &service.Service{Name: name, Elsewhere: service.Families{V4: maybe(), V6: maybe()}}
 	if r.IntN(3) == 0 {
 		s.Affinity = time.Duration(10+r.IntN(2)) * time.Second
 	}

@@ -134,6 +134,21 @@ func once(all []element) []element {
 	})
 }
 
+// sharedBy returns the keys of a service's listeners of a family, if there are several.
+func sharedBy(s *service.Service, v4 bool) string {
+	var keys []string
+	for _, l := range s.Listeners {
+		if l.Address.Addr().Is4() == v4 {
+			keys = append(keys, listenerKey(l))
+		}
+	}
+	slices.Sort(keys)
+	if keys = slices.Compact(keys); len(keys) < 2 {
+		return ""
+	}
+	return strings.Join(keys, "")
+}
+
 // elements is what one way needs: its verdict in the sets named, and its slots.
 func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, also ...setName) []element {
 	if w == nil {
@@ -144,11 +159,14 @@ func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, al
 	at := slots.of(s, v4)
 	key := listenerKey(l)
 	c := chain{v4: v4, guests: in == setGuestsTo, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
+	if s.Affinity > 0 {
+		c.shared = sharedBy(s, v4)
+	}
 	verdict := c.name()
 	switch {
 	case len(at) > 0:
 		chains[verdict] = c
-	case s.Elsewhere:
+	case s.Elsewhere.Has(l.Address.Addr()):
 		verdict = chainDrop
 	default:
 		verdict = chainRefuse

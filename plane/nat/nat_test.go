@@ -206,7 +206,7 @@ func TestTranslate(t *testing.T) {
 		&service.Service{Name: "far", Listeners: at(service.Anywhere, "10.96.0.2:8080", "[2001:db8:96::2]:8080"),
 			Backends: to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")},
 		&service.Service{Name: "none", Listeners: at(service.Anywhere, "10.96.0.3:8080", "[2001:db8:96::3]:8080")},
-		&service.Service{Name: "elsewhere", Listeners: at(service.Anywhere, "10.96.0.4:8080"), Elsewhere: true},
+		&service.Service{Name: "elsewhere", Listeners: at(service.Anywhere, "10.96.0.4:8080"), Elsewhere: service.Families{V4: true, V6: true}},
 		&service.Service{Name: "for-guests", Listeners: at(service.FromGuests, "10.96.0.5:8080"), Backends: to(false, "10.2.0.2:80")},
 		&service.Service{Name: "for-guests/external", Listeners: at(service.FromWorld, "10.96.0.5:8080"), Backends: to(true, "10.1.0.2:80")},
 	))
@@ -462,6 +462,77 @@ func TestAffinity(t *testing.T) {
 	}
 }
 
+// A client has the same backend at all addresses and ports of a service, of each
+// family, and at all of them another one when that is gone.
+func TestAffinityIsOfTheService(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	n.serve(n.far, "far", "10.2.0.2:80", "[2001:db8:3::2]:80")
+	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	everywhere := []string{"10.96.0.1:8080", "10.96.0.2:8080", "192.0.2.1:30080", "[2001:db8:96::1]:8080", "[2001:db8:96::2]:8080"}
+	web := &service.Service{
+		Name: "web", Affinity: time.Minute, Listeners: at(service.Anywhere, everywhere...),
+		Backends: append(to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")...),
+	}
+	other := *web
+	other.Name, other.Listeners = "other", at(service.Anywhere, "10.96.0.3:8080", "10.96.0.4:8080")
+	n.apply(of(web, &other))
+	for _, all := range [][]string{everywhere[:3], everywhere[3:]} {
+		first, err := n.ask(n.client, "tcp", all[0])
+		n.check(err)
+		for range 10 {
+			for _, v := range all {
+				n.expect(n.client, "tcp", v, first)
+			}
+		}
+	}
+	for _, left := range [][]service.Backend{web.Backends[:2], web.Backends, web.Backends[2:], web.Backends} {
+		less := *web
+		less.Backends = left
+		n.apply(of(&less, &other))
+		for _, all := range [][]string{everywhere[:3], everywhere[3:]} {
+			first, err := n.ask(n.client, "tcp", all[1])
+			n.check(err)
+			for range 5 {
+				for _, v := range all {
+					n.expect(n.client, "tcp", v, first)
+				}
+			}
+		}
+	}
+	if out, err := n.node.Run(t.Context(), lab.Outside, "nft", "list", "table", "inet", nat.TableName); err != nil || !strings.Contains(out, "30080") {
+		t.Errorf("nft cannot list it: %v\n%s", err, out)
+	}
+}
+
+// Clients that are too many to be remembered are served.
+func TestAffinityHasNoRoom(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	n.serve(n.guest, "guest", "10.1.0.2:80")
+	one, two := to(true, "10.1.0.2:80"), at(service.Anywhere, "10.96.0.2:80", "10.96.0.3:80")
+	n.apply(of(
+		&service.Service{Name: "alone", Affinity: time.Minute, Listeners: at(service.Anywhere, "10.96.0.1:80"), Backends: one},
+		&service.Service{Name: "shared", Affinity: time.Minute, Listeners: two, Backends: one},
+	))
+	var fill strings.Builder
+	const perMessage = 1 << 14
+	for i := range nat.AffinityPlaces {
+		if i%perMessage == 0 {
+			fmt.Fprintf(&fill, "}\nadd element inet %s affinity4 {", nat.TableName)
+		}
+		fmt.Fprintf(&fill, "198.%d.%d.%d . 10.96.0.1 . tcp . 80 timeout 1h : 1,", 51+i>>16, i>>8&0xff, i&0xff)
+	}
+	file, err := n.node.WriteFile("fill", strings.TrimPrefix(fill.String()+"}\n", "}\n"))
+	n.check(err)
+	if out, err := n.node.Run(t.Context(), lab.Outside, "nft", "-f", file); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, v := range []string{"10.96.0.1:80", "10.96.0.2:80", "10.96.0.3:80"} {
+		n.expect(n.client, "tcp", v, "guest 192.0.2.2")
+	}
+}
+
 // everything is a snapshot that needs every kind of chain and set.
 func everything(backends ...service.Backend) *service.Snapshot {
 	guarded := at(service.Anywhere, "10.96.0.4:80", "[2001:db8:96::4]:80")
@@ -476,12 +547,12 @@ func everything(backends ...service.Backend) *service.Snapshot {
 	return of(
 		&service.Service{Name: "plain", Listeners: at(service.Anywhere, "10.96.0.1:80", "[2001:db8:96::1]:80"), Backends: backends},
 		&service.Service{Name: "none", Listeners: at(service.Anywhere, "10.96.0.2:80", "[2001:db8:96::2]:80")},
-		&service.Service{Name: "affinity", Listeners: at(service.Anywhere, "10.96.0.3:80", "[2001:db8:96::3]:80"),
+		&service.Service{Name: "affinity", Listeners: at(service.Anywhere, "10.96.0.3:80", "10.96.0.3:81", "[2001:db8:96::3]:80", "[2001:db8:96::3]:81"),
 			Affinity: time.Hour, Backends: backends},
 		&service.Service{Name: "guarded", Listeners: guarded, Sources: sources, Backends: backends, Affinity: time.Minute},
 		&service.Service{Name: "guests", Listeners: at(service.FromGuests, "10.96.0.5:80", "[2001:db8:96::5]:80"), Backends: uneven},
 		&service.Service{Name: "hashed", Listeners: at(service.Anywhere, "10.96.0.6:80", "[2001:db8:96::6]:80"), Backends: backends, Balance: service.SourceHash},
-		&service.Service{Name: "world", Listeners: at(service.FromWorld, "10.96.0.5:80", "[2001:db8:96::5]:80"), Elsewhere: true},
+		&service.Service{Name: "world", Listeners: at(service.FromWorld, "10.96.0.5:80", "[2001:db8:96::5]:80"), Elsewhere: service.Families{V4: true, V6: true}},
 	)
 }
 

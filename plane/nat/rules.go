@@ -76,7 +76,7 @@ const TableName = "pentad"
 
 // layoutVersion numbers the meaning of chains and sets. A table of another
 // number is replaced, in one transaction.
-const layoutVersion = "layout-3"
+const layoutVersion = "layout-4"
 
 // The chains that are always there.
 const (
@@ -116,8 +116,10 @@ func (s set) String() string {
 	return setNames[s.name] + "6"
 }
 
-// affinityPlaces bounds how many clients are remembered, for each family.
-const affinityPlaces = 65536
+// affinityPlaces bounds how many clients are remembered, for each family; one counts
+// once at each listener of its service. Those that find no room are served all the
+// same.
+const affinityPlaces = 1 << 18
 
 // trackedPlaces bounds how many clients with translated connections are known, for
 // each family: as many as there are addresses in 10.0.0.0/12.
@@ -490,7 +492,7 @@ func (c chain) rules() [][]expr.Any {
 		return rawRules(c.untracked)
 	}
 	if c.slots == 0 {
-		return [][]expr.Any{c.stick()}
+		return c.stick()
 	}
 	var rules [][]expr.Any
 	if c.guarded {
@@ -501,7 +503,8 @@ func (c chain) rules() [][]expr.Any {
 	}
 	rules = append(rules, setMark(true))
 	if c.affinity > 0 {
-		rules = append(rules, c.again(), c.forget())
+		rules = append(rules, c.again())
+		rules = append(rules, c.forget()...)
 	}
 	first := uint32(0)
 	if c.guests {
@@ -571,29 +574,62 @@ func (c chain) again() []expr.Any {
 // opDelete is NFT_DYNSET_OP_DELETE of linux/netfilter/nf_tables.h.
 const opDelete = 2
 
+// visitor puts the source of a packet and a listener, the packet's own or one that is
+// given by its key, into the first registers, and the number of the backend into the
+// next one.
+func (c chain) visitor(listener string) ([]expr.Any, uint32) {
+	load, n := c.loadClient()
+	if listener != "" {
+		// Each field as long as it is without padding: nft(8) lists no other.
+		w, length := words(c.v4), addressLength(c.v4)
+		load = append(load[:1],
+			&expr.Immediate{Register: reg(w), Data: []byte(listener[:length])},
+			&expr.Immediate{Register: reg(2 * w), Data: []byte(listener[length : length+1])},
+			&expr.Immediate{Register: reg(2*w + 1), Data: []byte(listener[length+4 : length+6])})
+	}
+	return append(load, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)}), n
+}
+
+// visited are the listeners at which a client is remembered together; the empty one is
+// that of the packet.
+func (c chain) visited() []string {
+	if c.shared == "" {
+		return []string{""}
+	}
+	return c.sharers()
+}
+
 // forget is for a client whose backend is gone: what comes after would only
 // prolong what is known.
-func (c chain) forget() []expr.Any {
-	rule, n := c.loadClient()
-	// The kernel wants to be told the data of a map also to delete.
-	return append(rule, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)},
-		&expr.Dynset{SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(), Operation: opDelete})
+func (c chain) forget() [][]expr.Any {
+	var rules [][]expr.Any
+	for _, listener := range c.visited() {
+		// The kernel wants to be told the data of a map also to delete.
+		rule, n := c.visitor(listener)
+		rules = append(rules, append(rule,
+			&expr.Dynset{SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(), Operation: opDelete}))
+	}
+	return rules
 }
 
 // stick leads to the backend whose number is the priority of the packet, and
-// remembers it for the client.
-func (c chain) stick() []expr.Any {
-	client, n := c.loadClient()
-	rule := append(client, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)})
-	w := words(c.v4)
-	// The listener and the number in it are the key of the backend.
-	rule = append(rule,
-		lookupTo(set{setMembers, c.v4}, reg(w), reg(n+1)),
-		&expr.Dynset{
+// remembers it for the client. That is written by rules of their own, which may fail
+// when there is no room, and before it is known whether there is such a backend: if
+// not, the chain that led here has all of it forgotten.
+func (c chain) stick() [][]expr.Any {
+	var rules [][]expr.Any
+	for _, listener := range c.visited() {
+		rule, n := c.visitor(listener)
+		rules = append(rules, append(rule, &expr.Dynset{
 			SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(),
 			Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.affinity,
-		},
+		}))
+	}
+	rule, n := c.visitor("")
+	// The listener and the number in it are the key of the backend.
+	rule = append(rule, lookupTo(set{setMembers, c.v4}, reg(words(c.v4)), reg(n+1)),
 		&expr.Immediate{Register: reg(n), Data: make([]byte, 4)},
-		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)})
-	return append(rule, translate(c.v4, n+1))
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)},
+		translate(c.v4, n+1))
+	return append(rules, rule)
 }

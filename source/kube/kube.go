@@ -32,7 +32,8 @@ type Check struct {
 	Port      uint16 // spec.healthCheckNodePort
 	Namespace string
 	Name      string
-	Endpoints int // ready ones on this node
+	// Ready endpoints on this node, of each family.
+	Endpoints4, Endpoints6 int
 }
 
 // Problem is something in the cluster that makes no sense. It breaks nothing

@@ -62,7 +62,7 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 		}
 	}
 	if s.checkPort != 0 {
-		t.check = &Check{s.checkPort, s.Namespace, s.Name, s.localReady(all, at)}
+		t.check = s.check(all, at)
 	}
 	t.stray = stray(all, at.ranges)
 	return t
@@ -76,7 +76,7 @@ func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *s
 	base := fmt.Sprintf("%s/%s:%s", s.Namespace, s.Name, cmp.Or(p.name, strconv.Itoa(int(p.port))))
 	cluster := &want{Service: &service.Service{Name: base, Of: t.origin}}
 	internal := &want{Service: &service.Service{Name: base + "/internal", Of: t.origin}}
-	external := &want{Service: &service.Service{Name: base + "/external", Of: t.origin, Elsewhere: len(usableAnywhere(endpoints)) > 0}}
+	external := &want{Service: &service.Service{Name: base + "/external", Of: t.origin, Elsewhere: elsewhere(endpoints)}}
 	s.listen(p, at, cluster, internal, external, &t.problems)
 
 	chosen := byFamily(endpoints, at, inCluster)
@@ -306,14 +306,14 @@ func lastResort(c candidate) bool { return c.serving && c.terminating }
 
 func isReady(c candidate) bool { return c.ready }
 
-func usableAnywhere(all []candidate) []candidate {
-	var usable []candidate
+// elsewhere says of which families any node has endpoints that can be used.
+func elsewhere(all []candidate) (f service.Families) {
 	for _, c := range all {
 		if c.ready || lastResort(c) {
-			usable = append(usable, c)
+			f.V4, f.V6 = f.V4 || c.at.Addr().Is4(), f.V6 || c.at.Addr().Is6()
 		}
 	}
-	return usable
+	return f
 }
 
 // byFamily lets each family of addresses choose by itself: what is ready, or hinted,
@@ -404,16 +404,23 @@ func backends(all []candidate, chosen func(candidate) bool, at *surroundings) []
 
 func shorten(zone string) string { return zone[:min(len(zone), service.MaxZone)] }
 
-// localReady counts the ready endpoints of a Service on this node, each once. Those of
-// a family that the Service does not have are none of its own.
-func (s *clusterService) localReady(all []*slice, at *surroundings) int {
+// check is the health check of a Service. Of its ready endpoints on this node each
+// counts once; those of a family that the Service does not have are none of its own.
+func (s *clusterService) check(all []*slice, at *surroundings) *Check {
+	c := &Check{Port: s.checkPort, Namespace: s.Namespace, Name: s.Name}
 	seen := make(map[netip.Addr]bool)
 	for _, sl := range all {
 		for _, e := range sl.endpoints {
-			if e.ready && e.node == at.node && s.has(e.address) {
-				seen[e.address] = true
+			if !e.ready || e.node != at.node || !s.has(e.address) || seen[e.address] {
+				continue
+			}
+			seen[e.address] = true
+			if e.address.Is4() {
+				c.Endpoints4++
+			} else {
+				c.Endpoints6++
 			}
 		}
 	}
-	return len(seen)
+	return c
 }

@@ -125,8 +125,11 @@ func show(all []*service.Service) string {
 			}
 			words = append(words, w)
 		}
-		if s.Elsewhere {
+		if s.Elsewhere.V4 {
 			words = append(words, "elsewhere")
+		}
+		if s.Elsewhere.V6 {
+			words = append(words, "elsewhere6")
 		}
 		lines = append(lines, strings.Join(words, " "))
 	}
@@ -283,7 +286,7 @@ func TestFamiliesAreIndependent(t *testing.T) {
 			n := 1 + r.IntN(2)
 			six = append(six, testSlice(fmt.Sprint("six", i), fmt.Sprintf("2001:db8:%d::%d@n%d/z%d%s", n, i+1, n, n, flags[r.IntN(len(flags))])))
 		}
-		become := func(families string) []string {
+		become := func(families string, all ...*slice) []string {
 			s := testService(change(families))
 			if local {
 				s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
@@ -291,7 +294,7 @@ func TestFamiliesAreIndependent(t *testing.T) {
 			if internal {
 				s.Spec.InternalTrafficPolicy = ptr(corev1.ServiceInternalTrafficPolicyLocal)
 			}
-			got := translate(trimService(s), append(slices.Clone(four), six...), testSurroundings())
+			got := translate(trimService(s), all, testSurroundings())
 			var lines []string
 			for _, w := range got.services {
 				for _, l := range w.Listeners {
@@ -301,16 +304,25 @@ func TestFamiliesAreIndependent(t *testing.T) {
 							line += fmt.Sprint(" ", b.Address, "*", b.Weight)
 						}
 					}
+					if w.Elsewhere.Has(l.Address.Addr()) {
+						line += " elsewhere"
+					}
 					lines = append(lines, line)
 				}
 			}
 			slices.Sort(lines)
 			return lines
 		}
-		both, apart := become("46"), append(become("4"), become("6")...)
-		slices.Sort(apart)
-		if !slices.Equal(both, apart) {
-			t.Fatalf("of both\n%s\nof each\n%s", strings.Join(both, "\n"), strings.Join(apart, "\n"))
+		all := append(slices.Clone(four), six...)
+		both := become("46", all...)
+		for _, apart := range [][]string{
+			append(become("4", all...), become("6", all...)...),
+			append(become("4", four...), become("6", six...)...),
+		} {
+			slices.Sort(apart)
+			if !slices.Equal(both, apart) {
+				t.Fatalf("of both\n%s\nof each\n%s", strings.Join(both, "\n"), strings.Join(apart, "\n"))
+			}
 		}
 	}
 }
@@ -334,7 +346,7 @@ func TestTranslateRest(t *testing.T) {
 		s.Annotations = map[string]string{"pentad.io/balance": "random", "pentad.io/onDown": "sometimes", "other/balance": "x"}
 	}))
 	got := translate(s, []*slice{testSlice("a", "10.1.0.1@n1/z1", "10.1.0.2@n1/z1", "10.2.0.1@n2/z2"), testSlice("b", "10.1.0.1@n1/z1", "10.1.0.3@n1/z1 t")}, testSurroundings())
-	if got.check == nil || *got.check != (Check{31000, "shop", "web", 2}) {
+	if got.check == nil || *got.check != (Check{31000, "shop", "web", 2, 0}) {
 		t.Errorf("check is %+v", got.check)
 	}
 	first := got.services[0].Service

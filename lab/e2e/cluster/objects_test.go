@@ -168,12 +168,22 @@ func TestHealthCheckNodePort(t *testing.T) {
 	}
 	asks(s.a, http.StatusServiceUnavailable, 0)
 	s.endpoints(svc, pods("a1", "a2")...)
-	asks(s.a, http.StatusOK, 2*2) // two pods with two addresses each
+	asks(s.a, http.StatusOK, 2)
 	asks(s.b, http.StatusServiceUnavailable, 0)
 	// Those that terminate do not count, though they still answer.
 	s.endpoints(svc, member{pod: "a1", terminating: true, serving: true}, member{pod: "b1"})
 	asks(s.a, http.StatusServiceUnavailable, 0)
-	asks(s.b, http.StatusOK, 2)
+	asks(s.b, http.StatusOK, 1)
+	// A family without endpoints here says so to those who ask by it.
+	s.slice(svc, false, pods("b1"))
+	s.slice(svc, true, pods("a1"))
+	s.within(patience, func() error {
+		heard, err := s.outside.many(many{"ask", []string{"http " + hostPort(a4, svc.Spec.HealthCheckNodePort), "http " + hostPort(a6, svc.Spec.HealthCheckNodePort)}, 1, quickly})
+		if err != nil || heard[0]["200 with 1"] == 0 || heard[1]["503 with 0"] == 0 {
+			return fmt.Errorf("%v, %v", heard, err)
+		}
+		return nil
+	})
 	s.update(svc, func(svc *corev1.Service) { svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster })
 	s.within(patience, func() error {
 		if _, _, err := get(s.a, "/", int(svc.Spec.HealthCheckNodePort)); err == nil {
