@@ -158,6 +158,13 @@ type Switch struct {
 	host *Host
 }
 
+// AnswerAll has the host send an ICMP message for everything that it refuses, where
+// Linux sends some a second.
+func (h *Host) AnswerAll() error {
+	return errors.Join(h.sysctl("net/ipv4/icmp_ratelimit", "0"), h.sysctl("net/ipv4/icmp_msgs_per_sec", "1000000"),
+		h.sysctl("net/ipv4/icmp_msgs_burst", "1000000"), h.sysctl("net/ipv6/icmp/ratelimit", "0"))
+}
+
 // NewSwitch makes a switch. It needs root.
 func NewSwitch() (*Switch, error) {
 	h, err := NewHost()

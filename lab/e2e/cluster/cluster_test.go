@@ -66,7 +66,7 @@ func buildAndRun(m *testing.M) int {
 		return 1
 	}
 	ctx := context.Background()
-	if binaries, err = kube.Build(ctx, kube.APIServer, kube.ControllerManager, kube.Scheduler, kube.Kubelet); err == nil {
+	if binaries, err = kube.Build(ctx, kube.APIServer, kube.ControllerManager, kube.Scheduler, kube.Kubelet, kube.Proxy); err == nil {
 		helm, err = kube.Helm(ctx)
 	}
 	if err != nil {
@@ -129,8 +129,10 @@ func serve(name string, addresses []string) error {
 // go ("drop"), asks by UDP from one port each time ("from PORT ADDRESS:PORT"), and by
 // one connected socket, which the first time makes ("again").
 func answerLines() error {
-	held := make(map[string]net.Conn)
-	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+	held, asked := make(map[string]net.Conn), newAsker()
+	lines := bufio.NewScanner(os.Stdin)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
 		verb, rest, _ := strings.Cut(lines.Text(), " ")
 		answer, err := "", error(nil)
 		switch verb {
@@ -143,6 +145,8 @@ func answerLines() error {
 			if c := held[rest]; c != nil {
 				c.Close()
 			}
+		case "many":
+			answer, err = asked.many(rest)
 		case "from":
 			answer, err = askFrom(rest)
 		case "again":
@@ -320,6 +324,7 @@ func (p *place) ask(network, address string) (server, client string, err error) 
 type node struct {
 	*place
 	v4, v6 netip.Addr
+	index  int // of its pods' range
 	config string
 	agent  *lab.Process
 }
@@ -423,10 +428,19 @@ func (w *world) build() error {
 	if w.account, err = w.cluster.AccountKubeconfig(ctx, "kube-system", "pentad"); err != nil {
 		return err
 	}
-	if w.a, err = w.newNode(ctx, "a", 1); err != nil {
+	return w.machines(func(n *node) error { return w.join(ctx, n) })
+}
+
+// machines makes both nodes, each with what start starts on it, their pods and the
+// client.
+func (w *world) machines(start func(*node) error) (err error) {
+	if w.a, err = w.newNode("a", 1); err != nil {
 		return err
 	}
-	if w.b, err = w.newNode(ctx, "b", 2); err != nil {
+	if w.b, err = w.newNode("b", 2); err != nil {
+		return err
+	}
+	if err := errors.Join(start(w.a), start(w.b)); err != nil {
 		return err
 	}
 	for _, n := range []struct {
@@ -463,7 +477,7 @@ func (w *world) newClient() error {
 	return err
 }
 
-func (w *world) newNode(ctx context.Context, name string, index int) (*node, error) {
+func (w *world) newNode(name string, index int) (*node, error) {
 	v4, v6 := fmt.Sprintf("10.0.0.%d", 10+index), fmt.Sprintf("2001:db8::%d", 10+index)
 	h, err := w.Host(v4+"/24", v6+"/64")
 	if err != nil {
@@ -472,13 +486,8 @@ func (w *world) newNode(ctx context.Context, name string, index int) (*node, err
 	if err := h.Forward(); err != nil {
 		return nil, err
 	}
-	n := &node{v4: netip.MustParseAddr(v4), v6: netip.MustParseAddr(v6)}
+	n := &node{v4: netip.MustParseAddr(v4), v6: netip.MustParseAddr(v6), index: index}
 	if n.place, err = newPlace(name, h, h, lab.Inside); err != nil {
-		return nil, err
-	}
-	err = w.cluster.AddNode(ctx, name, name, []string{v4, v6},
-		[]string{fmt.Sprintf("10.244.%d.0/24", index), fmt.Sprintf("2001:db8:244:%d::/64", index)})
-	if err != nil {
 		return nil, err
 	}
 	for i := 1; i <= 2; i++ {
@@ -486,13 +495,23 @@ func (w *world) newNode(ctx context.Context, name string, index int) (*node, err
 			return nil, err
 		}
 	}
-	n.config, err = h.WriteFile("pentad.yaml", fmt.Sprintf(
-		"source: {kubernetes: {kubeconfig: %s, node: %s, allowExternalIPs: [%s], untracked: [%s]}}\nscope: {cgroup: %s}\n",
-		w.account, name, allowedExternal, untracked[name], h.Scope()))
+	return n, nil
+}
+
+// join makes a node one of the cluster and starts its agent.
+func (w *world) join(ctx context.Context, n *node) error {
+	err := w.cluster.AddNode(ctx, n.name, n.name, []string{n.v4.String(), n.v6.String()},
+		[]string{fmt.Sprintf("10.244.%d.0/24", n.index), fmt.Sprintf("2001:db8:244:%d::/64", n.index)})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return n, n.start()
+	n.config, err = n.WriteFile("pentad.yaml", fmt.Sprintf(
+		"source: {kubernetes: {kubeconfig: %s, node: %s, allowExternalIPs: [%s], untracked: [%s]}}\nscope: {cgroup: %s}\n",
+		w.account, n.name, allowedExternal, untracked[n.name], n.Scope()))
+	if err != nil {
+		return err
+	}
+	return n.start()
 }
 
 // start starts the agent of a node.
@@ -510,7 +529,7 @@ func (n *node) pentad(args ...string) (string, error) {
 }
 
 // allowedExternal are the externalIPs that the nodes serve to everybody.
-const allowedExternal = "203.0.113.64/26"
+const allowedExternal = `203.0.113.64/26, "2001:db8:113:0:1::/80"`
 
 // untracked has one of the nodes not track connections between pods: nothing else may
 // be different there.
