@@ -1,11 +1,20 @@
 package service
 
-import "slices"
+import (
+	"slices"
+	"strings"
+)
 
 // Renamed returns the services of to that are services of from under another name,
 // as new name to old. What makes a service the same is where it listens: a name is
-// for people, and what is known of its connections and backends outlives it.
+// for people, and what is known of its connections and backends outlives it. It costs
+// little where few have changed and both are in the order of their names.
 func Renamed(from, to []*Service) map[string]string {
+	return renamedOf(moved(ordered(from), ordered(to)))
+}
+
+// renamedOf does it by looking at all.
+func renamedOf(from, to []*Service) map[string]string {
 	owner := make(map[Listener]string)
 	for _, s := range from {
 		for _, l := range s.Listeners {
@@ -28,6 +37,38 @@ func Renamed(from, to []*Service) map[string]string {
 		renamed[s.Name], r.taken[old] = old, true
 	}
 	return renamed
+}
+
+// ordered returns services in the order of their names.
+func ordered(all []*Service) []*Service {
+	if slices.IsSortedFunc(all, byName) {
+		return all
+	}
+	all = slices.Clone(all)
+	slices.SortFunc(all, byName)
+	return all
+}
+
+// moved leaves out the services that are in both with the same name and the same
+// listeners: they were not renamed, and nobody else is they under another name.
+func moved(from, to []*Service) (before, now []*Service) {
+	i := 0
+	for _, s := range to {
+		for i < len(from) && from[i] != s && strings.Compare(from[i].Name, s.Name) < 0 {
+			before = append(before, from[i])
+			i++
+		}
+		switch {
+		case i < len(from) && (from[i] == s || from[i].Name == s.Name && slices.Equal(from[i].Listeners, s.Listeners)):
+			i++
+		case i < len(from) && from[i].Name == s.Name:
+			before, now = append(before, from[i]), append(now, s)
+			i++
+		default:
+			now = append(now, s)
+		}
+	}
+	return append(before, from[i:]...), now
 }
 
 type renames struct {

@@ -2,7 +2,10 @@ package service
 
 import (
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -36,4 +39,49 @@ func TestRenamed(t *testing.T) {
 			t.Errorf("%s: %v, want %v", c.name, have, c.want)
 		}
 	}
+}
+
+// What did not move is left out of the search, and that changes nothing: the search
+// among all finds the same.
+func TestRenamedAmongMany(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	for range 3000 {
+		from, to := randomListeners(r), randomListeners(r)
+		for i := range to { // much stays
+			if k := slices.IndexFunc(from, func(s *Service) bool { return s.Name == to[i].Name }); k >= 0 && r.IntN(2) == 0 {
+				to[i] = from[k]
+			}
+		}
+		owners := make(map[Listener]string)
+		for _, s := range to {
+			for _, l := range s.Listeners {
+				owners[l] += s.Name
+			}
+		}
+		if slices.ContainsFunc(slices.Collect(maps.Values(owners)), func(names string) bool { return len(names) > 1 }) {
+			continue // two want the same, which no snapshot has
+		}
+		have := Renamed(from, to)
+		if want := renamedOf(from, to); !maps.Equal(have, want) {
+			t.Fatalf("found %v, among all %v", have, want)
+		}
+	}
+}
+
+func randomListeners(r *rand.Rand) []*Service {
+	ports := r.Perm(8)
+	var all []*Service
+	for i := range 1 + r.IntN(4) {
+		s := &Service{Name: string(rune('a' + i + r.IntN(2)))}
+		if i > 0 && all[i-1].Name >= s.Name {
+			break
+		}
+		for range 1 + r.IntN(2) {
+			s.Listeners = append(s.Listeners, Listener{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 0, 1}), uint16(ports[0]))})
+			ports = ports[1:]
+		}
+		slices.SortFunc(s.Listeners, Listener.Compare)
+		all = append(all, s)
+	}
+	return all
 }

@@ -152,7 +152,7 @@ static __always_inline void identify_network(__u64 netns, struct identity *to)
 /* The kernel's own socket behind a sock_ops callback. */
 static __always_inline struct sock *sock_of_ops(struct bpf_sock_ops *ctx)
 {
-	return ((struct bpf_sock_ops_kern *)bpf_cast_to_kern_ctx(ctx))->sk;
+	return AS_KERNEL(ctx, bpf_sock_ops_kern)->sk;
 }
 
 static __always_inline struct load *load_of(__u32 backend)

@@ -32,7 +32,7 @@ static __always_inline struct sock *sock_of(struct bpf_sock_addr *ctx)
 {
 	if (!bpf_cast_to_kern_ctx)
 		return NULL;
-	return ((struct bpf_sock_addr_kern *)bpf_cast_to_kern_ctx(ctx))->sk;
+	return AS_KERNEL(ctx, bpf_sock_addr_kern)->sk;
 }
 
 static __always_inline void identify_caller(struct bpf_sock_addr *ctx, struct identity *to)

@@ -175,6 +175,15 @@ extern void *bpf_cast_to_kern_ctx(void *ctx) __attribute__((weak, section(".ksym
 extern void *bpf_rdonly_cast(const void *object, __u32 type)
 	__attribute__((weak, section(".ksyms")));
 
+/*
+ * A context as what it really is, to be read only. The verifier trusts what is reached
+ * from bpf_cast_to_kern_ctx(), which would let us hand it to helpers; but it searches
+ * all types of the kernel at each step of the way, each time that it comes by.
+ */
+#define AS_KERNEL(ctx, type)                                                                       \
+	((struct type *)bpf_rdonly_cast(bpf_cast_to_kern_ctx(ctx),                                 \
+					bpf_core_type_id_kernel(struct type)))
+
 /* The first subflow of an MPTCP socket, or NULL. */
 static inline struct sock *first_subflow(struct sock *sk)
 {

@@ -1086,7 +1086,7 @@ int sock_release(struct bpf_sock *ctx)
 			forget_names(ctx, cookie);
 		return 1;
 	}
-	sk = bpf_cast_to_kern_ctx(ctx);
+	sk = AS_KERNEL(ctx, sock);
 	cookie = sk->__sk_common.skc_cookie.counter;
 	if (cookie && ctx->protocol == IPPROTO_UDP)
 		forget_names(ctx, cookie);
