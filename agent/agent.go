@@ -73,6 +73,7 @@ type Agent struct {
 	monitor *health.Monitor
 	cluster *cluster // nil: no node of a cluster
 	started time.Time
+	tasks   sync.WaitGroup // all that runs beside the loop
 
 	updates chan file.Update
 	changes chan []health.Change
@@ -159,15 +160,14 @@ func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Conf
 		"services", len(a.snapshot.Services), "took", time.Since(a.started).Round(time.Millisecond))
 
 	ctx, stop := context.WithCancel(ctx)
-	var tasks sync.WaitGroup
-	defer tasks.Wait()
+	defer a.tasks.Wait()
 	defer stop()
 	servers, err := a.serve(first.API)
 	if err != nil {
 		return err
 	}
 	for _, s := range servers {
-		tasks.Go(func() { a.serveUntil(ctx, s) })
+		a.tasks.Go(func() { a.serveUntil(ctx, s) })
 	}
 	monitor := health.New(a.log, func(c []health.Change) { send(ctx, a.changes, c) })
 	a.mu.Lock()
@@ -175,21 +175,21 @@ func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Conf
 	a.mu.Unlock()
 	a.prune()
 	a.follow(known)
-	tasks.Go(func() { a.monitor.Run(ctx) })
+	a.tasks.Go(func() { a.monitor.Run(ctx) })
 	failed := make(chan error, 2)
-	tasks.Go(func() {
+	a.tasks.Go(func() {
 		if err := source.Run(ctx, func(u file.Update) { send(ctx, a.updates, u) }); err != nil {
 			failed <- err
 		}
 	})
 	if a.cluster != nil {
-		tasks.Go(func() {
+		a.tasks.Go(func() {
 			if err := a.cluster.run(ctx); err != nil {
 				failed <- err
 			}
 		})
 	}
-	giveBack()
+	a.giveBack()
 	a.beat()
 	return a.loop(ctx, failed)
 }
@@ -238,7 +238,12 @@ func (a *Agent) recall() (map[health.Key]bool, error) {
 	return known, nil
 }
 
+// isPartial reports whether all that is wrong is that something did not fit: that can
+// wait, what failed is tried again at once.
 func isPartial(err error) bool {
+	if several, ok := err.(interface{ Unwrap() []error }); ok {
+		return !slices.ContainsFunc(several.Unwrap(), func(e error) bool { return !isPartial(e) })
+	}
 	var full *socket.FullError
 	return errors.As(err, &full)
 }
@@ -333,7 +338,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			}
 			err = a.apply(ctx)
 			a.plane.CountBack(ctx, true)
-			giveBack()
+			a.giveBack()
 		case <-retry.C:
 			err = a.apply(ctx)
 		}
@@ -395,7 +400,7 @@ func (a *Agent) take(ctx context.Context, u file.Update) error {
 	a.mu.Unlock()
 	err := a.apply(ctx)
 	a.prune()
-	giveBack()
+	a.giveBack()
 	return err
 }
 
@@ -479,6 +484,10 @@ func (a *Agent) setState(k health.Key, s state) {
 
 // drain sets or ends the draining of a backend.
 func (a *Agent) drain(ctx context.Context, d drain) error {
+	if d.Timeout < 0 {
+		d.done <- fmt.Errorf("timeout %s: %w: it is negative", d.Timeout, api.ErrRefused)
+		return nil
+	}
 	s := a.snapshot.Find(d.Service)
 	if s == nil {
 		d.done <- fmt.Errorf("service %s: %w; `pentad service list` shows them", d.Service, api.ErrNotFound)
@@ -489,7 +498,8 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 			continue
 		}
 		k := health.Key{Service: d.Service, Address: d.Address}
-		st := a.state[k]
+		before := a.state[k]
+		st := before
 		st.drained, st.drainUntil = d.Drained, 0
 		if d.Drained && d.Timeout > 0 {
 			// The next second, and not by time.Add, which overflows.
@@ -505,10 +515,14 @@ func (a *Agent) drain(ctx context.Context, d drain) error {
 		a.setState(k, st)
 		a.awaitDrains()
 		err := a.apply(ctx)
-		if isPartial(err) {
-			err = nil
+		if err != nil && !isPartial(err) {
+			// Who asked was told that it failed: it must not happen later.
+			a.setState(k, before)
+			a.awaitDrains()
+			d.done <- err
+			return err
 		}
-		d.done <- err
+		d.done <- nil
 		a.log.Info("backend drain", "service", d.Service, "backend", d.Address, "drained", d.Drained)
 		return err
 	}
@@ -563,12 +577,7 @@ func (a *Agent) applyPlanes(ctx context.Context, snap *service.Snapshot) error {
 	if a.cluster == nil {
 		return err
 	}
-	natErr := a.cluster.nat.Apply(ctx, snap)
-	if natErr != nil && isPartial(err) {
-		// What did not fit can wait; what failed is tried again at once.
-		return fmt.Errorf("%w; %v", natErr, err)
-	}
-	return errors.Join(err, natErr)
+	return errors.Join(err, a.cluster.nat.Apply(ctx, snap))
 }
 
 func (a *Agent) setInKernel(is bool) {

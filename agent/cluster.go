@@ -117,7 +117,7 @@ func (a *Agent) takeCluster(ctx context.Context, u kube.Update) error {
 		a.log.Info("the services of the cluster are in the kernel", "source", "kubernetes", "services", len(u.Services),
 			"took", time.Since(a.started).Round(time.Millisecond))
 		a.prune()
-		giveBack()
+		a.giveBack()
 	}
 	return err
 }

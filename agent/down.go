@@ -66,8 +66,12 @@ func removeRunDir(dir string) error {
 	if err := os.Remove(filepath.Join(dir, api.SocketName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
-		return err
+	err := os.Remove(dir)
+	// It may have something of others in it, or be where something is mounted.
+	for _, fine := range []error{fs.ErrNotExist, syscall.ENOTEMPTY, syscall.EBUSY} {
+		if errors.Is(err, fine) {
+			return nil
+		}
 	}
-	return nil
+	return err
 }

@@ -68,11 +68,11 @@ func readLimit(path string) uint64 {
 
 // giveBack returns what start-up and parsing have left behind to the host, without
 // anybody waiting for it: an agent should be small.
-func giveBack() {
-	go func() {
+func (a *Agent) giveBack() {
+	a.tasks.Go(func() {
 		debug.FreeOSMemory()
 		forgetProgram()
-	}()
+	})
 }
 
 // forgetProgram lets go of the pages of the program itself that this process has

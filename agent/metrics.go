@@ -171,10 +171,11 @@ func truth(b bool) float64 {
 }
 
 func withoutRoom(err error) int {
-	if full, ok := err.(*socket.FullError); ok {
-		return len(full.Services)
+	var full *socket.FullError
+	if !errors.As(err, &full) {
+		return 0
 	}
-	return 0
+	return len(full.Services)
 }
 
 // metricsHandler serves /metrics and /healthz.

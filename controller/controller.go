@@ -15,6 +15,7 @@ import (
 	"maps"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -102,6 +103,8 @@ func Run(ctx context.Context, config *rest.Config, opts Options) error {
 		LockConfig: resourcelock.ResourceLockConfig{Identity: opts.Identity},
 	}
 	lost := make(chan error, 1)
+	// Who has lost the lease and gets it again begins when the first time is over.
+	leading := make(chan struct{}, 1)
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
@@ -109,6 +112,12 @@ func Run(ctx context.Context, config *rest.Config, opts Options) error {
 		ReleaseOnCancel: true, Name: LeaseName,
 		Callbacks: leaderelection.LeaderCallbacks{
 			OnStartedLeading: func(ctx context.Context) {
+				select {
+				case leading <- struct{}{}:
+				case <-ctx.Done():
+					return
+				}
+				defer func() { <-leading }()
 				opts.Log.Info("this controller is the active one", "identity", opts.Identity)
 				c := newController(client, dyn, opts)
 				if err := c.run(ctx); err != nil {
@@ -131,6 +140,7 @@ func Run(ctx context.Context, config *rest.Config, opts Options) error {
 		// It returns when the lease was lost: stand again.
 		elector.Run(ctx)
 	}
+	leading <- struct{}{}
 	select {
 	case err := <-lost:
 		return err
@@ -164,6 +174,10 @@ func (c *Controller) run(ctx context.Context) error {
 		AddFunc: func(any) { c.notify() }, UpdateFunc: func(_, _ any) { c.notify() }, DeleteFunc: func(any) { c.notify() },
 	}
 	var synced []cache.InformerSynced
+	var informing sync.WaitGroup
+	defer informing.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	for _, i := range []cache.SharedIndexInformer{c.services, c.namespaces, c.pools} {
 		if err := i.SetTransform(slim); err != nil {
 			return err
@@ -173,7 +187,7 @@ func (c *Controller) run(ctx context.Context) error {
 			return err
 		}
 		synced = append(synced, r.HasSynced)
-		go i.RunWithContext(ctx)
+		informing.Go(func() { i.RunWithContext(ctx) })
 	}
 	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
 		return nil

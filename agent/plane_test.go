@@ -1,0 +1,94 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+// fakePlane keeps what it is given, unless it fails.
+type fakePlane struct {
+	err  error
+	last *service.Snapshot
+}
+
+func (p *fakePlane) Apply(_ context.Context, s *service.Snapshot) error {
+	if p.err == nil {
+		p.last = s
+	}
+	return p.err
+}
+
+func (*fakePlane) CheckHooks() bool                { return true }
+func (*fakePlane) Sweep(context.Context)           {}
+func (*fakePlane) CountBack(context.Context, bool) {}
+func (*fakePlane) Beat() error                     { return nil }
+func (*fakePlane) Verify()                         {}
+
+// Who is told that a drain failed does not see it happen later.
+func TestDrainThatFails(t *testing.T) {
+	backend := netip.MustParseAddrPort("192.0.2.11:80")
+	plane := &fakePlane{}
+	a := &Agent{
+		log: slog.New(slog.DiscardHandler), plane: plane, state: make(map[health.Key]state), snapshot: &service.Snapshot{},
+		drainOver: time.NewTimer(time.Hour),
+		config:    &config.Config{Services: []*service.Service{{Name: "web", Backends: []service.Backend{{Address: backend, Weight: 1}}}}},
+	}
+	if err := a.apply(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ask := func(r api.DrainRequest) error {
+		r.Service, r.Address, r.Drained = "web", backend, true
+		d := drain{r, make(chan error, 1)}
+		_ = a.drain(t.Context(), d) // what the loop sees
+		return <-d.done
+	}
+	plane.err = errors.New("the kernel has no memory")
+	if err := ask(api.DrainRequest{}); !errors.Is(err, plane.err) {
+		t.Errorf("the answer is %v", err)
+	}
+	plane.err = nil
+	if err := a.apply(t.Context()); err != nil || plane.last.Services[0].Backends[0].Drained {
+		t.Errorf("the drain that failed is in force (%v)", err)
+	}
+	if err := ask(api.DrainRequest{Timeout: -time.Hour}); !errors.Is(err, api.ErrRefused) {
+		t.Errorf("a negative time: %v", err)
+	}
+	// What did not fit has nothing to do with it.
+	plane.err = &socket.FullError{Services: []string{"other"}}
+	if err := ask(api.DrainRequest{}); err != nil {
+		t.Errorf("where something else did not fit: %v", err)
+	}
+}
+
+// What did not fit is counted whatever else is wrong, and hides nothing that failed.
+func TestErrorsOfSeveralPlanes(t *testing.T) {
+	full, failed := &socket.FullError{Services: []string{"a", "b"}}, errors.New("netlink")
+	for _, c := range []struct {
+		err     error
+		partial bool
+		without int
+	}{
+		{nil, false, 0},
+		{full, true, 2},
+		{errors.Join(full, nil), true, 2},
+		{fmt.Errorf("plane: %w", full), true, 2},
+		{errors.Join(full, failed), false, 2},
+		{errors.Join(failed, full), false, 2},
+		{failed, false, 0},
+	} {
+		if isPartial(c.err) != c.partial || withoutRoom(c.err) != c.without {
+			t.Errorf("%v: partial %t, %d services without room", c.err, isPartial(c.err), withoutRoom(c.err))
+		}
+	}
+}
