@@ -47,22 +47,11 @@ type Options struct {
 // how long it waits before it repeats what failed.
 const (
 	hooksEvery  = time.Second      // are the programs attached? This is cheap.
-	udpEvery    = 10 * time.Second // which UDP sockets were disconnected?
 	verifyEvery = 10 * time.Minute // are the maps right? This reads them all.
 	retryFirst  = 100 * time.Millisecond
 	retryMost   = 10 * time.Second
 	retryFull   = 30 * time.Second // something did not fit; memory may have been freed
 )
-
-// plane is what the agent needs of a plane.
-type plane interface {
-	Apply(context.Context, *service.Snapshot) error
-	CheckHooks() bool
-	Sweep(context.Context)
-	CountBack(ctx context.Context, all bool)
-	Beat() error
-	Verify()
-}
 
 // Agent is one running agent.
 type Agent struct {
@@ -189,17 +178,9 @@ func (a *Agent) run(ctx context.Context, source *file.Source, first *config.Conf
 			}
 		})
 	}
+	a.tasks.Go(func() { a.plane.Run(ctx) })
 	a.giveBack()
-	a.beat()
 	return a.loop(ctx, failed)
-}
-
-// beat tells the programs that somebody probes. It is worth little enough to go on
-// without.
-func (a *Agent) beat() {
-	if err := a.plane.Beat(); err != nil {
-		a.log.Warn("the programs do not know that the agent is alive", "error", err)
-	}
 }
 
 func send[T any](ctx context.Context, to chan<- T, v T) {
@@ -254,8 +235,6 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	defer verify.Stop()
 	hooks := time.NewTicker(hooksEvery)
 	defer hooks.Stop()
-	udp := time.NewTicker(udpEvery)
-	defer udp.Stop()
 	a.awaitDrains()
 	defer a.drainOver.Stop()
 	scope, err := newScopeWatch()
@@ -293,51 +272,39 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		case d := <-a.drains:
 			err = a.drain(ctx, d)
 		case e := <-scope.watcher.Events:
-			if !scope.isMade(e) || a.plane.CheckHooks() {
+			if !scope.isMade(e) || a.plane.Intact() {
 				continue
 			}
 			a.log.Info("the cgroup of the scope was made again", "cgroup", a.config.Scope.Cgroup)
 			err = a.apply(ctx)
-			a.plane.CountBack(ctx, true)
 		case <-scope.watcher.Errors:
 			// Events were lost: what they would have told is seen with the next tick.
 			continue
 		case <-hooks.C:
-			a.beat()
 			// What failed is tried again anyway.
-			failing := a.failed != nil && !isPartial(a.failed)
-			if failing {
-				continue
-			}
-			if a.plane.CheckHooks() {
-				a.plane.Sweep(ctx)
+			if a.failed != nil && !isPartial(a.failed) || a.plane.Intact() {
 				continue
 			}
 			a.log.Warn("somebody has removed hooks or pins; they are put back")
 			a.setInKernel(false)
 			err = a.apply(ctx)
-			a.plane.CountBack(ctx, true)
 		case <-table.C:
-			if !a.cluster.known || a.failed != nil && !isPartial(a.failed) || a.cluster.nat.Check() {
+			if !a.cluster.known || a.failed != nil && !isPartial(a.failed) || a.cluster.nat.Intact() {
 				continue
 			}
 			a.log.Warn("somebody has changed the table for packets from elsewhere; it is put back", "table", nat.TableName)
 			a.setInKernel(false)
 			err = a.apply(ctx)
-		case <-udp.C:
-			a.plane.CountBack(ctx, false)
-			continue
 		case <-a.drainOver.C:
 			a.log.Info("the time to drain is over; the connections that are left are closed")
 			a.awaitDrains()
 			err = a.apply(ctx)
 		case <-verify.C:
-			a.plane.Verify()
+			a.plane.Distrust()
 			if a.cluster != nil {
-				a.cluster.nat.Verify()
+				a.cluster.nat.Distrust()
 			}
 			err = a.apply(ctx)
-			a.plane.CountBack(ctx, true)
 			a.giveBack()
 		case <-retry.C:
 			err = a.apply(ctx)

@@ -21,13 +21,10 @@ import (
 // elsewhere is whole: a firewall that is reloaded takes it away.
 const natEvery = 250 * time.Millisecond
 
-// natPlane is what the agent needs of the plane for packets from elsewhere.
+// natPlane is the plane for packets from elsewhere.
 type natPlane interface {
-	Apply(context.Context, *service.Snapshot) error
-	Check() bool
-	Verify()
-	Refused() []string
-	Run(context.Context)
+	plane
+	Refused() []string // what the kernel did not take
 }
 
 // cluster is what makes this host a node of a Kubernetes cluster. It is nil on

@@ -29,11 +29,9 @@ func (p *fakePlane) Apply(_ context.Context, s *service.Snapshot) error {
 	return p.err
 }
 
-func (*fakePlane) CheckHooks() bool                { return true }
-func (*fakePlane) Sweep(context.Context)           {}
-func (*fakePlane) CountBack(context.Context, bool) {}
-func (*fakePlane) Beat() error                     { return nil }
-func (*fakePlane) Verify()                         {}
+func (*fakePlane) Intact() bool        { return true }
+func (*fakePlane) Distrust()           {}
+func (*fakePlane) Run(context.Context) {}
 
 // Who is told that a drain failed does not see it happen later.
 func TestDrainThatFails(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -183,4 +184,74 @@ func (w *world) nothingKept() {
 		}
 		return err
 	})
+}
+
+func init() { clients["reconnects"] = reconnects }
+
+// reconnects connects a UDP socket of IPv6 to IPv4 servers again and again, and where
+// that must fail, and looks from where an answer comes that was sent on the way: what
+// it is sent to by its own name answers by that, all else by the VIP.
+func reconnects([]string) error {
+	to := map[string]netip.AddrPort{
+		"vip": netip.MustParseAddrPort("[::ffff:192.0.2.1]:80"), "other": netip.MustParseAddrPort("[::ffff:192.0.2.3]:80"),
+		"no":  netip.MustParseAddrPort("[2001:db8:f::3]:80"), // IPv6, from a socket that has an IPv4 address
+		"own": netip.MustParseAddrPort("[::ffff:10.0.0.1]:7000"), "direct": netip.MustParseAddrPort("[::ffff:10.0.0.3]:7000"),
+	}
+	for _, sequence := range []string{
+		"vip send other", "vip no send other", "direct vip no send other", "vip no send no other", "vip no send direct",
+		"vip no send none", "vip send none", "vip send no", "vip no no send none",
+		"vip no own send", "vip no own send direct", "vip no own send none", "vip send own send none",
+	} {
+		fd, err := udpSocket(unix.AF_INET6)
+		if err != nil {
+			return err
+		}
+		want := to["vip"]
+		for _, step := range strings.Fields(sequence) {
+			switch step {
+			case "send":
+				if err := unix.Send(fd, []byte("x"), 0); err != nil {
+					return fmt.Errorf("%s: send: %w", sequence, err)
+				}
+				// Here before what comes next.
+				if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 5000); err != nil {
+					return err
+				}
+				continue
+			case "none":
+				_, _, err := unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unix.RawSockaddrInet6{})), unix.SizeofSockaddrInet6)
+				if err != 0 {
+					return fmt.Errorf("%s: disconnect: %w", sequence, err)
+				}
+				continue
+			case "own":
+				want = to["own"]
+			}
+			if err := unix.Connect(fd, sockaddr(to[step])); (err != nil) != (step == "no") {
+				return fmt.Errorf("%s: connect(%s): %w", sequence, step, err)
+			}
+		}
+		b := make([]byte, 100)
+		_, sa, err := recvfrom(fd, b)
+		if err != nil {
+			return fmt.Errorf("%s: %w", sequence, err)
+		}
+		if addrPort(sa) != want {
+			return fmt.Errorf("%s: an answer from %s, want %s", sequence, addrPort(sa), want)
+		}
+		unix.Close(fd)
+	}
+	return nil
+}
+
+// A socket that gets another peer, or not, knows by which name it reached the former.
+func TestNamesAfterReconnects(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "10.0.0.3", "2001:db8::1")
+	w.serve("one", "10.0.0.1:7000")
+	w.run(`services:
+- {name: vip, listen: [192.0.2.1:80/udp], health: {probe: none}, backends: [10.0.0.1:7000]}
+- {name: other, listen: [192.0.2.3:80/udp, "[2001:db8:f::3]:80/udp"], health: {probe: none}, backends: [10.0.0.1:9, "[2001:db8::1]:9"]}`)
+	w.client("reconnects")
 }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -280,6 +282,11 @@ func TestResetByDiag(t *testing.T) {
 		}
 		return s
 	}
+	ctx, stop := context.WithCancel(t.Context())
+	var chores sync.WaitGroup
+	defer chores.Wait()
+	defer stop()
+	chores.Go(func() { p.Run(ctx) })
 	snap := (&service.Snapshot{}).Next(w.Scope(), []*service.Service{web(false)})
 	if err := p.Apply(t.Context(), snap); err != nil {
 		t.Fatal(err)

@@ -429,14 +429,14 @@ func (p *Plane) addChains(k *kernel, needed map[string]chain) (added []string) {
 
 func (p *Plane) flush(k *kernel) error {
 	// To ask for the new number would wait until the kernel has freed what was
-	// removed; the next Check looks at the table instead.
+	// removed; the next Intact looks at the table instead.
 	p.generation = 0
 	return k.conn.Flush()
 }
 
-// Check reports whether the table is still there and whole. If not, the next Apply
+// Intact reports whether the table is still there and whole. If not, the next Apply
 // makes it so. It is cheap while nobody changes the rule set.
-func (p *Plane) Check() bool {
+func (p *Plane) Intact() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.applied == nil {
@@ -460,9 +460,9 @@ func (p *Plane) Check() bool {
 	return false
 }
 
-// Verify makes the next Apply read the kernel again instead of trusting what this
+// Distrust makes the next Apply read the kernel again instead of trusting what this
 // process knows of it.
-func (p *Plane) Verify() {
+func (p *Plane) Distrust() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.applied = nil

@@ -644,7 +644,7 @@ func TestAdopt(t *testing.T) {
 
 func (n *network) checkTable() (whole bool) {
 	n.check(n.node.Do(func() error {
-		whole = n.plane.Check()
+		whole = n.plane.Intact()
 		return nil
 	}))
 	return whole

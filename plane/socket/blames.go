@@ -89,9 +89,9 @@ func (b *blames) until(c *kernelBlame, policy *kernelServiceInfo) uint64 {
 // heartbeatFor is how long the programs take the agent for alive after a beat.
 const heartbeatFor = 3 * time.Second
 
-// Beat tells the programs that the agent lives and probes. Without a beat for
+// beat tells the programs that the agent lives and probes. Without a beat for
 // three seconds they rely on what connections meet with alone.
-func (p *Plane) Beat() error {
+func (p *Plane) beat() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.set == nil || p.clock == nil {

@@ -53,13 +53,13 @@ type Options struct {
 // Plane is the socket plane of one host. Its methods may be called from several
 // goroutines.
 type Plane struct {
-	opts Options
-	dir  string
+	opts   Options
+	dir    string
+	chores chores
 
 	mu      sync.Mutex
 	clock   *clock
 	sweeper *sweeper
-	unswept string // why the last walk over all sockets was not complete
 	set     *mapSet
 	ledger  *ledger
 	orphans map[uint32]orphan // of the ledger; they outlive it
@@ -107,7 +107,7 @@ func New(opts Options) *Plane {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
 	dir := filepath.Join(opts.Pins, planeDir)
-	return &Plane{opts: opts, dir: dir, links: attacher{dir: dir}}
+	return &Plane{opts: opts, dir: dir, chores: chores{wake: make(chan struct{}, 1)}, links: attacher{dir: dir}}
 }
 
 // Close lets go of the kernel. What is installed stays and goes on working.
@@ -147,74 +147,11 @@ func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
 			return err
 		}
 	}
-	p.noteSweep(ctx, p.sweep(ctx))
+	p.chores.wakeUp()
 	if full != nil {
 		return full
 	}
 	return nil
-}
-
-// Sweep closes connections to backends that are down or gone, where the service
-// wants that: those that Apply could not see, because they were being made. What
-// keeps it from looking at every socket goes to the log, once.
-func (p *Plane) Sweep(ctx context.Context) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.noteSweep(ctx, p.sweep(ctx))
-}
-
-func (p *Plane) noteSweep(ctx context.Context, err error) {
-	if err == nil || ctx.Err() != nil || err.Error() == p.unswept {
-		return
-	}
-	p.unswept = err.Error()
-	p.opts.Log.Warn("not every socket could be looked at: connections to backends that are gone may be left", "error", err)
-}
-
-func (p *Plane) sweep(ctx context.Context) error {
-	if p.ledger == nil || p.sweeper == nil {
-		return nil
-	}
-	for index, scope := range p.ledger.resets {
-		l, err := p.set.readLoad(index)
-		if err != nil {
-			return err
-		}
-		if l.Datagrams > 0 || l.Inflight > 0 && scope == uint8(kernelResetScopeRESET_ALL) {
-			return errors.Join(p.closeByDiag(ctx), p.sweeper.sweep(ctx, false))
-		}
-	}
-	return nil
-}
-
-// closeByDiag does what the walk cannot do on an older kernel.
-func (p *Plane) closeByDiag(ctx context.Context) error {
-	if !p.opts.Diag && haveSockDestroy() {
-		return nil
-	}
-	cookies, err := p.set.doomed(p.ledger.resets)
-	if err != nil || len(cookies) == 0 {
-		return err
-	}
-	n, err := destroy(ctx, cookies)
-	p.opts.Log.Info("connections to backends that are down or gone were closed", "connections", n)
-	return err
-}
-
-// CountBack ends what the maps have of sockets that are no more though no hook
-// told so: UDP sockets that were disconnected and live on; with all also sockets
-// that were closed while somebody had taken the hooks away.
-func (p *Plane) CountBack(ctx context.Context, all bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.sweeper == nil || !all && !p.ledger.hasUDP() {
-		return
-	}
-	err := p.sweeper.sweep(ctx, !all)
-	if err == nil {
-		err = p.set.dropNames(p.sweeper.number)
-	}
-	p.noteSweep(ctx, err)
 }
 
 // Usage is what the installed plane uses and has done.
@@ -278,17 +215,17 @@ func (p *Plane) Loads(most int) ([]BackendLoad, error) {
 	return all, nil
 }
 
-// Verify makes the next Apply read the kernel again instead of trusting what
+// Distrust makes the next Apply read the kernel again instead of trusting what
 // this process knows of it.
-func (p *Plane) Verify() {
+func (p *Plane) Distrust() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.forgetKernel()
 }
 
-// CheckHooks reports whether everything that Apply attached and pinned still is.
-// If not, the next Apply puts it back. It is cheap.
-func (p *Plane) CheckHooks() bool {
+// Intact reports whether everything that Apply attached and pinned still is. If not,
+// the next Apply puts it back. It is cheap.
+func (p *Plane) Intact() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.cgroup == "" || p.set == nil {
@@ -673,6 +610,7 @@ func (p *Plane) attach(cgroup string) error {
 	}
 	p.sweeper = sweeper
 	p.cgroup = cgroup
+	p.chores.recount.Store(true) // sockets may have been closed without the hooks
 	if err := p.set.commit(p.opts.Version); err != nil {
 		return fmt.Errorf("pins under %s: %w", p.dir, err)
 	}

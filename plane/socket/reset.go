@@ -11,6 +11,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -26,7 +28,10 @@ type sweeper struct {
 	expire   *ebpf.Program
 	walk     *ebpf.Variable // number of the walk
 	clock    *clock
-	number   uint32
+
+	mu     sync.Mutex // held by who walks
+	number uint32
+	ended  atomic.Bool // it is closed as soon as nobody walks
 }
 
 // sweepPrograms are those that are run from here.
@@ -51,28 +56,53 @@ func newSweeper(programs map[string]*ebpf.Program, walk *ebpf.Variable, c *clock
 	return &sweeper{udp: udp, tcp: tcp, expire: expire, walk: walk, clock: c}, nil
 }
 
+// close lets go of the programs, at once or when the walk is over that goes on.
 func (s *sweeper) close() {
 	if s == nil {
+		return
+	}
+	s.ended.Store(true)
+	s.release()
+}
+
+// release closes what is to be closed, unless somebody walks: he calls it again.
+func (s *sweeper) release() {
+	if !s.ended.Load() || !s.mu.TryLock() {
+		return
+	}
+	defer s.mu.Unlock()
+	if s.udp == nil {
 		return
 	}
 	s.udp.Close()
 	s.tcp.Close()
 	s.expire.Close()
+	s.udp, s.tcp, s.expire = nil, nil, nil
 }
 
 // young is how old an entry must be for its socket to be missed: between
 // connect() and the kernel's tables it is in neither.
 const young = 2 * time.Second
 
-// sweep walks over all sockets, or those of UDP alone.
-func (s *sweeper) sweep(ctx context.Context, onlyUDP bool) error {
+// errEnded says that other programs have taken a sweeper's place.
+var errEnded = errors.New("the programs were replaced")
+
+// sweep walks over all sockets, or those of UDP alone, and returns the number of the
+// walk.
+func (s *sweeper) sweep(ctx context.Context, onlyUDP bool) (uint32, error) {
+	s.mu.Lock()
+	defer s.release() // when it is unlocked
+	defer s.mu.Unlock()
+	if s.ended.Load() {
+		return 0, errEnded
+	}
 	now, err := s.clock.now()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	s.number++
 	if err := s.walk.Set(s.number); err != nil {
-		return err
+		return 0, err
 	}
 	iterators := []*link.Iter{s.udp, s.tcp}
 	if onlyUDP {
@@ -80,14 +110,14 @@ func (s *sweeper) sweep(ctx context.Context, onlyUDP bool) error {
 	}
 	if err := visitAll(ctx, iterators); err != nil {
 		// Who was not visited must not be taken for gone.
-		return err
+		return 0, err
 	}
 	e := kernelExpiry{Before: uint32(now - s.clock.jiffies(young))}
 	if !onlyUDP {
 		e.Tcp = 1
 	}
 	_, err = s.expire.Run(&ebpf.RunOptions{Context: &e, ContextOut: &e})
-	return err
+	return s.number, err
 }
 
 // visitAll lets iterators walk over the sockets of every network namespace.

@@ -493,6 +493,14 @@ static __always_inline struct socket *former_peer(struct bpf_sock_addr *ctx, con
 	return s && s->port == port && same(s->addr, addr) ? s : NULL;
 }
 
+/* Whether a socket is connected to a VIP that stands for this address. */
+static __always_inline bool is_peer(struct bpf_sock_addr *ctx, const __be32 *addr, __be16 port)
+{
+	struct socket *s = recall_peer(ctx);
+
+	return s && s->port == port && same(s->addr, addr);
+}
+
 /* The application now uses addr by its own name: replies from there are not the VIP's. */
 static __noinline void unname_peer(struct bpf_sock_addr *ctx, const __be32 *addr)
 {
@@ -504,6 +512,12 @@ static __noinline void unname_peer(struct bpf_sock_addr *ctx, const __be32 *addr
 	/* Before Linux 6.2 looking for a cookie makes one. */
 	if (bpf_cast_to_kern_ctx && !sk->dst_port && former_peer(ctx, addr, name.port))
 		forget(cookie_of(ctx), NULL, NULL);
+	/*
+	 * What a connected socket sends to an IPv4-mapped peer, the kernel sends to that
+	 * by its address (udpv6_sendmsg): the application still means the VIP.
+	 */
+	if (sk->dst_port == name.port && is_peer(ctx, addr, name.port))
+		return;
 	copy(name.addr, addr);
 	unname(ctx, &name);
 }
@@ -529,6 +543,8 @@ static __noinline void connects_elsewhere(struct bpf_sock_addr *ctx, const __be3
 	if (s->protocol == IPPROTO_UDP) {
 		struct socket *holds = recall_peer(ctx);
 
+		if (holds)
+			s = holds;
 		if (s->port != (__be16)ctx->user_port || !same(s->addr, addr)) {
 			name_former(ctx, s);
 			if (holds)

@@ -1,0 +1,71 @@
+package socket_test
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+// Nothing waits for a walk over the sockets: no change, no look at the plane, and not
+// the programs that replace those which the walk needs.
+func TestNothingWaitsForChores(t *testing.T) {
+	lab.Need(t)
+	h, err := lab.NewHost()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	p := socket.New(socket.Options{Pins: h.Pins, Version: "test"})
+	defer p.Close()
+	snap := &service.Snapshot{}
+	change := func(weight uint32) {
+		t.Helper()
+		snap = snap.Next(h.Scope(), []*service.Service{{
+			Name:      "dns",
+			Listeners: []service.Listener{{Address: netip.MustParseAddrPort("192.0.2.53:53"), Protocol: service.UDP}},
+			Backends:  []service.Backend{{Address: netip.MustParseAddrPort("192.0.2.1:53"), Weight: weight}},
+		}})
+		if err := p.Apply(t.Context(), snap); err != nil {
+			t.Fatal(err)
+		}
+	}
+	change(1)
+	walker := p.Walk()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		change(2)
+		if !p.Intact() {
+			t.Error("it is not intact")
+		}
+		if _, err := p.Usage(); err != nil {
+			t.Error(err)
+		}
+		p.Distrust()
+		change(3)
+		if walker.Of(p) || walker.Closed() {
+			t.Error("the sweeper was not replaced, or closed under who walks")
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		t.Fatal("a change waits for the walk")
+	}
+	walker.End()
+	if !walker.Closed() {
+		t.Error("the old programs were not let go of")
+	}
+	if err := walker.Again(t.Context()); !errors.Is(err, socket.ErrEnded) {
+		t.Errorf("who comes late: %v", err)
+	}
+}
