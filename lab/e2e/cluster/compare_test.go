@@ -117,6 +117,8 @@ func (h *history) difference(q question, got answers, how choice) (why string, m
 		return "", false
 	case q.verb == "steady" && !served && servedThere && !h.servedThere(q):
 		return "kube-proxy goes on with datagrams for what is gone", true
+	case !served && servedThere && h.closedTo(q):
+		return "source ranges of the other family let nobody in", true
 	case served != servedThere:
 		return "served by one only", false
 	case !served && q.verb == "steady":
@@ -154,6 +156,23 @@ func good(h heard) string {
 // servedThere reports whether kube-proxy serves who asks for the first time.
 func (h *history) servedThere(q question) bool {
 	return len(split(h.last[question{q.place, "ask", q.what}].theirs).servers) > 0
+}
+
+// closedTo reports whether an address is one of a load balancer whose source ranges are
+// all of the other family: then kube-proxy asks nobody who he is.
+func (h *history) closedTo(q question) bool {
+	_, address, _ := strings.Cut(q.what, " ")
+	to := netip.MustParseAddrPort(address).Addr()
+	for _, s := range h.subjects {
+		isIngress := slices.ContainsFunc(s.svc.Status.LoadBalancer.Ingress, func(in corev1.LoadBalancerIngress) bool { return in.IP == to.String() })
+		ranges := s.svc.Spec.LoadBalancerSourceRanges
+		if s.asked[q.what] && isIngress && len(ranges) > 0 && !slices.ContainsFunc(ranges, func(r string) bool {
+			return netip.MustParsePrefix(r).Addr().Is4() == to.Is4()
+		}) {
+			return true
+		}
+	}
+	return false
 }
 
 // client judges another address of the client than kube-proxy lets the server see. To
