@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -75,13 +77,16 @@ func compile(ctx context.Context, module, name, flags string, packages []string)
 		return dir, nil
 	}
 	next := filepath.Join(dir, "next") + "/"
-	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath", "-ldflags", flags, "-o", next}, missing...)...)
+	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-v", "-trimpath", "-ldflags", flags, "-o", next}, missing...)...)
 	if cmd.Dir, err = moduleDir(module); err != nil {
 		return "", err
 	}
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building %s: %w\n%s", strings.Join(missing, ", "), err, out)
+	said := &progress{what: name, every: progressEvery}
+	cmd.Stdout, cmd.Stderr = said, said
+	said.say(fmt.Sprintf("compiling %s, once, into %s: this takes minutes", strings.Join(missing, ", "), dir))
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("building %s: %w\n%s", strings.Join(missing, ", "), err, tail(said.text.String()))
 	}
 	for _, m := range missing {
 		program := filepath.Base(m)
@@ -90,6 +95,34 @@ func compile(ctx context.Context, module, name, flags string, packages []string)
 		}
 	}
 	return dir, nil
+}
+
+// progressEvery is how often a long compilation says that it goes on.
+const progressEvery = 15 * time.Second
+
+// progress counts the packages that go build -v names, and says how many there are.
+type progress struct {
+	what  string
+	every time.Duration
+	text  strings.Builder
+	began time.Time
+	last  time.Time
+	count int
+}
+
+func (p *progress) say(text string) {
+	p.began, p.last = time.Now(), time.Now()
+	fmt.Fprintln(os.Stderr, text)
+}
+
+// Write takes what go build says.
+func (p *progress) Write(b []byte) (int, error) {
+	p.count += bytes.Count(b, []byte("\n"))
+	if time.Since(p.last) >= p.every {
+		p.last = time.Now()
+		fmt.Fprintf(os.Stderr, "%s: %d packages in %s\n", p.what, p.count, time.Since(p.began).Round(time.Second))
+	}
+	return p.text.Write(b)
 }
 
 // lock keeps two test programs from building the same.
