@@ -6,6 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 LDFLAGS  = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 SUDO     = $(if $(filter 0,$(shell id -u)),,sudo)
+AS_ROOT  = $(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI"
 GO       = $(shell command -v go)
 # The commands' documentation needs the programs' types: those come first.
 GENERATE = $(GO) generate ./plane/... ./bench/... && $(GO) generate ./cmd/...
@@ -40,6 +41,7 @@ check:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	CGO_ENABLED=1 $(GO) test -race -count=1 $(PURE)
+	$(AS_ROOT) CGO_ENABLED=1 $(GO) test -race -count=1 ./agent
 	$(GO) mod tidy -diff
 	@before=$$(git status --porcelain); $(GENERATE) && after=$$(git status --porcelain) && \
 	[ "$$before" = "$$after" ] || { echo "generated files were not up to date:"; git diff --stat; exit 1; }
@@ -47,7 +49,6 @@ check:
 # Real kernel, real clients and servers: needs root. The tests of a cluster compile
 # Kubernetes, once, and keep all processors busy: they run by themselves, because
 # others measure latencies. Both halves run, whatever becomes of the first.
-AS_ROOT  = $(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI"
 test:
 	scripts/need test
 	@worst=0; \
