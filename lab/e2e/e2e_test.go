@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -82,6 +83,7 @@ func playRole(role string, args []string) error {
 // after a delay.
 func serveWho(name string, delay time.Duration, addresses []string) error {
 	for _, a := range addresses {
+		name := cmp.Or(name, a)
 		// Sockets of MPTCP listeners accept TCP and MPTCP alike.
 		l, err := net.Listen("tcp", a)
 		if err != nil {
