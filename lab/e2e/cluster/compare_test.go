@@ -158,6 +158,28 @@ func (h *history) servedThere(q question) bool {
 	return len(split(h.last[question{q.place, "ask", q.what}].theirs).servers) > 0
 }
 
+// guards reports whether an address is one of a load balancer with source ranges at
+// which nobody is served.
+func (h *history) guards(what, to string) bool {
+	for _, s := range h.subjects {
+		isIngress := slices.ContainsFunc(s.svc.Status.LoadBalancer.Ingress, func(in corev1.LoadBalancerIngress) bool { return in.IP == to })
+		if s.asked[what] && isIngress && len(s.svc.Spec.LoadBalancerSourceRanges) > 0 && !h.served(what) {
+			return true
+		}
+	}
+	return false
+}
+
+// served reports whether anybody is served at an address.
+func (h *history) served(what string) bool {
+	for q, got := range h.last {
+		if q.what == what && len(split(got.ours).servers) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // closedTo reports whether an address is one of a load balancer whose source ranges are
 // all of the other family: then kube-proxy asks nobody who he is.
 func (h *history) closedTo(q question) bool {
@@ -187,13 +209,17 @@ func (h *history) client(q question, clients heard) (why string, meant bool) {
 }
 
 // failures compares how both fail. A Service with the internal policy Local that has
-// no endpoint on the node says so at once, where kube-proxy lets the client wait.
+// no endpoint on the node says so at once, where kube-proxy lets the client wait; and so
+// does one without endpoints to those whom its source ranges would not let in.
 func (h *history) failures(q question, got answers) (why string, meant bool) {
 	if maps.Equal(keysOf(got.ours), keysOf(got.theirs)) {
 		return "", false
 	}
 	_, address, _ := strings.Cut(q.what, " ")
 	to := netip.MustParseAddrPort(address).Addr().String()
+	if got.ours.only() == refused && got.theirs.only() == nothing && h.guards(q.what, to) {
+		return "without endpoints: refused before it is asked who it is", true
+	}
 	for _, s := range h.subjects {
 		policy := s.svc.Spec.InternalTrafficPolicy
 		if s.asked[q.what] && policy != nil && *policy == corev1.ServiceInternalTrafficPolicyLocal &&
