@@ -109,11 +109,12 @@ func (a *Agent) takeCluster(ctx context.Context, u kube.Update) error {
 	c.say(a.log)
 	a.noteVIPs()
 	err := a.apply(ctx)
+	// A pod that gets the address of one that was drained is another one.
+	a.prune()
 	if first {
 		tuneConntrack(a.opts.RunDir, a.log)
 		a.log.Info("the services of the cluster are in the kernel", "source", "kubernetes", "services", len(u.Services),
 			"took", time.Since(a.started).Round(time.Millisecond))
-		a.prune()
 		a.giveBack()
 	}
 	return err

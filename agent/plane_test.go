@@ -12,8 +12,10 @@ import (
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/source/kube"
 )
 
 // fakePlane keeps what it is given, unless it fails.
@@ -66,6 +68,47 @@ func TestDrainThatFails(t *testing.T) {
 	plane.err = &socket.FullError{Services: []string{"other"}}
 	if err := ask(api.DrainRequest{}); err != nil {
 		t.Errorf("where something else did not fit: %v", err)
+	}
+}
+
+type fakeNAT struct{ fakePlane }
+
+func (*fakeNAT) Refused() []string { return nil }
+
+// What is known of a backend goes with it: who gets its address is another one.
+func TestStateGoesWithItsBackend(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	plane := &fakePlane{}
+	a := &Agent{
+		log: log, plane: plane, state: make(map[health.Key]state), snapshot: &service.Snapshot{}, drainOver: time.NewTimer(time.Hour),
+		config: &config.Config{},
+	}
+	a.cluster = &cluster{
+		known: true, nat: &fakeNAT{}, config: &config.Kubernetes{}, problems: make(map[kube.Problem]bool),
+		health: nodehealth.New(a.nodeState, log),
+	}
+	pod, other := netip.MustParseAddrPort("192.0.2.11:80"), netip.MustParseAddrPort("192.0.2.12:80")
+	update := func(backends ...netip.AddrPort) *service.Service {
+		t.Helper()
+		s := &service.Service{Name: "shop/web:http"}
+		for _, b := range backends {
+			s.Backends = append(s.Backends, service.Backend{Address: b, Weight: 1})
+		}
+		if err := a.takeCluster(t.Context(), kube.Update{Services: []*service.Service{s}}); err != nil {
+			t.Fatal(err)
+		}
+		return plane.last.Services[0]
+	}
+	update(pod, other)
+	for _, b := range []netip.AddrPort{pod, other} {
+		d := drain{api.DrainRequest{Service: "shop/web:http", Address: b, Drained: true}, make(chan error, 1)}
+		if err := a.drain(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	update(other)
+	if s := update(pod, other); s.Backends[0].Drained || !s.Backends[1].Drained {
+		t.Errorf("after one has gone and come: %+v", s.Backends)
 	}
 }
 
