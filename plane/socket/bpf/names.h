@@ -187,6 +187,21 @@ found:
 	return true;
 }
 
+/* As rename() and add_name(), by a number. Global, so that each is verified once and not a loop long. */
+__noinline int rename_more(__u64 cookie, __u32 number, struct udp_name *to)
+{
+	struct udp_names *n = more_names(cookie, number);
+
+	return n && to && rename(n, to);
+}
+
+__noinline int add_more(__u64 cookie, __u32 number, struct udp_name *to)
+{
+	struct udp_names *n = more_names(cookie, number);
+
+	return n && to && add_name(n, to, false);
+}
+
 /*
  * Note the name under which a backend is reached. A backend has one name a socket:
  * the last. Earlier backends of the same VIP keep theirs, because their replies may
@@ -210,15 +225,13 @@ __noinline int name_peer(struct bpf_sock_addr *ctx, struct udp_name *to)
 		return 1;
 	cookie = bpf_get_socket_cookie(ctx);
 	for (i = 1; i <= UDP_MORE_EACH && i <= more; i++) {
-		n = more_names(cookie, i);
-		if (n && rename(n, to))
+		if (rename_more(cookie, i, to))
 			done = true;
 	}
 	if (done || add_name(first, to, false))
 		return 1;
 	for (i = 1; i <= UDP_MORE_EACH && i <= more; i++) {
-		n = more_names(cookie, i);
-		if (n && add_name(n, to, false))
+		if (add_more(cookie, i, to))
 			return 1;
 	}
 	n = more < UDP_MORE_EACH ? make_more_names(ctx, cookie, more + 1) : NULL;
