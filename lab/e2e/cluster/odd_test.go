@@ -672,3 +672,48 @@ func TestHostileNeighbours(t *testing.T) {
 		}
 	}
 }
+
+// Who sends datagrams from one port stays with an endpoint that serves, also while it
+// ends, and leaves one that answers nobody any more.
+func TestDatagramsLeave(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, theWorld(t))
+	svc := s.service("web", nil)
+	s.endpoints(svc, pods("a1", "b1")...)
+	at := "udp " + hostPort(svc.Spec.ClusterIP, 80)
+	other := map[string]string{"a1": "b1", "b1": "a1"}
+	for _, from := range []*place{s.pods["a2"], s.a.place, s.outside} {
+		answers := func() (string, error) {
+			heard, err := from.many(many{"steady", []string{at}, 1, quickly})
+			if err != nil {
+				t.Fatal(err)
+			}
+			who := heard[0].only()
+			if !isServer(who) {
+				return "", fmt.Errorf("%s heard %v", from.name, heard[0])
+			}
+			return who, nil
+		}
+		s.endpoints(svc, pods("a1", "b1")...)
+		s.expectBy("udp", from, hostPort(svc.Spec.ClusterIP, 80), seen{"a1 b1", ""})
+		who, err := answers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		becomes := func(m member, want, why string) {
+			t.Helper()
+			s.endpoints(svc, m, member{pod: other[m.pod]})
+			s.expectBy("udp", from, hostPort(svc.Spec.ClusterIP, 80), seen{other[m.pod], ""})
+			s.within(patience, func() error {
+				have, err := answers()
+				if err == nil && have != want {
+					err = fmt.Errorf("%s is answered by %s, want %s: %s", from.name, have, want, why)
+				}
+				return err
+			})
+		}
+		becomes(member{pod: who, terminating: true, serving: true}, who, "it serves while it ends")
+		becomes(member{pod: who, unready: true}, other[who], "it serves nobody")
+		becomes(member{pod: who, terminating: true, serving: true}, other[who], "nobody goes back")
+	}
+}
