@@ -67,9 +67,8 @@ type chain struct {
 	affinity time.Duration
 	guarded  bool
 
-	// shared are the keys of all listeners of a service with affinity that has
-	// several, one after the other: a client that is known at one is known at all.
-	shared string
+	// home is what a service with affinity is called where its clients are remembered.
+	home string
 
 	// untracked ranges make it one that leads to no backend, but keeps packets
 	// between them from being tracked.
@@ -78,28 +77,22 @@ type chain struct {
 
 // sticks returns the chain to which one with affinity leads: it remembers the
 // backend whose number is known.
-func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity, shared: c.shared} }
+func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity, home: c.home} }
 
-// sharers are the keys in shared.
-func (c chain) sharers() []string {
-	n := addressLength(c.v4) + 8
-	var keys []string
-	for key := range slices.Chunk([]byte(c.shared), n) {
-		keys = append(keys, string(key))
-	}
-	return keys
+// homeOf is made of a service's name, so that a client is known at all its listeners,
+// whatever these become. It has the form of a listener's key, which nft(8) can list, and
+// is none's: no protocol has the number that follows the address.
+func homeOf(name string, v4 bool) string {
+	h := fnv.New128a()
+	h.Write([]byte(name))
+	sum := h.Sum(nil)
+	n := addressLength(v4)
+	return string(sum[:n]) + string([]byte{homeProtocol, 0, 0, 0}) + string(sum[n%16:n%16+2]) + "\x00\x00"
 }
 
-// sharedName tells chains of services that share from each other. It begins with how
-// many listeners do.
-func (c chain) sharedName() string {
-	if c.shared == "" {
-		return ""
-	}
-	h := fnv.New64a()
-	h.Write([]byte(c.shared))
-	return fmt.Sprintf("%s%d-%016x", sharedMark, len(c.sharers()), h.Sum64())
-}
+// homeProtocol is a number that IANA has given to no protocol, for use by nobody but
+// ourselves (RFC 3692: 253 is for experiments).
+const homeProtocol = 253
 
 // name is unique for what the chain does.
 func (c chain) name() string {
@@ -111,7 +104,7 @@ func (c chain) name() string {
 		return fmt.Sprintf("%s%d-%08x", rawMark, len(pairsOf(c.untracked)), h.Sum32())
 	}
 	if c.slots == 0 {
-		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second) + c.sharedName()
+		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second) + c.homeName()
 	}
 	name := fmt.Sprintf("backend%d-%d", family(c.v4), c.slots)
 	if c.guests {
@@ -121,7 +114,7 @@ func (c chain) name() string {
 		name += hashedMark
 	}
 	if c.affinity > 0 {
-		name += fmt.Sprint(affinityMark, int(c.affinity/time.Second)) + c.sharedName()
+		name += fmt.Sprint(affinityMark, int(c.affinity/time.Second)) + c.homeName()
 	}
 	if c.guarded {
 		name += guardedMark
@@ -129,12 +122,14 @@ func (c chain) name() string {
 	return name
 }
 
+// homeName tells chains of services with affinity from each other.
+func (c chain) homeName() string { return fmt.Sprintf("-%x", c.home) }
+
 // What is in the names of chains that lead clients by their addresses, that remember
-// them for so many seconds, at so many listeners, and that ask who they are.
+// them for so many seconds, and that ask who they are.
 const (
 	hashedMark   = "-hashed"
 	affinityMark = "-affinity-"
-	sharedMark   = "-shared-"
 	guardedMark  = "-guarded"
 )
 

@@ -134,21 +134,6 @@ func once(all []element) []element {
 	})
 }
 
-// sharedBy returns the keys of a service's listeners of a family, if there are several.
-func sharedBy(s *service.Service, v4 bool) string {
-	var keys []string
-	for _, l := range s.Listeners {
-		if l.Address.Addr().Is4() == v4 {
-			keys = append(keys, listenerKey(l))
-		}
-	}
-	slices.Sort(keys)
-	if keys = slices.Compact(keys); len(keys) < 2 {
-		return ""
-	}
-	return strings.Join(keys, "")
-}
-
 // elements is what one way needs: its verdict in the sets named, and its slots.
 func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, also ...setName) []element {
 	if w == nil {
@@ -160,7 +145,7 @@ func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, al
 	key := listenerKey(l)
 	c := chain{v4: v4, guests: in == setGuestsTo, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
 	if s.Affinity > 0 {
-		c.shared = sharedBy(s, v4)
+		c.home = homeOf(s.Name, v4)
 	}
 	verdict := c.name()
 	switch {

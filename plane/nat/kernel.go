@@ -115,26 +115,14 @@ func rulesIn(name string) int {
 		}
 		return n
 	case strings.HasPrefix(name, "stick"):
-		return 1 + max(1, sharersIn(name))
+		return 2
 	}
 	n := 3
 	if strings.Contains(name, affinityMark) {
-		n += 1 + max(1, sharersIn(name))
+		n += 2
 	}
 	if strings.HasSuffix(name, guardedMark) {
 		n++
-	}
-	return n
-}
-
-// sharersIn returns how many listeners share what is remembered, by the name of a
-// chain; 0: each remembers for itself.
-func sharersIn(name string) int {
-	_, rest, _ := strings.Cut(name, sharedMark)
-	count, _, _ := strings.Cut(rest, "-")
-	n, err := strconv.Atoi(count)
-	if err != nil {
-		return 0
 	}
 	return n
 }

@@ -39,7 +39,7 @@ type Plane struct {
 	local      users                      // backends on this host
 	taken      users                      // addresses of listeners in reserved ranges
 	vips       users                      // addresses of listeners in untracked ranges
-	generation uint32                     // of the rule set when Check saw it last; 0: changed since
+	generation uint32                     // of the rule set when Intact saw it last; 0: changed since
 
 	saidMu sync.Mutex
 	said   []string // of refused, for people

@@ -500,6 +500,20 @@ func TestAffinityIsOfTheService(t *testing.T) {
 			}
 		}
 	}
+	// Listeners come and go: who is known stays so.
+	first, err := n.ask(n.client, "tcp", everywhere[0])
+	n.check(err)
+	for _, v := range []string{"10.96.0.5:8080", "10.96.0.6:80"} {
+		more := *web
+		more.Listeners = at(service.Anywhere, everywhere[0], v)
+		n.apply(of(&more, &other))
+		for range 5 {
+			n.expect(n.client, "tcp", v, first)
+			n.expect(n.client, "tcp", everywhere[0], first)
+		}
+	}
+	n.apply(of(web, &other))
+	n.expect(n.client, "tcp", everywhere[1], first)
 	if out, err := n.node.Run(t.Context(), lab.Outside, "nft", "list", "table", "inet", nat.TableName); err != nil || !strings.Contains(out, "30080") {
 		t.Errorf("nft cannot list it: %v\n%s", err, out)
 	}

@@ -2,6 +2,7 @@ package nat
 
 import (
 	"net/netip"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -116,10 +117,9 @@ func (s set) String() string {
 	return setNames[s.name] + "6"
 }
 
-// affinityPlaces bounds how many clients are remembered, for each family; one counts
-// once at each listener of its service. Those that find no room are served all the
-// same.
-const affinityPlaces = 1 << 18
+// affinityPlaces bounds how many clients are remembered, for each family. Those that
+// find no room are served all the same.
+const affinityPlaces = 1 << 16
 
 // trackedPlaces bounds how many clients with translated connections are known, for
 // each family: as many as there are addresses in 10.0.0.0/12.
@@ -503,8 +503,7 @@ func (c chain) rules() [][]expr.Any {
 	}
 	rules = append(rules, setMark(true))
 	if c.affinity > 0 {
-		rules = append(rules, c.again())
-		rules = append(rules, c.forget()...)
+		rules = append(rules, c.again(), c.forget())
 	}
 	first := uint32(0)
 	if c.guests {
@@ -551,85 +550,67 @@ func (c chain) draw(n, first uint32) []expr.Any {
 // toNumber looks the number of a backend up with the key in the first registers
 // and goes on with it. It comes back if there is no such backend any more.
 func (c chain) toNumber(in setName, n uint32) []expr.Any {
+	return append([]expr.Any{lookupTo(set{in, c.v4}, reg(0), reg(n))}, c.goOn(n)...)
+}
+
+// goOn goes on with the number in a register.
+func (c chain) goOn(n uint32) []expr.Any {
 	return []expr.Any{
-		lookupTo(set{in, c.v4}, reg(0), reg(n)),
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)},
 		&expr.Verdict{Kind: expr.VerdictJump, Chain: c.sticks().name()},
 	}
 }
 
-// loadClient puts the source and the destination of a packet into the first
+// loadClient puts the source of a packet and the home of the service into the first
 // registers, and returns the next one.
 func (c chain) loadClient() ([]expr.Any, uint32) {
-	key, n := loadListener(c.v4, words(c.v4))
-	return append([]expr.Any{loadSource(c.v4, reg(0))}, key...), n
+	// Each field as long as it is without padding: nft(8) lists no other.
+	w, length := words(c.v4), addressLength(c.v4)
+	return []expr.Any{
+		loadSource(c.v4, reg(0)),
+		&expr.Immediate{Register: reg(w), Data: []byte(c.home[:length])},
+		&expr.Immediate{Register: reg(2 * w), Data: []byte(c.home[length : length+1])},
+		&expr.Immediate{Register: reg(2*w + 1), Data: []byte(c.home[length+4 : length+6])},
+	}, 2*w + 2
 }
 
 // again leads a client where it went before, if that is still there.
 func (c chain) again() []expr.Any {
 	rule, n := c.loadClient()
-	return append(rule, c.toNumber(setAffinity, n)...)
+	rule = append(rule, lookupTo(set{setAffinity, c.v4}, reg(0), reg(n)))
+	return append(rule, c.goOn(n)...)
 }
 
 // opDelete is NFT_DYNSET_OP_DELETE of linux/netfilter/nf_tables.h.
 const opDelete = 2
 
-// visitor puts the source of a packet and a listener, the packet's own or one that is
-// given by its key, into the first registers, and the number of the backend into the
-// next one.
-func (c chain) visitor(listener string) ([]expr.Any, uint32) {
-	load, n := c.loadClient()
-	if listener != "" {
-		// Each field as long as it is without padding: nft(8) lists no other.
-		w, length := words(c.v4), addressLength(c.v4)
-		load = append(load[:1],
-			&expr.Immediate{Register: reg(w), Data: []byte(listener[:length])},
-			&expr.Immediate{Register: reg(2 * w), Data: []byte(listener[length : length+1])},
-			&expr.Immediate{Register: reg(2*w + 1), Data: []byte(listener[length+4 : length+6])})
-	}
-	return append(load, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)}), n
-}
-
-// visited are the listeners at which a client is remembered together; the empty one is
-// that of the packet.
-func (c chain) visited() []string {
-	if c.shared == "" {
-		return []string{""}
-	}
-	return c.sharers()
-}
-
 // forget is for a client whose backend is gone: what comes after would only
 // prolong what is known.
-func (c chain) forget() [][]expr.Any {
-	var rules [][]expr.Any
-	for _, listener := range c.visited() {
-		// The kernel wants to be told the data of a map also to delete.
-		rule, n := c.visitor(listener)
-		rules = append(rules, append(rule,
-			&expr.Dynset{SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(), Operation: opDelete}))
-	}
-	return rules
+func (c chain) forget() []expr.Any {
+	// The kernel wants to be told the data of a map also to delete.
+	return c.remembering(opDelete, 0)
 }
 
 // stick leads to the backend whose number is the priority of the packet, and
-// remembers it for the client. That is written by rules of their own, which may fail
+// remembers it for the client. That is written by a rule of its own, which may fail
 // when there is no room, and before it is known whether there is such a backend: if
-// not, the chain that led here has all of it forgotten.
+// not, the chain that led here has it forgotten.
 func (c chain) stick() [][]expr.Any {
-	var rules [][]expr.Any
-	for _, listener := range c.visited() {
-		rule, n := c.visitor(listener)
-		rules = append(rules, append(rule, &expr.Dynset{
-			SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(),
-			Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.affinity,
-		}))
-	}
-	rule, n := c.visitor("")
+	rule, n := loadListener(c.v4, 0)
 	// The listener and the number in it are the key of the backend.
-	rule = append(rule, lookupTo(set{setMembers, c.v4}, reg(words(c.v4)), reg(n+1)),
+	rule = append(rule,
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)},
+		lookupTo(set{setMembers, c.v4}, reg(0), reg(n+1)),
 		&expr.Immediate{Register: reg(n), Data: make([]byte, 4)},
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)},
 		translate(c.v4, n+1))
-	return append(rules, rule)
+	return [][]expr.Any{c.remembering(unix.NFT_DYNSET_OP_UPDATE, c.affinity), rule}
+}
+
+// remembering changes what is remembered of a client: the number in the priority.
+func (c chain) remembering(operation uint32, timeout time.Duration) []expr.Any {
+	rule, n := c.loadClient()
+	return append(rule, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)}, &expr.Dynset{
+		SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(), Operation: operation, Timeout: timeout,
+	})
 }

@@ -22,14 +22,10 @@ type View struct {
 	Guests   []Range   // addresses of guests, sorted
 	Reserved []Range   // addresses that only services have, sorted
 
-	taken      map[netip.Addr]bool
-	remembered map[visit]netip.AddrPort
-}
-
-// visit is a client at a listener.
-type visit struct {
-	client   netip.Addr
-	listener service.Listener
+	taken   map[netip.Addr]bool
+	visits  map[string]string             // what is remembered: client and home of a service -> number
+	members map[string]netip.AddrPort     // listener and number -> backend
+	named   map[service.Listener][]string // the services that a listener leads to
 }
 
 // Mapping is what the kernel does with packets to one listener.
@@ -84,8 +80,15 @@ func (v *View) Taken(a netip.Addr) bool { return v.taken[a] }
 // Remembered returns the backend to which affinity leads a client, and false when
 // it has not been at the listener lately.
 func (v *View) Remembered(client netip.Addr, listener service.Listener) (netip.AddrPort, bool) {
-	b, ok := v.remembered[visit{client, listener.At()}]
-	return b, ok
+	v4 := listener.Address.Addr().Is4()
+	key := listenerKey(listener)
+	for _, name := range v.named[listener.At()] {
+		number, known := v.visits[string(client.AsSlice())+homeOf(name, v4)]
+		if b, there := v.members[key+number]; known && there {
+			return b, true
+		}
+	}
+	return netip.AddrPort{}, false
 }
 
 // Read returns what the table in the network namespace of this process does. It
@@ -130,7 +133,7 @@ func Installed() (there, whole bool, err error) {
 
 // newView puts elements together again.
 func newView(all, visits []element) *View {
-	v := &View{taken: make(map[netip.Addr]bool), remembered: make(map[visit]netip.AddrPort)}
+	v := &View{taken: make(map[netip.Addr]bool), visits: make(map[string]string), named: make(map[service.Listener][]string)}
 	r := reading{
 		members: make(map[string]netip.AddrPort), shares: make(map[string]map[netip.AddrPort]int),
 		sources: make(map[string][]Range), local: make(map[netip.Addr]bool),
@@ -156,14 +159,14 @@ func newView(all, visits []element) *View {
 	for _, e := range all {
 		r.slot(e)
 	}
+	v.members = r.members
 	for _, e := range visits {
-		n := addressLength(e.in.v4)
-		l, _ := splitListener(e.key[n:], e.in.v4)
-		if b, there := r.members[e.key[n:]+e.data]; there {
-			v.remembered[visit{addressOf(e.key[:n]), l}] = b
-		}
+		v.visits[e.key] = e.data
 	}
 	v.Mappings = r.mappings(all)
+	for _, m := range v.Mappings {
+		v.named[m.Listener.At()] = append(v.named[m.Listener.At()], m.Service)
+	}
 	for _, ranges := range [][]Range{v.Guests, v.Reserved} {
 		slices.SortFunc(ranges, Range.compare)
 	}
