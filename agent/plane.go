@@ -16,7 +16,7 @@ type plane interface {
 	Intact() bool
 	// Distrust makes the next Apply read the kernel instead of remembering it.
 	Distrust()
-	// Run does the plane's own chores until the context ends. They hold no lock that
-	// Apply waits for.
+	// Run does the plane's own chores until the context ends. No walk over processes,
+	// network namespaces or sockets holds a lock that Apply waits for.
 	Run(context.Context)
 }

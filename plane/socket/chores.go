@@ -55,7 +55,11 @@ func (p *Plane) Run(ctx context.Context) {
 			p.say(ctx, p.countBack(ctx, false))
 		}
 		if p.chores.recount.Swap(false) {
-			p.say(ctx, p.countBack(ctx, true))
+			err := p.countBack(ctx, true)
+			if err != nil {
+				p.chores.recount.Store(true)
+			}
+			p.say(ctx, err)
 		}
 	}
 }
@@ -90,17 +94,15 @@ func (p *Plane) say(ctx context.Context, err error) {
 func (p *Plane) sweep(ctx context.Context) error {
 	s, byDiag, err := p.doomed()
 	if len(byDiag) > 0 {
-		n, err := destroy(ctx, byDiag)
+		n, diagErr := destroy(ctx, byDiag)
 		p.opts.Log.Info("connections to backends that are down or gone were closed", "connections", n)
-		if err != nil {
-			return err
-		}
+		err = errors.Join(err, diagErr)
 	}
-	if s == nil || err != nil {
+	if s == nil {
 		return err
 	}
-	_, err = s.sweep(ctx, false)
-	return err
+	_, walkErr := s.sweep(ctx, false)
+	return errors.Join(err, walkErr)
 }
 
 // doomed returns who has to walk, if there is anything to close; and, on a kernel where
@@ -144,7 +146,7 @@ func (p *Plane) countBack(ctx context.Context, all bool) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.sweeper != s {
+	if p.sweeper != s || p.set == nil {
 		return nil // the next walk counts
 	}
 	return p.set.dropNames(walk)

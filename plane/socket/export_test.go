@@ -8,16 +8,13 @@ var ErrEnded = errEnded
 // Walker is somebody who walks over the sockets.
 type Walker struct{ s *sweeper }
 
-// Walk begins a walk that goes on until End.
+// Walk begins a walk. It ends, as one does at the next network namespace, when it is
+// asked to.
 func (p *Plane) Walk() Walker {
-	p.sweeper.mu.Lock()
-	return Walker{p.sweeper}
-}
-
-// End ends it.
-func (w Walker) End() {
-	w.s.mu.Unlock()
-	w.s.release()
+	s := p.sweeper
+	s.mu.Lock()
+	context.AfterFunc(s.over, s.mu.Unlock)
+	return Walker{s}
 }
 
 // Again walks with the same programs.
@@ -29,5 +26,5 @@ func (w Walker) Again(ctx context.Context) error {
 // Of reports whether the walk is with the programs that the plane has now.
 func (w Walker) Of(p *Plane) bool { return p.sweeper == w.s }
 
-// Closed reports whether its programs were let go of.
-func (w Walker) Closed() bool { return w.s.udp == nil }
+// Ended reports whether it was asked to end.
+func (w Walker) Ended() bool { return w.s.over.Err() != nil }

@@ -599,13 +599,13 @@ func (p *Plane) attach(cgroup string) error {
 		p.loaded.close()
 		p.loaded = &loaded{p.set, programs, walk}
 	}
+	p.sweeper.close()
+	p.sweeper = nil
 	if err := p.links.attach(p.loaded.programs, cgroup); err != nil {
 		return err
 	}
-	p.sweeper.close()
 	sweeper, err := newSweeper(p.loaded.programs, p.loaded.walk, p.clock)
 	if err != nil {
-		p.sweeper = nil
 		return err
 	}
 	p.sweeper = sweeper

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -31,7 +30,9 @@ type sweeper struct {
 
 	mu     sync.Mutex // held by who walks
 	number uint32
-	ended  atomic.Bool // it is closed as soon as nobody walks
+
+	over context.Context // done when another one takes its place
+	end  context.CancelFunc
 }
 
 // sweepPrograms are those that are run from here.
@@ -53,31 +54,22 @@ func newSweeper(programs map[string]*ebpf.Program, walk *ebpf.Variable, c *clock
 		tcp.Close()
 		return nil, err
 	}
-	return &sweeper{udp: udp, tcp: tcp, expire: expire, walk: walk, clock: c}, nil
+	over, end := context.WithCancel(context.Background())
+	return &sweeper{udp: udp, tcp: tcp, expire: expire, walk: walk, clock: c, over: over, end: end}, nil
 }
 
-// close lets go of the programs, at once or when the walk is over that goes on.
+// close ends a walk that goes on, at the next network namespace, and lets go of the
+// programs. Who walked on would judge by maps that are others' by then.
 func (s *sweeper) close() {
 	if s == nil {
 		return
 	}
-	s.ended.Store(true)
-	s.release()
-}
-
-// release closes what is to be closed, unless somebody walks: he calls it again.
-func (s *sweeper) release() {
-	if !s.ended.Load() || !s.mu.TryLock() {
-		return
-	}
+	s.end()
+	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.udp == nil {
-		return
-	}
 	s.udp.Close()
 	s.tcp.Close()
 	s.expire.Close()
-	s.udp, s.tcp, s.expire = nil, nil, nil
 }
 
 // young is how old an entry must be for its socket to be missed: between
@@ -91,11 +83,13 @@ var errEnded = errors.New("the programs were replaced")
 // walk.
 func (s *sweeper) sweep(ctx context.Context, onlyUDP bool) (uint32, error) {
 	s.mu.Lock()
-	defer s.release() // when it is unlocked
 	defer s.mu.Unlock()
-	if s.ended.Load() {
+	if s.over.Err() != nil {
 		return 0, errEnded
 	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(s.over, stop)()
 	now, err := s.clock.now()
 	if err != nil {
 		return 0, err
@@ -109,6 +103,9 @@ func (s *sweeper) sweep(ctx context.Context, onlyUDP bool) (uint32, error) {
 		iterators = iterators[:1]
 	}
 	if err := visitAll(ctx, iterators); err != nil {
+		if s.over.Err() != nil {
+			err = errEnded
+		}
 		// Who was not visited must not be taken for gone.
 		return 0, err
 	}
