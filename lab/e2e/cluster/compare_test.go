@@ -131,6 +131,8 @@ func (h *history) difference(q question, got answers, how choice) (why string, m
 		return "", false
 	case how.sticky && len(ours.servers) > 1:
 		return "affinity", false
+	case how.sticky && !within(ours.servers, h.usableThere(q)):
+		return "stays with a server that nobody should have", false
 	case how.sticky:
 	case how.picky && within(ours.servers, theirs.servers):
 	case !maps.Equal(keysOf(ours.servers), keysOf(theirs.servers)):
@@ -138,10 +140,39 @@ func (h *history) difference(q question, got answers, how choice) (why string, m
 	}
 	for server, clients := range ours.servers {
 		if there, ok := theirs.servers[server]; ok && !maps.Equal(keysOf(clients), keysOf(there)) {
-			return h.client(q, clients)
+			if why, meant = h.client(q, clients); !meant {
+				return why, meant
+			}
 		}
 	}
-	return "", false
+	return why, meant
+}
+
+// usableThere are the servers to which kube-proxy leads anybody at an address: of a
+// service with affinity each client shows one.
+func (h *history) usableThere(q question) map[string]heard {
+	all := make(map[string]heard)
+	for other, got := range h.last {
+		if other.what == q.what && other.verb == q.verb {
+			maps.Copy(all, split(got.theirs).servers)
+		}
+	}
+	for _, s := range h.subjects {
+		if !s.asked[q.what] {
+			continue
+		}
+		// Seven clients may not meet all that there are.
+		for _, sl := range h.slicesOf(s) {
+			for _, e := range sl.Endpoints {
+				for _, known := range servers {
+					if (e.Addresses[0] == known.v4 || e.Addresses[0] == known.v6) && (e.Conditions.Ready == nil || *e.Conditions.Ready) {
+						all[known.name] = nil
+					}
+				}
+			}
+		}
+	}
+	return all
 }
 
 // good is how a health check says that there are endpoints, and how many. Where a

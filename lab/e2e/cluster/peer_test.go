@@ -586,7 +586,8 @@ func (h *history) hold() {
 				continue
 			}
 			for _, place := range slices.Sorted(maps.Keys(h.places())) {
-				if q := (question{place, "hold", what}); h.holds[q] == "" && h.chance(30) {
+				// By lot of its own: what is held depends on addresses that were given out.
+				if q := (question{place, "hold", what}); h.holds[q] == "" && rand.IntN(100) < 30 {
 					questions = append(questions, q)
 				}
 			}
