@@ -39,7 +39,7 @@ const (
 	setVIPs                     // addresses of listeners that lie in these ranges
 	setTracked                  // addresses in these ranges whose packets were translated, written by the kernel
 	setWaning                   // the same, of those that may have none any more; by this plane
-	setAffinity                 // client and listener -> backend, written by the kernel
+	setAffinity                 // client and home of a service -> number of a backend, written by the kernel
 	setNameEnd
 )
 

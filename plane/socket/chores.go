@@ -55,11 +55,9 @@ func (p *Plane) Run(ctx context.Context) {
 			p.say(ctx, p.countBack(ctx, false))
 		}
 		if p.chores.recount.Swap(false) {
-			err := p.countBack(ctx, true)
-			if err != nil {
-				p.chores.recount.Store(true)
-			}
-			p.say(ctx, err)
+			// If it fails the next Distrust has it made again: a namespace that cannot
+			// be entered is no reason to walk every second.
+			p.say(ctx, p.countBack(ctx, true))
 		}
 	}
 }
