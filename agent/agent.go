@@ -25,6 +25,7 @@ import (
 	"github.com/pentad/pentad/api/guard"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -106,7 +107,7 @@ func Run(ctx context.Context, opts Options) error {
 	if err := socket.CheckHost(); err != nil {
 		return err
 	}
-	lock, err := socket.LockWithin(ctx, opts.Pins, downPatience)
+	lock, err := host.LockWithin(ctx, opts.Pins, downPatience)
 	if err != nil {
 		return err
 	}
@@ -600,7 +601,7 @@ func (a *Agent) targets(last, next *service.Snapshot, known map[health.Key]bool)
 			k := health.Key{Service: s.Name, Address: b.Address}
 			t := health.Target{Key: k, Health: s.Health, Down: b.Down, Known: known[k] || known[health.Key{Service: a.renamed[s.Name], Address: b.Address}] || a.knew(last, s.Name, b.Address)}
 			if a.vips[b.Address] {
-				t.Mark = socket.ProbeMark
+				t.Mark = host.ProbeMark
 			}
 			add = append(add, t)
 		}

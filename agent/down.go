@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 )
@@ -25,8 +26,8 @@ func Down(ctx context.Context, pins, runDir string) error {
 	if _, err := os.Stat(pins); errors.Is(err, fs.ErrNotExist) {
 		return errors.Join(nat.Remove(), restoreConntrack(runDir), removeRunDir(runDir))
 	}
-	lock, err := socket.Lock(pins)
-	var held *socket.LockedError
+	lock, err := host.Lock(pins)
+	var held *host.LockedError
 	if errors.As(err, &held) {
 		lock, err = evict(ctx, pins, held)
 	}
@@ -34,21 +35,21 @@ func Down(ctx context.Context, pins, runDir string) error {
 		return err
 	}
 	defer lock.Close()
-	return errors.Join(socket.Remove(pins), nat.Remove(), restoreConntrack(runDir), removeRunDir(runDir))
+	return errors.Join(socket.Remove(pins), nat.Remove(), host.RemovePins(pins), restoreConntrack(runDir), removeRunDir(runDir))
 }
 
 // evict ends the agent that holds the lock and takes the lock.
-func evict(ctx context.Context, pins string, held *socket.LockedError) (*os.File, error) {
+func evict(ctx context.Context, pins string, held *host.LockedError) (*os.File, error) {
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		// Of one that is just going the kernel does not tell who it is.
 		if held.PID == 0 {
-			return socket.LockWithin(ctx, pins, downPatience)
+			return host.LockWithin(ctx, pins, downPatience)
 		}
 		if err := syscall.Kill(held.PID, signal); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return nil, fmt.Errorf("ending the agent, process %d: %w", held.PID, err)
 		}
 		for deadline := time.Now().Add(downPatience); time.Now().Before(deadline); {
-			lock, err := socket.Lock(pins)
+			lock, err := host.Lock(pins)
 			if err == nil || !errors.As(err, &held) {
 				return lock, err
 			}

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/host"
 )
 
 // memoryLimit returns how much memory the cgroups of this process let it have, in
@@ -31,7 +31,7 @@ func memoryLimit() uint64 {
 		root, file := "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
 		if fields[1] == "" {
 			file = "memory.max"
-			if root, err = socket.CgroupRoot(); err != nil {
+			if root, err = host.CgroupRoot(); err != nil {
 				continue
 			}
 		} else if fields[1] != "memory" {

@@ -6,7 +6,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
-	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/host"
 )
 
 // scopeWatch tells when the cgroup of the scope is made again: a unit that is
@@ -34,7 +34,7 @@ func (s *scopeWatch) follow(cgroup string) {
 	if cgroup == s.cgroup {
 		return
 	}
-	root, err := socket.CgroupRoot()
+	root, err := host.CgroupRoot()
 	if err != nil {
 		return
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -285,7 +286,7 @@ func resets(ctx context.Context, b *board) error {
 	if err := s.listening("10.0.0.11:8080"); err != nil {
 		return err
 	}
-	lock, err := socket.Lock(s.Pins)
+	lock, err := host.Lock(s.Pins)
 	if err != nil {
 		return err
 	}

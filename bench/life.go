@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -132,7 +133,7 @@ func lives(ctx context.Context, b *board) error {
 			return err
 		}
 	}
-	lock, err := socket.Lock(ours.Pins)
+	lock, err := host.Lock(ours.Pins)
 	if err != nil {
 		return err
 	}

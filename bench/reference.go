@@ -9,8 +9,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
-	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
 
@@ -26,7 +26,7 @@ func attachReference(h *lab.Host, services []*service.Service, name string) (*eb
 	if err := fillReference(&o, services); err != nil {
 		return nil, nil, err
 	}
-	root, err := socket.CgroupRoot()
+	root, err := host.CgroupRoot()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -95,7 +96,7 @@ func newPentad(ctx context.Context, services []*service.Service) (*contender, er
 	if err != nil {
 		return nil, err
 	}
-	lock, err := socket.Lock(h.Pins)
+	lock, err := host.Lock(h.Pins)
 	if err != nil {
 		return nil, err
 	}

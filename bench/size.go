@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -207,7 +208,7 @@ func capacity(ctx context.Context, b *board) error {
 		return err
 	}
 	defer h.Close()
-	lock, err := socket.Lock(h.Pins)
+	lock, err := host.Lock(h.Pins)
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -99,7 +100,7 @@ func scopeOf(v *socket.View) scope {
 	for _, h := range v.Hooks {
 		id = max(id, h.CgroupID)
 	}
-	root, err := socket.CgroupRoot()
+	root, err := host.CgroupRoot()
 	if err != nil || id == 0 {
 		return scope{path: "(none)"}
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -62,7 +63,7 @@ type detail struct {
 // diagnose asks every network namespace for its sockets, by cookie.
 func diagnose(ctx context.Context) (map[uint64]detail, error) {
 	found := make(map[uint64]detail)
-	err := socket.InNamespaces(ctx, func() error {
+	err := host.InNamespaces(ctx, func() error {
 		var errs []error
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			tcp, err := netlink.SocketDiagTCPInfo(family)

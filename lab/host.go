@@ -25,6 +25,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/socket"
 )
 
@@ -66,7 +67,7 @@ func NewHost() (*Host, error) {
 
 func (h *Host) build() error {
 	var err error
-	if h.root, err = socket.CgroupRoot(); err != nil {
+	if h.root, err = host.CgroupRoot(); err != nil {
 		return err
 	}
 	h.cgroup = "/" + filepath.Base(h.Dir)
@@ -300,7 +301,7 @@ func (h *Host) Close() error {
 	}
 	h.processes = nil
 	h.mu.Unlock()
-	errs = append(errs, socket.Remove(h.Pins))
+	errs = append(errs, socket.Remove(h.Pins), host.RemovePins(h.Pins))
 	if h.cgroup != "" {
 		errs = append(errs, removeCgroup(dir))
 	}

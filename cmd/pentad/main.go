@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pentad/pentad/api"
-	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/host"
 )
 
 // Exit codes.
@@ -66,7 +66,7 @@ func newRoot() (root *cobra.Command, started *bool) {
 			*started = true
 		},
 	}
-	root.PersistentFlags().StringVar(&at.pins, "pins", socket.DefaultPins, "directory of the bpf filesystem that holds everything of pentad")
+	root.PersistentFlags().StringVar(&at.pins, "pins", host.DefaultPins, "directory of the bpf filesystem that holds everything of pentad")
 	root.PersistentFlags().StringVar(&at.runDir, "run-dir", api.DefaultRunDir, "directory of the agent's socket")
 	root.AddCommand(newRun(at), newController(), newCheck(), newStatus(at), newService(at), newBackend(at), newFlow(at), newExplain(at), newDown(at), newDemo(), newVersion())
 	return root, started

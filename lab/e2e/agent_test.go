@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -452,7 +453,7 @@ func TestDown(t *testing.T) {
 // attached counts the programs that run for the host's inside.
 func attached(t *testing.T, w *world) int {
 	t.Helper()
-	root, err := socket.CgroupRoot()
+	root, err := host.CgroupRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -837,7 +838,7 @@ func TestDemo(t *testing.T) {
 				}
 			}
 		}
-		root, err := socket.CgroupRoot()
+		root, err := host.CgroupRoot()
 		if err != nil {
 			t.Fatal(err)
 		}

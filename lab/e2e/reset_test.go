@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -263,7 +264,7 @@ func TestResetByDiag(t *testing.T) {
 	pod := newWorld(t, "10.0.0.1", "2001:db8::1")
 	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
 	pod.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	lock, err := socket.Lock(w.Pins)
+	lock, err := host.Lock(w.Pins)
 	if err != nil {
 		t.Fatal(err)
 	}

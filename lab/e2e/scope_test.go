@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
-	"github.com/pentad/pentad/plane/socket"
 )
 
 func init() { clients["restart"] = restart }
@@ -67,7 +67,7 @@ func TestScopeMadeAgain(t *testing.T) {
 	w := newWorld(t, "10.0.0.1")
 	w.serve("one", "10.0.0.1:7000")
 	w.run("services: [{name: web, listen: [192.0.2.10:80], health: {probe: none}, backends: [10.0.0.1:7000]}]")
-	root, err := socket.CgroupRoot()
+	root, err := host.CgroupRoot()
 	if err != nil {
 		t.Fatal(err)
 	}

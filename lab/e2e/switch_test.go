@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -33,7 +34,7 @@ func TestSwitches(t *testing.T) {
 		}
 		w.serve(fmt.Sprintf("service-%d", n), all...)
 	}
-	lock, err := socket.Lock(w.Pins)
+	lock, err := host.Lock(w.Pins)
 	if err != nil {
 		t.Fatal(err)
 	}

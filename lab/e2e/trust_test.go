@@ -18,8 +18,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
-	"github.com/pentad/pentad/plane/socket"
 )
 
 // nobody is a user without any privilege.
@@ -325,7 +325,7 @@ func TestManyClients(t *testing.T) {
 				w.run("services: [{name: web, listen: [192.0.2.10:80], balance: " + balance + ", health: {probe: none}, backends: [10.0.0.1:7000, 10.0.0.2:7000]}]")
 				w.agent.Kill()
 				const n = 100
-				root, err := socket.CgroupRoot()
+				root, err := host.CgroupRoot()
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -10,7 +10,7 @@ import (
 
 // A plane that finds what it would make itself makes no transaction at all.
 func TestAdoptWritesNothing(t *testing.T) {
-	h := host(t)
+	h := machine(t)
 	s := &service.Service{
 		Name: "web", Affinity: time.Minute, Sources: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")},
 		Listeners: []service.Listener{

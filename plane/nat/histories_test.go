@@ -17,7 +17,7 @@ import (
 )
 
 // host returns a host that is gone after the test.
-func host(t *testing.T) *lab.Host {
+func machine(t *testing.T) *lab.Host {
 	t.Helper()
 	lab.Need(t)
 	h, err := lab.NewHost()
@@ -97,7 +97,7 @@ func table(t *testing.T, h *lab.Host) []element {
 func TestHistories(t *testing.T) {
 	seed := rand.Uint64()
 	r := rand.New(rand.NewPCG(seed, 1))
-	h := host(t)
+	h := machine(t)
 	var log bytes.Buffer
 	p := New(slog.New(slog.NewTextHandler(&log, nil)))
 	ranges := service.Ranges{
@@ -126,7 +126,7 @@ func TestHistories(t *testing.T) {
 		if step%10 != 9 {
 			continue
 		}
-		fresh := host(t)
+		fresh := machine(t)
 		if err := fresh.Do(func() error { return New(nil).Apply(t.Context(), snap) }); err != nil {
 			t.Fatalf("seed %d, step %d: %v", seed, step, err)
 		}
@@ -168,7 +168,7 @@ func TestServicesAreIndependent(t *testing.T) {
 // However long names are, every service arrives.
 func TestLongNames(t *testing.T) {
 	for _, n := range []int{40, 143, service.MaxName} {
-		h := host(t)
+		h := machine(t)
 		var all []*service.Service
 		for i := range 400 {
 			name := fmt.Sprintf("s%04d-", i)
@@ -198,7 +198,7 @@ func TestLongNames(t *testing.T) {
 // What the kernel refuses is named, and keeps nothing else from being served: not
 // when it comes, not from a start, and not when the table is made anew.
 func TestRefusal(t *testing.T) {
-	h := host(t)
+	h := machine(t)
 	good := func(i, backend int) *service.Service {
 		return &service.Service{
 			Name: fmt.Sprintf("good-%d", i),

@@ -17,7 +17,7 @@ import (
 // A change of more elements than a first filling has in one transaction takes no
 // listener away, not even for a moment.
 func TestLargeChange(t *testing.T) {
-	h := host(t)
+	h := machine(t)
 	snap := func(third byte) *service.Snapshot {
 		var all []*service.Service
 		for i := range 3000 {

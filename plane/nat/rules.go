@@ -8,6 +8,8 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/host"
 )
 
 // The table, as `nft list table inet pentad` shows it:
@@ -344,17 +346,12 @@ func freeRules(v4 bool) [][]expr.Any {
 	}
 }
 
-// Mark is the bit of the packet's mark that a packet has between its translation
-// and the choice of its source address, on its way through this host. It is
-// kube-proxy's (--iptables-masquerade-bit), which other tools know to leave alone.
-const Mark = 1 << 14
-
 // setMark changes the bit and leaves the others.
 func setMark(on bool) []expr.Any {
 	b := &expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
-		Mask: binaryutil.NativeEndian.PutUint32(^uint32(Mark)), Xor: make([]byte, 4)}
+		Mask: binaryutil.NativeEndian.PutUint32(^uint32(host.TranslatedMark)), Xor: make([]byte, 4)}
 	if on {
-		b.Xor = binaryutil.NativeEndian.PutUint32(Mark)
+		b.Xor = binaryutil.NativeEndian.PutUint32(host.TranslatedMark)
 	}
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)}, b,
@@ -434,7 +431,7 @@ func postroutingRules() [][]expr.Any {
 	rules := [][]expr.Any{{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)},
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(Mark), Xor: make([]byte, 4)},
+			Mask: binaryutil.NativeEndian.PutUint32(host.TranslatedMark), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
 		goTo(chainForeign),
 	}}

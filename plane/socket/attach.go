@@ -9,6 +9,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/host"
 )
 
 // hooks are the programs and where they attach, in the order of attaching: what
@@ -51,7 +53,7 @@ func (a *attacher) close() {
 // attach makes every hook of the cgroup run the programs of the collection:
 // links that are there are switched atomically, missing ones are made.
 func (a *attacher) attach(programs map[string]*ebpf.Program, cgroup string) error {
-	id, err := cgroupID(cgroup)
+	id, err := host.CgroupID(cgroup)
 	if err != nil {
 		return err
 	}
@@ -144,15 +146,6 @@ func readHooks(dir string) []Hook {
 		all = append(all, hook)
 	}
 	return all
-}
-
-// cgroupID returns the kernel's id of a cgroup: its inode number.
-func cgroupID(path string) (uint64, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return 0, fmt.Errorf("cgroup %s: %w", path, err)
-	}
-	return st.Ino, nil
 }
 
 // detachAll removes the links in reverse order: first nothing is translated any

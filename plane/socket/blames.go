@@ -4,11 +4,13 @@ import (
 	"fmt"
 	"math"
 	"time"
+
+	"github.com/pentad/pentad/host"
 )
 
 // blames is what clients met with at backends, by reference to the backend.
 type blames struct {
-	clock   *clock
+	clock   *host.Clock
 	now     uint64
 	alive   bool // the agent's heartbeat is not over
 	clients map[uint64][]kernelBlame
@@ -16,13 +18,13 @@ type blames struct {
 }
 
 // readBlames reads what every client blames backends for.
-func (s *mapSet) readBlames(c *clock) (*blames, error) {
+func (s *mapSet) readBlames(c *host.Clock) (*blames, error) {
 	all, err := dump[kernelBlameKey, kernelBlame](s.maps[kernelMapBlames])
 	if err != nil {
 		return nil, fmt.Errorf("map blames: %w", err)
 	}
 	b := &blames{clock: c, clients: make(map[uint64][]kernelBlame), common: make(map[uint64][]kernelBlame)}
-	if b.now, err = c.now(); err != nil {
+	if b.now, err = c.Now(); err != nil {
 		return nil, err
 	}
 	var until uint64
@@ -63,7 +65,7 @@ func (b *blames) load(l *kernelLoad, policy *kernelServiceInfo, ref uint64) Load
 		load.Clients++
 		load.Trial = load.Trial || c.Ejected&1 != 0
 		if until := b.until(&c, policy); until > b.now && c.Ejected&1 == 0 {
-			load.For = max(load.For, b.clock.duration(until-b.now))
+			load.For = max(load.For, b.clock.Duration(until-b.now))
 		}
 	}
 	until := l.Shunned >> 1
@@ -72,7 +74,7 @@ func (b *blames) load(l *kernelLoad, policy *kernelServiceInfo, ref uint64) Load
 	}
 	if until > b.now && policy.Failures > 0 {
 		load.Ejected, load.Shunned = true, true
-		load.For = max(load.For, b.clock.duration(until-b.now))
+		load.For = max(load.For, b.clock.Duration(until-b.now))
 	}
 	return load
 }
@@ -83,7 +85,7 @@ func (b *blames) until(c *kernelBlame, policy *kernelServiceInfo) uint64 {
 	if policy.Verdict == 0 || !b.alive {
 		return until
 	}
-	return min(until, c.Failed+uint64(policy.Verdict)*uint64(b.clock.hz)/1000)
+	return min(until, c.Failed+uint64(policy.Verdict)*uint64(b.clock.Hz)/1000)
 }
 
 // heartbeatFor is how long the programs take the agent for alive after a beat.
@@ -97,11 +99,11 @@ func (p *Plane) beat() error {
 	if p.set == nil || p.clock == nil {
 		return nil
 	}
-	now, err := p.clock.now()
+	now, err := p.clock.Now()
 	if err != nil {
 		return err
 	}
-	if err := p.set.maps[kernelMapHeartbeat].Put(uint32(0), now+p.clock.jiffies(heartbeatFor)); err != nil {
+	if err := p.set.maps[kernelMapHeartbeat].Put(uint32(0), now+p.clock.Jiffies(heartbeatFor)); err != nil {
 		return fmt.Errorf("map heartbeat: %w", err)
 	}
 	return nil

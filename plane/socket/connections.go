@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -32,12 +33,12 @@ func Connections(dir string) ([]Connection, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := newClock()
+	c, err := host.NewClock()
 	if err != nil {
 		return nil, err
 	}
-	defer c.close()
-	now, err := c.now()
+	defer c.Close()
+	now, err := c.Now()
 	if err != nil {
 		return nil, err
 	}
@@ -60,7 +61,7 @@ func Connections(dir string) ([]Connection, error) {
 				Cookie: s.Cookie, Service: in.serviceOf(uint32(s.Backend)), Protocol: service.Protocol(s.Protocol),
 				VIP:         netip.AddrPortFrom(address(s.Vip), bigEndian(s.VipPort)),
 				Backend:     netip.AddrPortFrom(address(s.Addr), bigEndian(s.Port)),
-				Age:         c.duration(uint64(uint32(now) - uint32(s.Life>>32))),
+				Age:         c.Duration(uint64(uint32(now) - uint32(s.Life>>32))),
 				Established: s.Life&uint64(kernelLifeLIFE_ESTABLISHED) != 0,
 			})
 		}

@@ -11,6 +11,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/host"
 )
 
 // Kernels before 6.5 have no bpf_sock_destroy. There the sockets to close are
@@ -59,7 +61,7 @@ func (s *mapSet) doomed(resets map[uint32]uint8) (map[uint64][]netip.AddrPort, e
 // returns how many it closed.
 func destroy(ctx context.Context, cookies map[uint64][]netip.AddrPort) (int, error) {
 	n := 0
-	err := InNamespaces(ctx, func() error {
+	err := host.InNamespaces(ctx, func() error {
 		var errs []error
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			tcp, err := netlink.SocketDiagTCP(family)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -12,7 +11,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
-	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/host"
 )
 
 // Feature is something that the plane needs from the kernel.
@@ -73,21 +73,10 @@ func haveBTF() error {
 // kernel would not say.
 func (f Feature) Check() error { return f.probe() }
 
-// capabilities that the agent needs, by number (linux/capability.h).
-var capabilities = []struct {
-	name string
-	bit  uint
-	why  string
-}{
-	{"CAP_BPF", unix.CAP_BPF, "load programs"},
-	{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attach them to a cgroup"},
-	{"CAP_PERFMON", unix.CAP_PERFMON, "pass the verifier with computed offsets into map values"},
-}
-
 // CheckHost returns what keeps the plane from working on this host: missing
 // capabilities first, because without them features cannot be tried.
 func CheckHost() error {
-	if missing := missingCapabilities(); len(missing) > 0 {
+	if missing := host.MissingCapabilities(); len(missing) > 0 {
 		return fmt.Errorf("missing %s; run as root or give the process these capabilities",
 			strings.Join(missing, " and "))
 	}
@@ -102,32 +91,4 @@ func checkFeatures(needed []Feature) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-func missingCapabilities() []string {
-	effective, err := effectiveCapabilities()
-	if err != nil || effective&(1<<unix.CAP_SYS_ADMIN) != 0 {
-		// CAP_SYS_ADMIN contains these two for compatibility (capabilities(7)).
-		effective |= 1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON
-	}
-	var missing []string
-	for _, c := range capabilities {
-		if err == nil && effective&(1<<c.bit) == 0 {
-			missing = append(missing, fmt.Sprintf("%s (to %s)", c.name, c.why))
-		}
-	}
-	return missing
-}
-
-func effectiveCapabilities() (uint64, error) {
-	status, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(status)) {
-		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
-			return strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-		}
-	}
-	return 0, errors.New("no CapEff in /proc/self/status")
 }

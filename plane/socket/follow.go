@@ -17,6 +17,7 @@ import (
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -79,7 +80,7 @@ const (
 // an agent. A follower that dies is forgotten within seconds.
 type Follower struct {
 	set    *mapSet
-	clock  *clock
+	clock  *host.Clock
 	place  uint32
 	placed bool // place is this follower's
 	ring   *ebpf.Map
@@ -115,7 +116,7 @@ func Follow(dir string) (*Follower, error) {
 
 func (f *Follower) begin() error {
 	var err error
-	if f.clock, err = newClock(); err != nil {
+	if f.clock, err = host.NewClock(); err != nil {
 		return err
 	}
 	var monotonic unix.Timespec
@@ -143,7 +144,7 @@ func (f *Follower) claim() error {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("lock on %s: %w", f.dir, err)
 	}
-	now, err := f.clock.now()
+	now, err := f.clock.Now()
 	if err != nil {
 		return err
 	}
@@ -176,11 +177,11 @@ func (f *Follower) untils() ([]uint64, error) {
 
 // renew says that this follower is still there.
 func (f *Follower) renew() error {
-	now, err := f.clock.now()
+	now, err := f.clock.Now()
 	if err != nil {
 		return err
 	}
-	until := now + f.clock.jiffies(leaseTime)
+	until := now + f.clock.Jiffies(leaseTime)
 	if err := f.set.maps[kernelMapFollowers].Put(f.place, until); err != nil {
 		return err
 	}
@@ -194,12 +195,12 @@ func Followers(dir string) (int, error) {
 		return 0, err
 	}
 	defer set.close()
-	c, err := newClock()
+	c, err := host.NewClock()
 	if err != nil {
 		return 0, err
 	}
-	defer c.close()
-	now, err := c.now()
+	defer c.Close()
+	now, err := c.Now()
 	if err != nil {
 		return 0, err
 	}
@@ -232,7 +233,7 @@ func (f *Follower) Close() {
 	if f.ring != nil {
 		f.ring.Close()
 	}
-	f.clock.close()
+	f.clock.Close()
 	f.set.close()
 }
 

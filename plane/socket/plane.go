@@ -30,13 +30,9 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
-
-// ProbeMark is the mark (SO_MARK) of sockets that are not translated: a probe
-// reaches the backend that it names, also when that is the VIP of another
-// service. The bytes spell "pntd"; no other use of marks is known to match it.
-const ProbeMark = 0x706e7464
 
 // Options say where a plane lives.
 type Options struct {
@@ -58,7 +54,7 @@ type Plane struct {
 	chores chores
 
 	mu      sync.Mutex
-	clock   *clock
+	clock   *host.Clock
 	sweeper *sweeper
 	set     *mapSet
 	ledger  *ledger
@@ -101,7 +97,7 @@ var (
 // lock on the pins.
 func New(opts Options) *Plane {
 	if opts.Pins == "" {
-		opts.Pins = DefaultPins
+		opts.Pins = host.DefaultPins
 	}
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
@@ -116,7 +112,7 @@ func (p *Plane) Close() {
 	defer p.mu.Unlock()
 	p.links.close()
 	p.set.close()
-	p.clock.close()
+	p.clock.Close()
 	p.sweeper.close()
 	p.loaded.close()
 	p.set, p.clock, p.sweeper, p.loaded = nil, nil, nil, nil
@@ -130,7 +126,7 @@ func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	path, err := cgroupPath(snap.Cgroup)
+	path, err := host.CgroupPath(snap.Cgroup)
 	if err != nil {
 		return err
 	}
@@ -231,7 +227,7 @@ func (p *Plane) Intact() bool {
 	if p.cgroup == "" || p.set == nil {
 		return false
 	}
-	id, err := cgroupID(p.cgroup)
+	id, err := host.CgroupID(p.cgroup)
 	lost := err != nil || !p.set.pinned()
 	for _, h := range readHooks(p.dir) {
 		lost = lost || h.CgroupID != id
@@ -259,7 +255,7 @@ func (p *Plane) open(snap *service.Snapshot) error {
 		return err
 	}
 	if p.clock == nil {
-		c, err := newClock()
+		c, err := host.NewClock()
 		if err != nil {
 			return err
 		}
@@ -299,7 +295,7 @@ func (p *Plane) adopt() error {
 		return err
 	}
 	// An agent that died may have retired what a program still reads.
-	waitForReaders()
+	host.WaitForReaders()
 	if err := p.set.write(w); err != nil {
 		return err
 	}
@@ -429,12 +425,12 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 		if err := p.reclaimSome(); err != nil {
 			return nil, err
 		}
-		jiffies, err := p.clock.now()
+		jiffies, err := p.clock.Now()
 		if err != nil {
 			return nil, err
 		}
 		var w writes
-		done, unfit := p.stage(snap, moment{time.Now(), jiffies, jiffies + p.clock.jiffies(leaveWithin)}, &w)
+		done, unfit := p.stage(snap, moment{time.Now(), jiffies, jiffies + p.clock.Jiffies(leaveWithin)}, &w)
 		if len(unfit) > 0 && len(makeRoom) > 0 {
 			// Nothing was written yet: read the kernel again and start over.
 			cause = makeRoom[0](snap)
@@ -511,7 +507,7 @@ func (p *Plane) reclaimSome() error {
 	if !p.ledger.manyRetired() {
 		return nil
 	}
-	waitForReaders()
+	host.WaitForReaders()
 	free := p.ledger.reclaim(func(index uint32) bool {
 		l, err := p.set.readLoad(index)
 		return err != nil || isBusy(&l)
@@ -625,13 +621,13 @@ func (p *Plane) load() (map[string]*ebpf.Program, *ebpf.Variable, error) {
 		return nil, nil, err
 	}
 	resize(spec, p.set.capacity())
-	if err := spec.Variables[kernelVarProbeMark].Set(uint32(ProbeMark)); err != nil {
+	if err := spec.Variables[kernelVarProbeMark].Set(uint32(host.ProbeMark)); err != nil {
 		return nil, nil, err
 	}
-	if err := spec.Variables[kernelVarHz].Set(p.clock.hz); err != nil {
+	if err := spec.Variables[kernelVarHz].Set(p.clock.Hz); err != nil {
 		return nil, nil, err
 	}
-	cookie, err := namespaceCookie()
+	cookie, err := host.NamespaceCookie()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -124,11 +125,11 @@ func (v *View) readLoads(set *mapSet, in *inspection) error {
 	if err != nil {
 		return err
 	}
-	c, err := newClock()
+	c, err := host.NewClock()
 	if err != nil {
 		return err
 	}
-	defer c.close()
+	defer c.Close()
 	blames, err := set.readBlames(c)
 	if err != nil {
 		return err

@@ -1,4 +1,4 @@
-package socket
+package host
 
 import (
 	"fmt"
@@ -9,20 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// clock tells the time as the programs do: in jiffies.
-type clock struct {
-	hz        uint32
+// Clock tells the time as programs of eBPF do: in jiffies. Its methods may be called
+// from several goroutines.
+type Clock struct {
+	Hz        uint32        // jiffies in a second
 	low, high *ebpf.Program // return the halves of jiffies
 }
 
-// newClock loads two programs of three instructions. The tick is what
+// NewClock loads two programs of three instructions. The tick is what
 // CLOCK_MONOTONIC_COARSE resolves (clock_getres(2)).
-func newClock() (*clock, error) {
+func NewClock() (*Clock, error) {
 	var tick unix.Timespec
 	if err := unix.ClockGetres(unix.CLOCK_MONOTONIC_COARSE, &tick); err != nil {
 		return nil, fmt.Errorf("length of a jiffy: %w", err)
 	}
-	c := &clock{hz: uint32((int64(time.Second) + tick.Nano()/2) / tick.Nano())}
+	c := &Clock{Hz: uint32((int64(time.Second) + tick.Nano()/2) / tick.Nano())}
 	var err error
 	if c.low, err = jiffiesProgram(0); err != nil {
 		return nil, err
@@ -45,7 +46,8 @@ func jiffiesProgram(shift int32) (*ebpf.Program, error) {
 	return p, nil
 }
 
-func (c *clock) close() {
+// Close lets go of the kernel; it may be called for nil.
+func (c *Clock) Close() {
 	if c == nil {
 		return
 	}
@@ -53,8 +55,8 @@ func (c *clock) close() {
 	c.high.Close()
 }
 
-// now returns the kernel's jiffies.
-func (c *clock) now() (uint64, error) {
+// Now returns the kernel's jiffies.
+func (c *Clock) Now() (uint64, error) {
 	for {
 		before, err := run(c.high)
 		if err != nil {
@@ -80,12 +82,12 @@ func run(p *ebpf.Program) (uint32, error) {
 	return n, nil
 }
 
-// duration turns jiffies into time.
-func (c *clock) duration(jiffies uint64) time.Duration {
-	return time.Duration(jiffies) * time.Second / time.Duration(c.hz)
+// Duration turns jiffies into time.
+func (c *Clock) Duration(jiffies uint64) time.Duration {
+	return time.Duration(jiffies) * time.Second / time.Duration(c.Hz)
 }
 
-// jiffies turns time into jiffies.
-func (c *clock) jiffies(d time.Duration) uint64 {
-	return uint64(d) * uint64(c.hz) / uint64(time.Second)
+// Jiffies turns time into jiffies.
+func (c *Clock) Jiffies(d time.Duration) uint64 {
+	return uint64(d) * uint64(c.Hz) / uint64(time.Second)
 }

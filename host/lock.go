@@ -1,4 +1,4 @@
-package socket
+package host
 
 import (
 	"bufio"
@@ -13,15 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-// DefaultPins is the directory of bpffs that holds everything of pentad.
-const DefaultPins = "/sys/fs/bpf/pentad"
-
-// planeDir is this plane's part of the pin directory.
-const planeDir = "socket"
-
-// ErrCgroup says that a cgroup does not exist.
-var ErrCgroup = errors.New("no such cgroup")
 
 // LockedError says that another process owns the pin directory.
 type LockedError struct {
@@ -163,85 +154,6 @@ func ensureBPFFS(dir string) error {
 	if err := unix.Mount("bpf", standard, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
 		return fmt.Errorf("no bpf filesystem at %s and it cannot be mounted: %w; mount it: mount -t bpf bpf %s",
 			standard, err, standard)
-	}
-	return nil
-}
-
-// CgroupRoot returns where the cgroup2 hierarchy is mounted. Hybrid hosts have
-// it at /sys/fs/cgroup/unified.
-func CgroupRoot() (string, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	// "36 35 0:32 ROOT MOUNTPOINT OPTIONS [TAGS] - TYPE SOURCE OPTIONS", see proc_pid_mountinfo(5).
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		fields := strings.Fields(before)
-		if ok && strings.HasPrefix(after, "cgroup2 ") && len(fields) > 4 && fields[3] == "/" {
-			return fields[4], nil
-		}
-	}
-	return "", errors.New("no cgroup2 hierarchy is mounted; mount it: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified")
-}
-
-// cgroupPath returns the directory of a cgroup named as in the configuration.
-func cgroupPath(cgroup string) (string, error) {
-	root, err := CgroupRoot()
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(root, cgroup)
-	if st, err := os.Stat(path); err != nil || !st.IsDir() {
-		return "", fmt.Errorf("%w: %s (looked for %s); create it or change scope.cgroup", ErrCgroup, cgroup, path)
-	}
-	return path, nil
-}
-
-// namespaceCookie returns the kernel's number for the network namespace of this
-// process, which is the host's own.
-func namespaceCookie() (uint64, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
-	}
-	defer unix.Close(fd)
-	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	if err != nil {
-		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
-	}
-	return cookie, nil
-}
-
-// waitForReaders returns once every program that was running when it was called
-// has ended: membarrier(2) with MEMBARRIER_CMD_GLOBAL waits for an RCU grace
-// period (kernel/sched/membarrier.c), and programs run inside RCU read sections.
-func waitForReaders() {
-	const cmdGlobal = 1
-	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, cmdGlobal, 0, 0); errno != 0 {
-		// Nohz-full hosts refuse it. No program runs this long.
-		time.Sleep(time.Second)
-	}
-}
-
-// Remove takes everything of this plane out of the kernel. It may be called in
-// any state, also when there is nothing.
-func Remove(dir string) error {
-	plane := filepath.Join(dir, planeDir)
-	if _, err := os.Stat(plane); errors.Is(err, os.ErrNotExist) {
-		return removeEmpty(dir)
-	}
-	err := errors.Join(detachAll(plane), removeOtherSets(plane, -1), os.RemoveAll(plane))
-	if err != nil {
-		return fmt.Errorf("pins under %s: %w", plane, err)
-	}
-	return removeEmpty(dir)
-}
-
-func removeEmpty(dir string) error {
-	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
-		return fmt.Errorf("pin directory %s: %w", dir, err)
 	}
 	return nil
 }

@@ -1,0 +1,15 @@
+package host
+
+// The register of marks. Whoever wants another one enters it here: a test sees to it
+// that none is taken for part of another.
+const (
+	// ProbeMark is the mark (SO_MARK) of sockets that are not translated: a probe
+	// reaches the backend that it names, also when that is the VIP of another service.
+	// The bytes spell "pn7d"; no other use of marks is known to match it.
+	ProbeMark = 0x706e3764
+
+	// TranslatedMark is the bit of a packet's mark that it has between its translation
+	// and the choice of its source address, on its way through this host. It is
+	// kube-proxy's (--iptables-masquerade-bit), which other tools know to leave alone.
+	TranslatedMark = 1 << 14
+)
