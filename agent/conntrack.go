@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,8 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+
+	"github.com/pentad/pentad/plane/nat"
 )
 
 // conntrackSettings are what a node needs of connection tracking that the kernel's own
@@ -42,6 +45,23 @@ const conntrackFile = "conntrack.json"
 
 // setting is what one of them was, and what it was made.
 type setting struct{ Was, Is int }
+
+// tunedNAT is the nat plane with the settings that it needs.
+type tunedNAT struct {
+	*nat.Plane
+	agent *Agent
+	tuned bool
+}
+
+// Apply tunes connection tracking once there is something to track.
+func (t *tunedNAT) Apply(ctx context.Context, w nat.Want) error {
+	err := t.Plane.Apply(ctx, w)
+	if err == nil && !t.tuned {
+		t.tuned = true
+		tuneConntrack(t.agent.opts.RunDir, t.agent.log)
+	}
+	return err
+}
 
 // tuneConntrack makes the settings what a node needs, and notes what they were. What
 // somebody has changed since is his.

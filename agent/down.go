@@ -7,13 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/host"
-	"github.com/pentad/pentad/plane/nat"
-	"github.com/pentad/pentad/plane/socket"
 )
 
 // How long Down waits for an agent after asking it to end, and after killing it; and
@@ -23,8 +22,9 @@ const downPatience = 5 * time.Second
 // Down removes everything of pentad from the kernel, whatever state it is in: a
 // running agent is ended first, because it would put everything back.
 func Down(ctx context.Context, pins, runDir string) error {
+	opts := Options{Pins: pins, RunDir: runDir}
 	if _, err := os.Stat(pins); errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(nat.Remove(), restoreConntrack(runDir), removeRunDir(runDir))
+		return errors.Join(leaveAll(opts), removeRunDir(runDir))
 	}
 	lock, err := host.Lock(pins)
 	var held *host.LockedError
@@ -35,7 +35,16 @@ func Down(ctx context.Context, pins, runDir string) error {
 		return err
 	}
 	defer lock.Close()
-	return errors.Join(socket.Remove(pins), nat.Remove(), host.RemovePins(pins), restoreConntrack(runDir), removeRunDir(runDir))
+	return errors.Join(leaveAll(opts), host.RemovePins(pins), removeRunDir(runDir))
+}
+
+// leaveAll takes every role out of the kernel, in the opposite order of the table.
+func leaveAll(opts Options) error {
+	var errs []error
+	for _, r := range slices.Backward(roles) {
+		errs = append(errs, r.leave(opts))
+	}
+	return errors.Join(errs...)
 }
 
 // evict ends the agent that holds the lock and takes the lock.

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -76,25 +77,43 @@ func (c *collector) Describe(out chan<- *prometheus.Desc) {
 	}
 }
 
+// meter takes what is measured. It is good for one scrape.
+type meter struct {
+	descs map[string]*prometheus.Desc
+	out   chan<- prometheus.Metric
+}
+
+func (m meter) gauge(name string, v float64, labels ...string) {
+	m.out <- prometheus.MustNewConstMetric(m.descs[name], prometheus.GaugeValue, v, labels...)
+}
+
+func (m meter) counter(name string, v uint64, labels ...string) {
+	m.out <- prometheus.MustNewConstMetric(m.descs[name], prometheus.CounterValue, float64(v), labels...)
+}
+
+func (m meter) failed(name string, err error) {
+	m.out <- prometheus.NewInvalidMetric(m.descs[name], err)
+}
+
 // Collect implements prometheus.Collector.
 func (c *collector) Collect(out chan<- prometheus.Metric) {
-	gauge := func(name string, v float64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(c.descs[name], prometheus.GaugeValue, v, labels...)
-	}
-	counter := func(name string, v uint64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(c.descs[name], prometheus.CounterValue, float64(v), labels...)
-	}
+	m := meter{c.descs, out}
 	a := c.agent
 	a.mu.Lock()
-	snap, invalid, failed, monitor := a.snapshot, a.invalid, a.failed, a.monitor
+	snap, invalid := a.known.services, a.invalid
 	a.mu.Unlock()
-
-	gauge("pentad_build_info", 1, a.opts.Version)
-	gauge("pentad_config_valid", truth(invalid == nil))
-	gauge("pentad_config_revision", float64(snap.Revision))
-	gauge("pentad_services", float64(len(snap.Services)))
-	gauge("pentad_services_without_room", float64(withoutRoom(failed)))
-	gauge("pentad_kernel_in_sync", truth(failed == nil))
+	var failed error
+	for _, r := range a.roles() {
+		if !r.minor {
+			failed = errors.Join(failed, r.err)
+		}
+	}
+	m.gauge("pentad_build_info", 1, a.opts.Version)
+	m.gauge("pentad_config_valid", truth(invalid == nil))
+	m.gauge("pentad_config_revision", float64(snap.Revision))
+	m.gauge("pentad_services", float64(len(snap.Services)))
+	m.gauge("pentad_services_without_room", float64(withoutRoom(failed)))
+	m.gauge("pentad_kernel_in_sync", truth(failed == nil))
 	states := make(map[service.State]int)
 	for _, s := range snap.Services {
 		for _, st := range s.States() {
@@ -102,60 +121,75 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		}
 	}
 	for _, st := range []service.State{service.Serving, service.Standby, service.Drained, service.Down} {
-		gauge("pentad_backends", float64(states[st]), st.String())
+		m.gauge("pentad_backends", float64(states[st]), st.String())
 	}
-	if monitor != nil {
-		st := monitor.Stats()
-		counter("pentad_probes_total", st.Probes)
-		gauge("pentad_probe_delay_seconds", st.Late.Seconds())
-		gauge("pentad_probes_unmade", float64(st.Unmade))
-	}
+	st := a.monitor.Stats()
+	m.counter("pentad_probes_total", st.Probes)
+	m.gauge("pentad_probe_delay_seconds", st.Late.Seconds())
+	m.gauge("pentad_probes_unmade", float64(st.Unmade))
 	if s := a.Status(); s.Cluster != nil {
-		gauge("pentad_cluster_services", float64(s.Cluster.Services))
-		counter("pentad_cluster_updates_total", s.Cluster.Updates)
-		gauge("pentad_cluster_warnings", float64(len(s.Warnings)))
-		gauge("pentad_cluster_ports_unserved", float64(s.Cluster.Unserved))
-		away := 0.0
-		if !s.Cluster.Away.IsZero() {
-			away = time.Since(s.Cluster.Away).Seconds()
-		}
-		gauge("pentad_cluster_away_seconds", away)
+		measureCluster(s, m)
 	}
-	usage, err := a.socket.Usage()
+	for _, d := range a.drivers {
+		d.measure(m)
+	}
+}
+
+func measureCluster(s api.Status, m meter) {
+	m.gauge("pentad_cluster_services", float64(s.Cluster.Services))
+	m.counter("pentad_cluster_updates_total", s.Cluster.Updates)
+	m.gauge("pentad_cluster_warnings", float64(len(s.Warnings)))
+	m.gauge("pentad_cluster_ports_unserved", float64(s.Cluster.Unserved))
+	away := 0.0
+	if !s.Cluster.Away.IsZero() {
+		away = time.Since(s.Cluster.Away).Seconds()
+	}
+	m.gauge("pentad_cluster_away_seconds", away)
+}
+
+func measureSocket(p *socket.Plane, m meter) {
+	usage, err := p.Usage()
+	if errors.Is(err, socket.ErrNothingInstalled) {
+		return
+	}
 	if err != nil {
-		out <- prometheus.NewInvalidMetric(c.descs["pentad_connections_translated_total"], err)
+		m.failed("pentad_connections_translated_total", err)
 		return
 	}
 	for _, h := range usage.Hooks {
-		gauge("pentad_hook_attached", truth(h.Attached), h.Name)
+		m.gauge("pentad_hook_attached", truth(h.Attached), h.Name)
 	}
 	for name, n := range usage.Memory {
-		gauge("pentad_kernel_memory_bytes", float64(n), name)
+		m.gauge("pentad_kernel_memory_bytes", float64(n), name)
 	}
-	counter("pentad_connections_translated_total", usage.Counters.Translated)
-	counter("pentad_connections_refused_total", usage.Counters.Refused)
-	counter("pentad_connections_untracked_total", usage.Counters.Untracked)
-	counter("pentad_connections_despite_ejection_total", usage.Counters.Panics)
-	counter("pentad_connections_reset_total", usage.Counters.Reset)
-	counter("pentad_binds_refused_total", usage.Counters.Held)
-	loads, err := a.socket.Loads(maxBackendMetrics)
-	gauge("pentad_backend_metrics_omitted", truth(errors.Is(err, socket.ErrMany)))
+	m.counter("pentad_connections_translated_total", usage.Counters.Translated)
+	m.counter("pentad_connections_refused_total", usage.Counters.Refused)
+	m.counter("pentad_connections_untracked_total", usage.Counters.Untracked)
+	m.counter("pentad_connections_despite_ejection_total", usage.Counters.Panics)
+	m.counter("pentad_connections_reset_total", usage.Counters.Reset)
+	m.counter("pentad_binds_refused_total", usage.Counters.Held)
+	loads, err := p.Loads(maxBackendMetrics)
+	m.gauge("pentad_backend_metrics_omitted", truth(errors.Is(err, socket.ErrMany)))
 	if err != nil {
 		return
 	}
 	for _, l := range loads {
-		labels := []string{l.Service, l.Address.String()}
-		gauge("pentad_backend_connections_in_flight", float64(l.InFlight), labels...)
-		counter("pentad_backend_connections_total", l.Connections, labels...)
-		counter("pentad_backend_connect_failures_total", l.Failed, labels...)
-		counter("pentad_backend_ejections_total", l.Ejections, labels...)
-		gauge("pentad_backend_ejected", truth(l.Ejected), labels...)
-		if l.RTT > 0 {
-			gauge("pentad_backend_rtt_seconds", l.RTT.Seconds(), labels...)
-		}
-		if l.Response > 0 {
-			gauge("pentad_backend_response_seconds", l.Response.Seconds(), labels...)
-		}
+		measureBackend(l, m)
+	}
+}
+
+func measureBackend(l socket.BackendLoad, m meter) {
+	labels := []string{l.Service, l.Address.String()}
+	m.gauge("pentad_backend_connections_in_flight", float64(l.InFlight), labels...)
+	m.counter("pentad_backend_connections_total", l.Connections, labels...)
+	m.counter("pentad_backend_connect_failures_total", l.Failed, labels...)
+	m.counter("pentad_backend_ejections_total", l.Ejections, labels...)
+	m.gauge("pentad_backend_ejected", truth(l.Ejected), labels...)
+	if l.RTT > 0 {
+		m.gauge("pentad_backend_rtt_seconds", l.RTT.Seconds(), labels...)
+	}
+	if l.Response > 0 {
+		m.gauge("pentad_backend_response_seconds", l.Response.Seconds(), labels...)
 	}
 }
 

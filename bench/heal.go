@@ -304,8 +304,8 @@ func resets(ctx context.Context, b *board) error {
 	snap := &service.Snapshot{}
 	var took []float64
 	for range 5 {
-		snap = snap.Next(s.Scope(), web(false))
-		if err := p.Apply(ctx, snap); err != nil {
+		snap = snap.Next(web(false))
+		if err := p.Apply(ctx, socket.Want{Cgroup: s.Scope(), Services: snap}); err != nil {
 			return err
 		}
 		client, err := s.Start(exec.Command(b.self, "hold", "192.0.2.10:80", strconv.Itoa(connections)), lab.Inside)
@@ -321,8 +321,8 @@ func resets(ctx context.Context, b *board) error {
 			return err
 		}
 		verdict := time.Now()
-		snap = snap.Next(s.Scope(), web(true))
-		if err := p.Apply(ctx, snap); err != nil {
+		snap = snap.Next(web(true))
+		if err := p.Apply(ctx, socket.Want{Cgroup: s.Scope(), Services: snap}); err != nil {
 			return err
 		}
 		if err := client.Wait(); err != nil {

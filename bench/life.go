@@ -140,7 +140,7 @@ func lives(ctx context.Context, b *board) error {
 	defer lock.Close()
 	p := socket.New(socket.Options{Pins: ours.Pins, Version: "bench"})
 	defer p.Close()
-	if err := p.Apply(ctx, (&service.Snapshot{}).Next(ours.Scope(), services)); err != nil {
+	if err := p.Apply(ctx, socket.Want{Cgroup: ours.Scope(), Services: (&service.Snapshot{}).Next(services)}); err != nil {
 		return err
 	}
 	reference, detach, err := attachReference(theirs.Host, services, "reference")

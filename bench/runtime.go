@@ -102,7 +102,7 @@ func newPentad(ctx context.Context, services []*service.Service) (*contender, er
 	}
 	p := socket.New(socket.Options{Pins: h.Pins, Version: "bench"})
 	end := func() { p.Close(); lock.Close(); h.Close() }
-	if err := p.Apply(ctx, (&service.Snapshot{}).Next(h.Scope(), services)); err != nil {
+	if err := p.Apply(ctx, socket.Want{Cgroup: h.Scope(), Services: (&service.Snapshot{}).Next(services)}); err != nil {
 		end()
 		return nil, err
 	}

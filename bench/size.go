@@ -215,9 +215,9 @@ func capacity(ctx context.Context, b *board) error {
 	defer lock.Close()
 	p := socket.New(socket.Options{Pins: h.Pins, Version: "bench"})
 	defer p.Close()
-	snap := (&service.Snapshot{}).Next(h.Scope(), largeServices(services, backends))
+	snap := (&service.Snapshot{}).Next(largeServices(services, backends))
 	began := time.Now()
-	if err := p.Apply(ctx, snap); err != nil {
+	if err := p.Apply(ctx, socket.Want{Cgroup: h.Scope(), Services: snap}); err != nil {
 		return err
 	}
 	d := time.Since(began)

@@ -66,6 +66,9 @@ type API struct {
 	Listen netip.AddrPort
 }
 
+// Equal reports whether both mean the same.
+func (a API) Equal(o API) bool { return a == o }
+
 // Error is one thing wrong with a file. Line and Column count from 1.
 type Error struct {
 	File         string
@@ -119,6 +122,9 @@ func Parse(name string, data []byte) (*Config, error) {
 	d.checkUnique(c.Services)
 	if err := d.failed(); err != nil {
 		return nil, err
+	}
+	for _, s := range c.Services {
+		s.Source = service.SourceFile
 	}
 	return c, nil
 }

@@ -31,6 +31,7 @@ func TestDefaults(t *testing.T) {
 	want := &Config{
 		Services: []*service.Service{{
 			Name:      "orders-db",
+			Source:    service.SourceFile,
 			Balance:   service.LeastLatency,
 			Listeners: []service.Listener{{Address: netip.MustParseAddrPort("10.96.0.10:3306"), Protocol: service.TCP}},
 			Backends: []service.Backend{

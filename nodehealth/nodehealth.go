@@ -10,11 +10,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -46,9 +47,13 @@ type Server struct {
 
 	limit *guard.Limit
 
-	mu     sync.Mutex
-	checks map[uint16]*check
-	failed map[Check]error // those that could not be opened
+	moved chan struct{} // it is to listen elsewhere
+
+	mu       sync.Mutex
+	listen   netip.AddrPort
+	unserved error // why nobody listens there
+	checks   map[uint16]*check
+	failed   map[Check]error // those that could not be opened
 }
 
 // check is one port that is asked.
@@ -61,15 +66,77 @@ type check struct {
 // ports together.
 const maxConnections = 256
 
-// New returns a server that asks state for each answer.
-func New(state func() State, log *slog.Logger) *Server {
-	return &Server{log: log, state: state, checks: make(map[uint16]*check), limit: guard.NewLimit(maxConnections)}
+// Want is what a server is to be asked for.
+type Want struct {
+	Listen netip.AddrPort // of /healthz and /livez
+	Checks []Check        // sorted by port
 }
 
-// Run serves /healthz and /livez until the context ends. Services are worth more
-// than being asked about them: an address that cannot be used is logged and tried
-// again.
-func (s *Server) Run(ctx context.Context, at netip.AddrPort) {
+// Equal reports whether both are the same.
+func (w Want) Equal(o Want) bool { return w.Listen == o.Listen && slices.Equal(w.Checks, o.Checks) }
+
+// New returns a server that asks state for each answer.
+func New(state func() State, log *slog.Logger) *Server {
+	return &Server{
+		log: log, state: state, checks: make(map[uint16]*check), limit: guard.NewLimit(maxConnections), moved: make(chan struct{}, 1),
+	}
+}
+
+// Apply makes the server answer as wanted while it runs. Services are worth more than
+// being asked about them: what cannot be listened at is tried again, and Warnings says so.
+func (s *Server) Apply(_ context.Context, want Want) error {
+	s.set(want.Checks)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if want.Listen != s.listen {
+		s.listen = want.Listen
+		select {
+		case s.moved <- struct{}{}:
+		default:
+		}
+	}
+	return nil
+}
+
+// Intact reports that nobody else can change what the server listens at.
+func (*Server) Intact() bool { return true }
+
+// Distrust has nothing to read again.
+func (*Server) Distrust() {}
+
+// Close has nothing to let go of: the server ends with Run.
+func (*Server) Close() {}
+
+// Run serves what was applied until the context ends.
+func (s *Server) Run(ctx context.Context) {
+	var tasks sync.WaitGroup
+	defer s.closeAll()
+	defer tasks.Wait()
+	tasks.Go(func() { s.retry(ctx) })
+	for {
+		s.mu.Lock()
+		at := s.listen
+		s.mu.Unlock()
+		here, leave := context.WithCancel(ctx)
+		var serving sync.WaitGroup
+		if at.IsValid() {
+			serving.Go(func() { s.serve(here, at) })
+		}
+		select {
+		case <-ctx.Done():
+		case <-s.moved:
+		}
+		leave()
+		serving.Wait()
+		if ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+// serve answers for the node as a whole. An address that cannot be used is logged and
+// tried again.
+func (s *Server) serve(ctx context.Context, at netip.AddrPort) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
 		st := s.state()
@@ -80,27 +147,31 @@ func (s *Server) Run(ctx context.Context, at netip.AddrPort) {
 		s.answer(w, st, st.Healthy)
 	})
 	srv := s.limit.Server(mux)
-	defer s.closeAll()
-	go func() {
-		<-ctx.Done()
-		srv.Close()
-	}()
-	go s.retry(ctx)
-	for said := false; ctx.Err() == nil; said = true {
+	defer context.AfterFunc(ctx, func() { srv.Close() })()
+	for ctx.Err() == nil {
 		l, err := net.Listen("tcp", at.String())
 		if err == nil {
+			s.setUnserved(nil)
 			if err = srv.Serve(l); errors.Is(err, http.ErrServerClosed) {
 				return
 			}
 		}
-		if !said {
-			s.log.Error("load balancers cannot ask for the health of this node: the address of source.kubernetes.health cannot be used", "error", err)
-		}
+		s.setUnserved(err)
 		select {
 		case <-ctx.Done():
-		case <-time.After(time.Second):
+		case <-time.After(retryEvery):
 		}
 	}
+}
+
+// setUnserved notes why the node as a whole cannot be asked for, and logs news of it.
+func (s *Server) setUnserved(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && s.unserved == nil {
+		s.log.Error("load balancers cannot ask for the health of this node: the address of source.kubernetes.health cannot be used", "error", err)
+	}
+	s.unserved = err
 }
 
 func (s *Server) answer(w http.ResponseWriter, st State, good bool) {
@@ -125,9 +196,9 @@ func reply(w http.ResponseWriter, good bool, body any) {
 // errTaken says that a port is asked for twice.
 var errTaken = errors.New("another Service has the same healthCheckNodePort")
 
-// Set replaces the checks. Ports of checks that are gone are closed; one that
+// set replaces the checks. Ports of checks that are gone are closed; one that
 // cannot be opened is tried again until it can.
-func (s *Server) Set(checks []Check) {
+func (s *Server) set(checks []Check) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	wanted := make(map[uint16]bool, len(checks))
@@ -170,7 +241,7 @@ func (s *Server) try(c Check, news bool) {
 	}
 }
 
-// retryEvery is how often ports are tried that could not be opened.
+// retryEvery is how often addresses are tried that could not be listened at.
 const retryEvery = time.Second
 
 // retry opens ports that others had, until the context ends.
@@ -193,11 +264,19 @@ func (s *Server) retry(ctx context.Context) {
 	}
 }
 
-// Failed returns the checks whose ports are not open, and why.
-func (s *Server) Failed() map[Check]error {
+// Warnings say where load balancers cannot ask, sorted.
+func (s *Server) Warnings() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return maps.Clone(s.failed)
+	var all []string
+	for c, err := range s.failed {
+		all = append(all, fmt.Sprintf("Service %s/%s: load balancers cannot ask at healthCheckNodePort %d: %v", c.Namespace, c.Name, c.Port, err))
+	}
+	if s.unserved != nil {
+		all = append(all, fmt.Sprintf("load balancers cannot ask for the health of this node at source.kubernetes.health: %v", s.unserved))
+	}
+	slices.Sort(all)
+	return all
 }
 
 func (s *Server) open(c Check) error {

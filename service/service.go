@@ -236,6 +236,7 @@ func (f Families) Has(a netip.Addr) bool { return a.Is4() && f.V4 || a.Is6() && 
 // immutable once it is part of a Snapshot.
 type Service struct {
 	Name      string
+	Source    Source     // where it comes from
 	Listeners []Listener // sorted
 	Balance   Balance
 	Affinity  time.Duration // whole seconds; 0: none
@@ -397,7 +398,7 @@ func (h Health) Verdict() time.Duration { return time.Duration(h.Fall)*h.Interva
 
 // Equal reports whether two services are the same in every respect.
 func (s *Service) Equal(o *Service) bool {
-	return s == o || s.Name == o.Name && s.Balance == o.Balance && s.Affinity == o.Affinity &&
+	return s == o || s.Name == o.Name && s.Source == o.Source && s.Balance == o.Balance && s.Affinity == o.Affinity &&
 		s.Health == o.Health && s.Keepalive == o.Keepalive && s.Breaker == o.Breaker &&
 		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Silent == o.Silent && s.Elsewhere == o.Elsewhere &&
 		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends) && slices.Equal(s.Sources, o.Sources) &&
@@ -452,54 +453,22 @@ func (b Backend) state(serving uint32) State {
 	return Standby
 }
 
-// Ranges are the addresses that mean something to a host besides those of services.
-// All are sorted.
-type Ranges struct {
-	// Guests are the addresses of what runs on this host with an address of its
-	// own: what they are sent passes here.
-	Guests []netip.Prefix
-
-	// Reserved are ranges whose addresses only services have: what is sent there
-	// and finds no listener is nobody's.
-	Reserved []netip.Prefix
-
-	// Untracked are ranges between whose addresses the kernel need not track
-	// connections, unless it translates their packets.
-	Untracked []netip.Prefix
-}
-
-// Equal reports whether both mean the same.
-func (r Ranges) Equal(o Ranges) bool {
-	return slices.Equal(r.Guests, o.Guests) && slices.Equal(r.Reserved, o.Reserved) && slices.Equal(r.Untracked, o.Untracked)
-}
-
-// Snapshot is the complete desired state of one host at one revision. It and
-// everything below it is immutable; what did not change since the snapshot
-// before is the same pointer.
+// Snapshot is all services of one host at one revision. It and everything below it is
+// immutable; what did not change since the snapshot before is the same pointer.
 type Snapshot struct {
 	Revision uint64
-	Cgroup   string     // the cgroup (v2) whose processes see the services, "/" for all
 	Services []*Service // sorted by name, names are unique
-
-	Ranges
-
-	// Partial says that a source has not told yet what it has: what the kernel
-	// has beyond Services stays.
-	Partial bool
 }
 
 // Next returns the snapshot that follows s when the services are those given,
 // which need not be sorted. Services that equal their predecessors keep the
 // pointer. When nothing changed at all it returns s itself.
-func (s *Snapshot) Next(cgroup string, services []*Service) *Snapshot {
-	next := &Snapshot{
-		Revision: s.Revision + 1, Cgroup: cgroup, Services: slices.Clone(services),
-		Ranges: s.Ranges, Partial: s.Partial,
-	}
+func (s *Snapshot) Next(services []*Service) *Snapshot {
+	next := &Snapshot{Revision: s.Revision + 1, Services: slices.Clone(services)}
 	if !s.sorts(next.Services) {
 		slices.SortFunc(next.Services, byName)
 	}
-	same := cgroup == s.Cgroup && len(next.Services) == len(s.Services)
+	same := len(next.Services) == len(s.Services)
 	i := 0
 	for j, n := range next.Services {
 		if i < len(s.Services) && s.Services[i] == n {
@@ -544,18 +513,6 @@ func (s *Snapshot) sorts(services []*Service) bool {
 
 func (s *Snapshot) index(name string) (int, bool) {
 	return slices.BinarySearchFunc(s.Services, name, func(s *Service, name string) int { return strings.Compare(s.Name, name) })
-}
-
-// With returns a snapshot that differs from s in its ranges and in whether it is
-// partial; s itself when it does not.
-func (s *Snapshot) With(r Ranges, partial bool) *Snapshot {
-	if partial == s.Partial && r.Equal(s.Ranges) {
-		return s
-	}
-	next := *s
-	next.Revision++
-	next.Ranges, next.Partial = r, partial
-	return &next
 }
 
 // Find returns the service of that name, or nil.

@@ -228,24 +228,21 @@ func TestMaglevDisruption(t *testing.T) {
 
 func TestSnapshots(t *testing.T) {
 	a, b, c := &Service{Name: "a"}, &Service{Name: "b"}, &Service{Name: "c"}
-	first := (&Snapshot{}).Next("/", []*Service{c, a, b})
+	first := (&Snapshot{}).Next([]*Service{c, a, b})
 	if first.Revision != 1 || first.Services[0] != a || first.Services[2] != c {
 		t.Fatalf("first snapshot %+v", first)
 	}
-	if same := first.Next("/", []*Service{{Name: "a"}, {Name: "b"}, {Name: "c"}}); same != first {
+	if same := first.Next([]*Service{{Name: "a"}, {Name: "b"}, {Name: "c"}}); same != first {
 		t.Errorf("equal services made another snapshot")
 	}
 	other := &Service{Name: "b", Affinity: 1}
-	second := first.Next("/", []*Service{{Name: "a"}, other})
+	second := first.Next([]*Service{{Name: "a"}, other})
 	if second.Services[0] != a || second.Services[1] != other {
 		t.Errorf("an unchanged service is not the same pointer")
 	}
 	changed, removed := Diff(first, second)
 	if !reflect.DeepEqual(changed, []*Service{other}) || !reflect.DeepEqual(removed, []*Service{c}) {
 		t.Errorf("diff: changed %v, removed %v", changed, removed)
-	}
-	if moved := first.Next("/other", first.Services); moved == first || moved.Cgroup != "/other" {
-		t.Errorf("another cgroup made no other snapshot")
 	}
 }
 
@@ -264,7 +261,7 @@ func TestDiffProperty(t *testing.T) {
 	snap := &Snapshot{}
 	have := make(map[string]*Service)
 	for range 500 {
-		next := snap.Next("/", draw())
+		next := snap.Next(draw())
 		changed, removed := Diff(snap, next)
 		for _, s := range removed {
 			delete(have, s.Name)

@@ -288,8 +288,8 @@ func TestResetByDiag(t *testing.T) {
 	defer chores.Wait()
 	defer stop()
 	chores.Go(func() { p.Run(ctx) })
-	snap := (&service.Snapshot{}).Next(w.Scope(), []*service.Service{web(false)})
-	if err := p.Apply(t.Context(), snap); err != nil {
+	snap := (&service.Snapshot{}).Next([]*service.Service{web(false)})
+	if err := p.Apply(t.Context(), socket.Want{Cgroup: w.Scope(), Services: snap}); err != nil {
 		t.Fatal(err)
 	}
 	here := w.startClient(w.Host, "watch", "20", "192.0.2.10:80", "[2001:db8:f::1]:80", "10.0.0.1:7000")
@@ -298,7 +298,7 @@ func TestResetByDiag(t *testing.T) {
 	w.prints(here, "watching", 1)
 	w.prints(there, "watching", 1)
 	w.prints(udp, "one x", 1)
-	if err := p.Apply(t.Context(), snap.Next(w.Scope(), []*service.Service{web(true)})); err != nil {
+	if err := p.Apply(t.Context(), socket.Want{Cgroup: w.Scope(), Services: snap.Next([]*service.Service{web(true)})}); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []*lab.Process{here, there} {

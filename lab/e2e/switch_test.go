@@ -44,8 +44,8 @@ func TestSwitches(t *testing.T) {
 	snap := &service.Snapshot{}
 	apply := func() {
 		t.Helper()
-		snap = snap.Next(w.Scope(), drawServices())
-		if err := p.Apply(t.Context(), snap); err != nil {
+		snap = snap.Next(drawServices())
+		if err := p.Apply(t.Context(), socket.Want{Cgroup: w.Scope(), Services: snap}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -25,18 +25,18 @@ func TestAdoptWritesNothing(t *testing.T) {
 	plain := *s
 	plain.Name, plain.Affinity, plain.Listeners = "plain", 0, []service.Listener{{Address: netip.MustParseAddrPort("10.96.0.2:80"), Protocol: service.TCP}}
 	none := &service.Service{Name: "none", Listeners: []service.Listener{{Address: netip.MustParseAddrPort("10.96.0.3:80"), Protocol: service.TCP}}}
-	snap := (&service.Snapshot{}).Next("/", []*service.Service{s, &plain, none}).With(service.Ranges{Guests: []netip.Prefix{
+	want := Want{Services: (&service.Snapshot{}).Next([]*service.Service{s, &plain, none}), Ranges: Ranges{Guests: []netip.Prefix{
 		netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:1::/64"),
-	}}, false)
+	}}}
 	if err := h.Do(func() error {
-		if err := New(nil).Apply(t.Context(), snap); err != nil {
+		if err := New(nil).Apply(t.Context(), want); err != nil {
 			return err
 		}
 		before, err := generation()
 		if err != nil {
 			return err
 		}
-		if err := New(nil).Apply(t.Context(), snap); err != nil {
+		if err := New(nil).Apply(t.Context(), want); err != nil {
 			return err
 		}
 		after, err := generation()

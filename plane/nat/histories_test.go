@@ -100,7 +100,7 @@ func TestHistories(t *testing.T) {
 	h := machine(t)
 	var log bytes.Buffer
 	p := New(slog.New(slog.NewTextHandler(&log, nil)))
-	ranges := service.Ranges{
+	ranges := Ranges{
 		Guests: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/30")}, Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/30")},
 		Untracked: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
 	}
@@ -119,15 +119,15 @@ func TestHistories(t *testing.T) {
 		for _, s := range services {
 			list = append(list, s)
 		}
-		snap = snap.Next("/", list).With(ranges, false)
-		if err := h.Do(func() error { return p.Apply(t.Context(), snap) }); err != nil {
+		snap = snap.Next(list)
+		if err := h.Do(func() error { return p.Apply(t.Context(), Want{snap, ranges}) }); err != nil {
 			t.Fatalf("seed %d, step %d: %v", seed, step, err)
 		}
 		if step%10 != 9 {
 			continue
 		}
 		fresh := machine(t)
-		if err := fresh.Do(func() error { return New(nil).Apply(t.Context(), snap) }); err != nil {
+		if err := fresh.Do(func() error { return New(nil).Apply(t.Context(), Want{snap, ranges}) }); err != nil {
 			t.Fatalf("seed %d, step %d: %v", seed, step, err)
 		}
 		have, want := table(t, h), table(t, fresh)
@@ -135,8 +135,8 @@ func TestHistories(t *testing.T) {
 			t.Fatalf("seed %d, step %d: %d elements after a history, %d after a start:\n%+v\n%+v", seed, step, len(have), len(want), have, want)
 		}
 	}
-	if log.Len() > 0 || len(p.Refused()) > 0 {
-		t.Errorf("seed %d: %s %v", seed, log.String(), p.Refused())
+	if log.Len() > 0 || len(p.Warnings()) > 0 {
+		t.Errorf("seed %d: %s %v", seed, log.String(), p.Warnings())
 	}
 }
 
@@ -180,7 +180,7 @@ func TestLongNames(t *testing.T) {
 				Backends: []service.Backend{{Address: netip.MustParseAddrPort("[2001:db8:1::1]:80"), Weight: 1}},
 			})
 		}
-		if err := h.Do(func() error { return New(nil).Apply(t.Context(), (&service.Snapshot{}).Next("/", all)) }); err != nil {
+		if err := h.Do(func() error { return New(nil).Apply(t.Context(), Want{Services: (&service.Snapshot{}).Next(all)}) }); err != nil {
 			t.Fatal(err)
 		}
 		if err := h.Do(func() error {
@@ -215,12 +215,12 @@ func TestRefusal(t *testing.T) {
 	// Longer than the kernel lets a comment be, and than any source lets a name be.
 	bad := good(200, 1)
 	bad.Name = strings.Repeat("bad", 150)
-	snap := (&service.Snapshot{}).Next("/", services)
+	snap := (&service.Snapshot{}).Next(services)
 	p := New(nil)
 	apply := func(p *Plane, services []*service.Service) {
 		t.Helper()
-		snap = snap.Next("/", services)
-		if err := h.Do(func() error { return p.Apply(context.Background(), snap) }); err != nil {
+		snap = snap.Next(services)
+		if err := h.Do(func() error { return p.Apply(context.Background(), Want{Services: snap}) }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -243,7 +243,7 @@ func TestRefusal(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		said := strings.Join(p.Refused(), "\n")
+		said := strings.Join(p.Warnings(), "\n")
 		if strings.Contains(said, bad.Name) != refused || strings.Contains(said, "good") {
 			t.Errorf("refused: %q", said)
 		}

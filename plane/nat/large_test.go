@@ -18,7 +18,7 @@ import (
 // listener away, not even for a moment.
 func TestLargeChange(t *testing.T) {
 	h := machine(t)
-	snap := func(third byte) *service.Snapshot {
+	want := func(third byte) Want {
 		var all []*service.Service
 		for i := range 3000 {
 			s := &service.Service{Name: fmt.Sprintf("s%04d", i), Listeners: []service.Listener{{
@@ -32,9 +32,9 @@ func TestLargeChange(t *testing.T) {
 			}
 			all = append(all, s)
 		}
-		return (&service.Snapshot{}).Next("/", all)
+		return Want{Services: (&service.Snapshot{}).Next(all)}
 	}
-	if err := h.Do(func() error { return New(nil).Apply(t.Context(), snap(1)) }); err != nil {
+	if err := h.Do(func() error { return New(nil).Apply(t.Context(), want(1)) }); err != nil {
 		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(t.Context())
@@ -55,7 +55,7 @@ func TestLargeChange(t *testing.T) {
 		}
 	})
 	// A plane that has just started finds all of it different.
-	err := h.Do(func() error { return New(nil).Apply(t.Context(), snap(2)) })
+	err := h.Do(func() error { return New(nil).Apply(t.Context(), want(2)) })
 	stop()
 	looks.Wait()
 	if err != nil {

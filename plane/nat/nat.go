@@ -2,7 +2,7 @@
 // without sockets of their own here send: it translates the destination of the
 // first packet of a connection with one nftables table, and the kernel's
 // connection tracking does the rest. It has one verb: Apply makes the kernel look
-// like a snapshot.
+// like a Want.
 //
 // Services are elements of maps. Rules are the same for all services with as many
 // backends, so that a change of a service is a change of elements, in one
@@ -26,13 +26,41 @@ import (
 	"github.com/pentad/pentad/service"
 )
 
+// Want is what the plane is to make of the kernel.
+type Want struct {
+	Services *service.Snapshot
+	Ranges
+}
+
+// Ranges are the addresses that mean something to a host besides those of services.
+// All are sorted.
+type Ranges struct {
+	// Guests are the addresses of what runs on this host with an address of its
+	// own: what they are sent passes here.
+	Guests []netip.Prefix
+
+	// Reserved are ranges whose addresses only services have: what is sent there
+	// and finds no listener is nobody's.
+	Reserved []netip.Prefix
+
+	// Untracked are ranges between whose addresses the kernel need not track
+	// connections, unless it translates their packets.
+	Untracked []netip.Prefix
+}
+
+// Equal reports whether both are the same.
+func (w Want) Equal(o Want) bool {
+	return w.Services == o.Services && slices.Equal(w.Guests, o.Guests) &&
+		slices.Equal(w.Reserved, o.Reserved) && slices.Equal(w.Untracked, o.Untracked)
+}
+
 // Plane is the nat plane of one host, which is the network namespace of this
 // process. Its methods may be called from several goroutines.
 type Plane struct {
 	log *slog.Logger
 
 	mu         sync.Mutex
-	applied    *service.Snapshot          // what is in the kernel; nil: not known
+	applied    *Want                      // what is in the kernel; nil: not known
 	holders    holders                    // of the listeners of applied
 	refused    map[service.Listener]error // listeners that the kernel would not have
 	chains     map[string]bool            // of backends
@@ -58,51 +86,50 @@ func New(log *slog.Logger) *Plane {
 	return &Plane{log: log, stale: make(stale), later: make(stale), staleWake: make(chan struct{}, 1)}
 }
 
-// Apply makes the kernel look like the snapshot. It may be called again after any
-// error. While a snapshot is partial it leaves the kernel alone.
-func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
+// Apply makes the kernel look like the want. It may be called again after any error.
+func (p *Plane) Apply(ctx context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := ctx.Err(); err != nil || snap.Partial {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
-	err := p.apply(snap)
+	err := p.apply(want)
 	p.say()
 	if err != nil {
 		p.applied = nil
 		return fmt.Errorf("table inet %s: %w", TableName, err)
 	}
-	p.applied = snap
+	p.applied = &want
 	return nil
 }
 
-func (p *Plane) apply(snap *service.Snapshot) error {
+func (p *Plane) apply(want Want) error {
 	k, err := dial()
 	if err != nil {
 		return err
 	}
 	defer k.close()
-	if p.applied == nil || !slices.Equal(p.applied.Reserved, snap.Reserved) || !slices.Equal(p.applied.Untracked, snap.Untracked) {
-		return p.reconcile(k, snap)
+	if p.applied == nil || !slices.Equal(p.applied.Reserved, want.Reserved) || !slices.Equal(p.applied.Untracked, want.Untracked) {
+		return p.reconcile(k, want)
 	}
-	if p.applied == snap {
+	if p.applied.Equal(want) {
 		return nil
 	}
 	w := newWork()
-	changed, removed := service.Diff(p.applied, snap)
+	changed, removed := service.Diff(p.applied.Services, want.Services)
 	for _, s := range removed {
-		p.replace(w, s, nil, &snap.Ranges)
+		p.replace(w, s, nil, &want.Ranges)
 	}
 	for _, s := range changed {
-		p.replace(w, p.applied.Find(s.Name), s, &snap.Ranges)
+		p.replace(w, p.applied.Services.Find(s.Name), s, &want.Ranges)
 	}
-	w.common.differ(rangeElements(setGuests, p.applied.Guests), rangeElements(setGuests, snap.Guests))
+	w.common.differ(rangeElements(setGuests, p.applied.Guests), rangeElements(setGuests, want.Guests))
 	w.common.settle()
 	c, ended := p.finish(w)
 	err = p.commit(k, &c, w.needed)
 	if isRefusal(err) {
 		p.log.Warn("the kernel refuses a change of the table, which is read and made right", "table", TableName, "error", err)
-		return p.reconcile(k, snap)
+		return p.reconcile(k, want)
 	}
 	if err != nil {
 		return err
@@ -123,7 +150,7 @@ func newWork() *work {
 }
 
 // replace puts one service in the place of the other; either may be nil.
-func (p *Plane) replace(w *work, before, after *service.Service, ranges *service.Ranges) {
+func (p *Plane) replace(w *work, before, after *service.Service, ranges *Ranges) {
 	for _, s := range []*service.Service{before, after} {
 		if s == nil {
 			continue
@@ -145,7 +172,7 @@ func (p *Plane) replace(w *work, before, after *service.Service, ranges *service
 }
 
 // count adds to the change what addresses of a service come or go with it.
-func (p *Plane) count(w *work, s *service.Service, n int, ranges *service.Ranges) {
+func (p *Plane) count(w *work, s *service.Service, n int, ranges *Ranges) {
 	for _, x := range []struct {
 		counted users
 		of      []netip.Addr
@@ -252,7 +279,7 @@ func rangeElements(name setName, ranges []netip.Prefix) []element {
 }
 
 // reconcile reads the kernel and makes it right, whoever made it what it is.
-func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
+func (p *Plane) reconcile(k *kernel, wanted Want) error {
 	p.local, p.taken, p.vips, p.holders = make(users), make(users), make(users), make(holders)
 	p.chains, p.refused = make(map[string]bool), make(map[service.Listener]error)
 	found, err := k.inspect()
@@ -260,16 +287,16 @@ func (p *Plane) reconcile(k *kernel, snap *service.Snapshot) error {
 		return err
 	}
 	w := newWork()
-	for _, s := range snap.Services {
-		p.replace(w, nil, s, &snap.Ranges)
+	for _, s := range wanted.Services.Services {
+		p.replace(w, nil, s, &wanted.Ranges)
 	}
 	want, _ := p.finish(w)
 	needed := w.needed
-	want.add = append(want.add, rangeElements(setGuests, snap.Guests)...)
-	want.add = append(want.add, rangeElements(setReserved, snap.Reserved)...)
-	want.add = append(want.add, rangeElements(setUntracked, snap.Untracked)...)
-	if len(snap.Untracked) > 0 {
-		raw := chain{untracked: snap.Untracked}
+	want.add = append(want.add, rangeElements(setGuests, wanted.Guests)...)
+	want.add = append(want.add, rangeElements(setReserved, wanted.Reserved)...)
+	want.add = append(want.add, rangeElements(setUntracked, wanted.Untracked)...)
+	if len(wanted.Untracked) > 0 {
+		raw := chain{untracked: wanted.Untracked}
 		needed[raw.name()] = raw
 	}
 	var have []element
@@ -467,6 +494,9 @@ func (p *Plane) Distrust() {
 	defer p.mu.Unlock()
 	p.applied = nil
 }
+
+// Close lets go of the kernel. What is installed stays and goes on working.
+func (p *Plane) Close() {}
 
 // Remove takes the table out of the kernel, if there is one.
 func Remove() error {

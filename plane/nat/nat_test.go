@@ -163,9 +163,9 @@ func (n *network) expect(from *lab.Host, network, to, want string) {
 	}
 }
 
-func (n *network) apply(snap *service.Snapshot) {
+func (n *network) apply(want nat.Want) {
 	n.t.Helper()
-	n.check(n.node.Do(func() error { return n.plane.Apply(context.Background(), snap) }))
+	n.check(n.node.Do(func() error { return n.plane.Apply(context.Background(), want) }))
 }
 
 func at(from service.From, addresses ...string) []service.Listener {
@@ -186,11 +186,11 @@ func to(local bool, addresses ...string) []service.Backend {
 	return all
 }
 
-func of(services ...*service.Service) *service.Snapshot {
-	return (&service.Snapshot{}).Next("/", services).With(service.Ranges{
+func of(services ...*service.Service) nat.Want {
+	return nat.Want{Services: (&service.Snapshot{}).Next(services), Ranges: nat.Ranges{
 		Guests:   []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:2::/64")},
 		Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("2001:db8:96::/64")},
-	}, false)
+	}}
 }
 
 // Both families and protocols; the client's address is kept where the reply
@@ -243,7 +243,7 @@ func TestSources(t *testing.T) {
 	for i := range guarded {
 		guarded[i].Guarded = true
 	}
-	svc := func(sources ...string) *service.Snapshot {
+	svc := func(sources ...string) nat.Want {
 		s := &service.Service{Name: "web", Listeners: guarded, Backends: to(true, "10.1.0.2:80", "[2001:db8:2::2]:80")}
 		for _, p := range sources {
 			s.Sources = append(s.Sources, netip.MustParsePrefix(p))
@@ -417,7 +417,7 @@ func TestReserved(t *testing.T) {
 	n.apply(of(web, outside))
 	dropped(n.client, "tcp", "10.96.0.2:8080")
 	// Without the ranges packets go where the host sends them.
-	n.apply(of(web, outside).With(service.Ranges{}, false))
+	n.apply(nat.Want{Services: of(web, outside).Services})
 	n.expect(n.node, "tcp", "10.96.0.1:9000", "lost 10.2.0.1")
 }
 
@@ -548,7 +548,7 @@ func TestAffinityHasNoRoom(t *testing.T) {
 }
 
 // everything is a snapshot that needs every kind of chain and set.
-func everything(backends ...service.Backend) *service.Snapshot {
+func everything(backends ...service.Backend) nat.Want {
 	guarded := at(service.Anywhere, "10.96.0.4:80", "[2001:db8:96::4]:80")
 	for i := range guarded {
 		guarded[i].Guarded = true
@@ -575,8 +575,8 @@ func everything(backends ...service.Backend) *service.Snapshot {
 func TestAdopt(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	snap := everything(append(to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")...)...)
-	n.apply(snap)
+	all := everything(append(to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")...)...)
+	n.apply(all)
 	ruleset := func() string {
 		out, err := n.node.Run(t.Context(), lab.Outside, "nft", "-a", "list", "table", "inet", nat.TableName)
 		if err != nil {
@@ -587,7 +587,7 @@ func TestAdopt(t *testing.T) {
 	first := ruleset()
 	var log lab.Log
 	n.plane = nat.New(slog.New(slog.NewTextHandler(&log, nil)))
-	n.apply(snap)
+	n.apply(all)
 	// With handles: what is made again has others.
 	if now := ruleset(); now != first || log.String() != "" {
 		t.Errorf("adopting changed the table: %s\n%s", log.String(), diff(first, now))
@@ -605,7 +605,7 @@ func TestAdopt(t *testing.T) {
 		if n.checkTable() {
 			t.Errorf("%s: not noticed", damage)
 		}
-		n.apply(snap)
+		n.apply(all)
 		if now := withoutHandles(ruleset()); now != withoutHandles(first) {
 			t.Errorf("%s: not repaired:\n%s", damage, diff(withoutHandles(first), now))
 		}
@@ -711,7 +711,7 @@ func TestStale(t *testing.T) {
 		}
 	}()
 	defer func() { stop(); <-done }()
-	svc := func(b ...service.Backend) *service.Snapshot {
+	svc := func(b ...service.Backend) nat.Want {
 		return of(&service.Service{Name: "web", Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"), Backends: b})
 	}
 	near, far := to(true, "10.1.0.2:80", "[2001:db8:2::2]:80"), to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")
@@ -739,7 +739,7 @@ func TestStale(t *testing.T) {
 	}
 	echo := n.echo(n.far, "10.2.0.2:81", "[2001:db8:3::2]:81")
 	defer echo()
-	tcp := func(b ...service.Backend) *service.Snapshot {
+	tcp := func(b ...service.Backend) nat.Want {
 		l := at(service.Anywhere, "10.96.0.2:8080", "[2001:db8:96::2]:8080")
 		return of(&service.Service{Name: "echo", Listeners: l, Backends: b})
 	}
@@ -759,7 +759,7 @@ func TestStale(t *testing.T) {
 
 // portAgain connects from one port, ends the connection in a way that conntrack
 // waits for the rest of, has its backend replaced, and connects from the port again.
-func (n *network) portAgain(vip string, first, then *service.Snapshot) {
+func (n *network) portAgain(vip string, first, then nat.Want) {
 	n.t.Helper()
 	n.apply(first)
 	d := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{Port: 4000}}

@@ -161,8 +161,8 @@ func (p *Plane) say() {
 	p.saidMu.Unlock()
 }
 
-// Refused says which listeners the kernel would not have, and why, sorted.
-func (p *Plane) Refused() []string {
+// Warnings say which listeners the kernel would not have, and why, sorted.
+func (p *Plane) Warnings() []string {
 	p.saidMu.Lock()
 	defer p.saidMu.Unlock()
 	return slices.Clone(p.said)

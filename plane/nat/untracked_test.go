@@ -15,14 +15,14 @@ import (
 	"github.com/pentad/pentad/service"
 )
 
-// untracked is a snapshot whose guests and backends elsewhere are pods, between which
+// untracked is a want whose guests and backends elsewhere are pods, between which
 // nothing is tracked.
-func untracked(services ...*service.Service) *service.Snapshot {
-	r := of().Ranges
+func untracked(services ...*service.Service) nat.Want {
+	want := of(services...)
 	for _, p := range []string{"10.1.0.0/24", "10.2.0.0/24", "2001:db8:2::/64", "2001:db8:3::/64"} {
-		r.Untracked = append(r.Untracked, netip.MustParsePrefix(p))
+		want.Untracked = append(want.Untracked, netip.MustParsePrefix(p))
 	}
-	return of(services...).With(r, false)
+	return want
 }
 
 // tracked returns how many connections the node tracks that an address has begun.

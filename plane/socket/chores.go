@@ -36,9 +36,10 @@ func (c *chores) wakeUp() {
 // are down or gone where their service wants that, and ends what the maps have of
 // sockets that are no more, until the context ends.
 func (p *Plane) Run(ctx context.Context) {
-	var beats sync.WaitGroup
-	defer beats.Wait()
-	beats.Go(func() { p.beatUntil(ctx) }) // however long a walk takes
+	var beside sync.WaitGroup // of the walks, however long they take
+	defer beside.Wait()
+	beside.Go(func() { p.beatUntil(ctx) })
+	beside.Go(func() { p.watchScope(ctx) })
 	sweep := time.NewTicker(sweepEvery)
 	defer sweep.Stop()
 	count := time.NewTicker(countEvery)

@@ -29,12 +29,12 @@ func TestNothingWaitsForChores(t *testing.T) {
 	snap := &service.Snapshot{}
 	change := func(weight uint32) {
 		t.Helper()
-		snap = snap.Next(h.Scope(), []*service.Service{{
+		snap = snap.Next([]*service.Service{{
 			Name:      "dns",
 			Listeners: []service.Listener{{Address: netip.MustParseAddrPort("192.0.2.53:53"), Protocol: service.UDP}},
 			Backends:  []service.Backend{{Address: netip.MustParseAddrPort("192.0.2.1:53"), Weight: weight}},
 		}})
-		if err := p.Apply(t.Context(), snap); err != nil {
+		if err := p.Apply(t.Context(), socket.Want{Cgroup: h.Scope(), Services: snap}); err != nil {
 			t.Fatal(err)
 		}
 	}

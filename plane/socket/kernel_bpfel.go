@@ -236,7 +236,7 @@ type kernelServiceInfo struct {
 	Silent         uint8
 	Keep           uint8
 	Balance        uint8
-	Pad            uint8
+	Source         uint8
 	Affinity       uint32
 	Verdict        uint32
 	Keepalive      kernelKeepalive

@@ -774,7 +774,7 @@ func (e *entry) serviceInfo(s *service.Service) kernelServiceInfo {
 		Ejection: milliseconds(s.Breaker.Ejection), MaxEjected: uint32(s.Breaker.MaxEjected),
 		ConnectTimeout: milliseconds(s.ConnectTimeout), SlowStart: milliseconds(s.SlowStart),
 		Silent: flag(s.Silent), Keep: flag(s.OnDown == service.Keep),
-		Balance: uint8(s.Balance), Affinity: uint32(s.Affinity / time.Second), Keepalive: keepalive(s.Keepalive),
+		Balance: uint8(s.Balance), Source: uint8(s.Source), Affinity: uint32(s.Affinity / time.Second), Keepalive: keepalive(s.Keepalive),
 	}
 	if s.Health.Probe != service.ProbeNone {
 		info.Verdict = milliseconds(s.Health.Verdict())

@@ -235,7 +235,7 @@ func drawSnapshot(r *rand.Rand, last *service.Snapshot) *service.Snapshot {
 		}
 		all = append(all, s)
 	}
-	return last.Next("/", all)
+	return last.Next(all)
 }
 
 func drawBalance(r *rand.Rand) service.Balance {

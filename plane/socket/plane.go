@@ -1,6 +1,6 @@
 // Package socket translates destinations when a socket connects. It owns the
 // programs in bpf/socket.bpf.c, their maps and their pins, and has one verb:
-// Apply makes the kernel look like a snapshot.
+// Apply makes the kernel look like a Want.
 //
 // The kernel is the truth: what is installed is read back from the maps, never
 // remembered across processes. Nothing here may leave the maps, at any moment,
@@ -41,10 +41,26 @@ type Options struct {
 	Log         *slog.Logger
 	MaxBackends int // never make room for more backends; 0: as many as memory holds
 
+	// Lost is called when what Apply made may be gone, as it is when the cgroup of the
+	// scope is made again; nil: it is noticed when Intact is asked.
+	Lost func()
+
 	// Diag closes connections through sock_diag(7), as is done without asking on
 	// a kernel without bpf_sock_destroy.
 	Diag bool
 }
+
+// Want is what the plane is to make of the kernel.
+type Want struct {
+	Cgroup   string // the cgroup (v2) whose processes see the services, "/" for all
+	Services *service.Snapshot
+	// Silent are sources that have not told yet what they have: what the kernel has
+	// of them beyond Services stays.
+	Silent service.Sources
+}
+
+// Equal reports whether both are the same.
+func (w Want) Equal(o Want) bool { return w == o }
 
 // Plane is the socket plane of one host. Its methods may be called from several
 // goroutines.
@@ -52,6 +68,7 @@ type Plane struct {
 	opts   Options
 	dir    string
 	chores chores
+	scoped chan struct{} // another cgroup is wanted
 
 	mu      sync.Mutex
 	clock   *host.Clock
@@ -62,6 +79,7 @@ type Plane struct {
 	loaded  *loaded           // nil: no programs are
 	links   attacher
 	applied *service.Snapshot // what the ledger knows to be in the kernel
+	scope   string            // the cgroup that is wanted
 	partial bool              // the kernel may show services that applied does not name
 	cgroup  string            // where the current programs are attached; empty: they are not
 }
@@ -103,7 +121,12 @@ func New(opts Options) *Plane {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
 	dir := filepath.Join(opts.Pins, planeDir)
-	return &Plane{opts: opts, dir: dir, chores: chores{wake: make(chan struct{}, 1)}, links: attacher{dir: dir}}
+	if opts.Lost == nil {
+		opts.Lost = func() {}
+	}
+	return &Plane{
+		opts: opts, dir: dir, chores: chores{wake: make(chan struct{}, 1)}, scoped: make(chan struct{}, 1), links: attacher{dir: dir},
+	}
 }
 
 // Close lets go of the kernel. What is installed stays and goes on working.
@@ -118,22 +141,23 @@ func (p *Plane) Close() {
 	p.set, p.clock, p.sweeper, p.loaded = nil, nil, nil, nil
 }
 
-// Apply makes the kernel look like the snapshot. It may be called again after
+// Apply makes the kernel look like the want. It may be called again after
 // any error. A *FullError means that everything else is in place.
-func (p *Plane) Apply(ctx context.Context, snap *service.Snapshot) error {
+func (p *Plane) Apply(ctx context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	path, err := host.CgroupPath(snap.Cgroup)
+	p.setScope(want.Cgroup)
+	path, err := host.CgroupPath(want.Cgroup)
 	if err != nil {
 		return err
 	}
-	if err := p.open(snap); err != nil {
+	if err := p.open(want.Services); err != nil {
 		return err
 	}
-	full, err := p.install(snap)
+	full, err := p.install(want)
 	if err != nil {
 		p.forgetKernel()
 		return err
@@ -415,7 +439,7 @@ func (p *Plane) limit(c capacity) capacity {
 // install writes what differs between the kernel and the snapshot. When
 // something does not fit it first frees what is no longer read, then makes room,
 // then does without.
-func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
+func (p *Plane) install(want Want) (*FullError, error) {
 	makeRoom := []func(*service.Snapshot) error{
 		func(*service.Snapshot) error { return p.adopt() },
 		p.grow,
@@ -430,10 +454,10 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 			return nil, err
 		}
 		var w writes
-		done, unfit := p.stage(snap, moment{time.Now(), jiffies, jiffies + p.clock.Jiffies(leaveWithin)}, &w)
+		done, unfit := p.stage(want, moment{time.Now(), jiffies, jiffies + p.clock.Jiffies(leaveWithin)}, &w)
 		if len(unfit) > 0 && len(makeRoom) > 0 {
 			// Nothing was written yet: read the kernel again and start over.
-			cause = makeRoom[0](snap)
+			cause = makeRoom[0](want.Services)
 			makeRoom = makeRoom[1:]
 			if p.ledger == nil {
 				return nil, cause
@@ -444,8 +468,8 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 		if err := p.set.write(&w); err != nil {
 			return nil, err
 		}
-		// What a partial snapshot leaves alone is looked at with the next one.
-		p.applied, p.partial = done, len(unfit) > 0 || p.partial && snap.Partial
+		// What is left alone is looked at the next time.
+		p.applied, p.partial = done, len(unfit) > 0 || p.partial && want.Silent != 0
 		if len(unfit) > 0 {
 			return &FullError{Services: unfit, Cause: cause}, nil
 		}
@@ -455,15 +479,16 @@ func (p *Plane) install(snap *service.Snapshot) (*FullError, error) {
 
 // stage turns the difference into writes. It returns the snapshot that the
 // kernel will show then, and the names of services that did not fit.
-func (p *Plane) stage(snap *service.Snapshot, now moment, w *writes) (*service.Snapshot, []string) {
+func (p *Plane) stage(want Want, now moment, w *writes) (*service.Snapshot, []string) {
+	snap := want.Services
 	changed, removed := service.Diff(p.applied, snap)
 	p.ledger.rename(service.Renamed(p.applied.Services, snap.Services))
 	for _, s := range removed {
 		p.ledger.remove(s.Name, snap, now, w)
 	}
-	if p.partial && !snap.Partial {
-		for name := range p.ledger.byName {
-			if snap.Find(name) == nil {
+	if p.partial {
+		for name, e := range p.ledger.byName {
+			if snap.Find(name) == nil && !want.Silent.Has(service.Source(e.info.Source)) {
 				p.ledger.remove(name, snap, now, w)
 			}
 		}

@@ -290,7 +290,7 @@ func (in *inspection) readListeners(s *mapSet) error {
 func (i *installed) desired() *service.Service {
 	ms := func(n uint32) time.Duration { return time.Duration(n) * time.Millisecond }
 	s := &service.Service{
-		Name: i.name, Balance: service.Balance(i.info.Balance),
+		Name: i.name, Source: service.Source(i.info.Source), Balance: service.Balance(i.info.Balance),
 		Affinity: time.Duration(i.info.Affinity) * time.Second,
 		Keepalive: service.Keepalive{
 			Idle:     time.Duration(i.info.Keepalive.Idle) * time.Second,

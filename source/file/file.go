@@ -15,18 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/source"
 )
 
 // quiet is how long a file must not change before it is read: an editor that
 // writes in place is not interrupted half-way, and half a list of services can
 // be valid YAML.
 const quiet = 15 * time.Millisecond
-
-// Update is a new state of the file. Exactly one of the two is set.
-type Update struct {
-	Config *config.Config
-	Err    error
-}
 
 // lookEvery is how often the file is looked at without a reason: a directory that
 // is put in the place of another, or mounted over it, tells nobody.
@@ -92,14 +88,23 @@ func New(path string) (*Source, error) {
 func (s *Source) Close() error { return s.watcher.Close() }
 
 // Load reads the file as it is now. Run reports only what differs from it.
-func (s *Source) Load() (*config.Config, error) {
+func (s *Source) Load() (source.Update, error) {
 	s.seen = s.look()
 	data, err := config.Read(s.path)
 	if err != nil {
-		return nil, fmt.Errorf("configuration cannot be read: %w", err)
+		return source.Update{}, fmt.Errorf("configuration cannot be read: %w", err)
 	}
 	s.last = data
-	return config.Parse(s.path, data)
+	u := s.parse(data)
+	return u, u.Err
+}
+
+func (s *Source) parse(data []byte) source.Update {
+	c, err := config.Parse(s.path, data)
+	if err != nil {
+		return source.Update{From: service.SourceFile, Err: err}
+	}
+	return source.Update{From: service.SourceFile, Services: c.Services, Config: c}
 }
 
 // follow finds out on which names the contents of the file depend (the path,
@@ -167,7 +172,7 @@ func nextLink(path string) (link, resolved string) {
 
 // Run emits every change of the file until the context ends. It returns the
 // error of the watcher if that breaks.
-func (s *Source) Run(ctx context.Context, emit func(Update)) error {
+func (s *Source) Run(ctx context.Context, emit func(source.Update)) error {
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
 	defer timer.Stop()
@@ -205,17 +210,16 @@ func (s *Source) Run(ctx context.Context, emit func(Update)) error {
 
 func isOverflow(err error) bool { return err == fsnotify.ErrEventOverflow }
 
-func (s *Source) read(emit func(Update)) {
+func (s *Source) read(emit func(source.Update)) {
 	data, err := config.Read(s.path)
 	if err != nil {
 		s.last = nil
-		emit(Update{Err: fmt.Errorf("configuration cannot be read: %w", err)})
+		emit(source.Update{From: service.SourceFile, Err: fmt.Errorf("configuration cannot be read: %w", err)})
 		return
 	}
 	if bytes.Equal(data, s.last) {
 		return
 	}
 	s.last = data
-	c, err := config.Parse(s.path, data)
-	emit(Update{Config: c, Err: err})
+	emit(s.parse(data))
 }

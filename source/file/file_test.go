@@ -14,12 +14,13 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/source"
 )
 
 // feed is a running source and what it emits.
 type feed struct {
 	t       *testing.T
-	updates chan Update
+	updates chan source.Update
 }
 
 func follow(t *testing.T, path string) *feed {
@@ -31,11 +32,11 @@ func follow(t *testing.T, path string) *feed {
 	if _, err := s.Load(); err != nil {
 		t.Fatal(err)
 	}
-	f := &feed{t, make(chan Update, 100)}
+	f := &feed{t, make(chan source.Update, 100)}
 	ctx, stop := context.WithCancel(t.Context())
 	var run sync.WaitGroup
 	run.Go(func() {
-		if err := s.Run(ctx, func(u Update) { f.updates <- u }); err != nil {
+		if err := s.Run(ctx, func(u source.Update) { f.updates <- u }); err != nil {
 			t.Error(err)
 		}
 	})
@@ -49,7 +50,7 @@ func follow(t *testing.T, path string) *feed {
 }
 
 // await waits for an update that is as wanted; there may be others before it.
-func (f *feed) await(what string, wanted func(Update) bool) {
+func (f *feed) await(what string, wanted func(source.Update) bool) {
 	f.t.Helper()
 	late := time.After(20 * time.Second)
 	for {
@@ -66,12 +67,12 @@ func (f *feed) await(what string, wanted func(Update) bool) {
 
 func (f *feed) awaitServices(what string, n int) {
 	f.t.Helper()
-	f.await(what, func(u Update) bool { return u.Err == nil && len(u.Config.Services) == n })
+	f.await(what, func(u source.Update) bool { return u.Err == nil && len(u.Config.Services) == n })
 }
 
 func (f *feed) awaitError(what string, want error) {
 	f.t.Helper()
-	f.await(what, func(u Update) bool { return errors.Is(u.Err, want) })
+	f.await(what, func(u source.Update) bool { return errors.Is(u.Err, want) })
 }
 
 const (

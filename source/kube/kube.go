@@ -11,37 +11,7 @@ package kube
 
 import (
 	"net/netip"
-
-	"github.com/pentad/pentad/service"
 )
-
-// Update is all that the cluster wants of this node.
-type Update struct {
-	Services []*service.Service // unchanged ones are the same pointers
-	Checks   []Check            // sorted by port
-	Problems []Problem          // sorted by object
-	Guests   []netip.Prefix     // addresses of the pods of this node
-	Reserved []netip.Prefix     // addresses that only Services have
-	Leaving  bool               // the Node is being deleted or is about to be
-	Unserved int                // ports of a protocol that pentad does not serve (SCTP)
-}
-
-// Check is a health check by which load balancers find out whether this node has
-// endpoints of a Service with externalTrafficPolicy Local.
-type Check struct {
-	Port      uint16 // spec.healthCheckNodePort
-	Namespace string
-	Name      string
-	// Ready endpoints on this node, of each family.
-	Endpoints4, Endpoints6 int
-}
-
-// Problem is something in the cluster that makes no sense. It breaks nothing
-// else.
-type Problem struct {
-	Object  string // "Service shop/web"
-	Message string // what is wrong, what is done about it, and what to do
-}
 
 // Options say which node this is.
 type Options struct {

@@ -11,6 +11,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
+
+	"github.com/pentad/pentad/source"
 )
 
 // cidr is a ServiceCIDR: ranges out of which ClusterIPs are taken (KEP-1880).
@@ -36,9 +38,9 @@ func trimCIDR(o *networkingv1.ServiceCIDR) *cidr {
 // reserve returns the ranges whose addresses only Services have, sorted. A range in
 // which somebody else has an address is left out, and said: the addresses of this
 // host, of its guests, and of endpoints (by Service).
-func reserve(all []*cidr, own map[netip.Addr]bool, guests []netip.Prefix, endpoints map[types.NamespacedName]netip.Addr) ([]netip.Prefix, []Problem) {
+func reserve(all []*cidr, own map[netip.Addr]bool, guests []netip.Prefix, endpoints map[types.NamespacedName]netip.Addr) ([]netip.Prefix, []source.Problem) {
 	var reserved []netip.Prefix
-	var problems []Problem
+	var problems []source.Problem
 	for _, c := range all {
 		said := c.problems
 		for _, r := range c.ranges {
@@ -52,7 +54,7 @@ func reserve(all []*cidr, own map[netip.Addr]bool, guests []netip.Prefix, endpoi
 				"pentad.io/local: bypass to that Service", r, who))
 		}
 		for _, text := range said {
-			problems = append(problems, Problem{"ServiceCIDR " + c.Name, text})
+			problems = append(problems, source.Problem{Object: "ServiceCIDR " + c.Name, Message: text})
 		}
 	}
 	slices.SortFunc(reserved, netip.Prefix.Compare)
@@ -119,12 +121,12 @@ func (s *Source) rangesKnown() bool {
 }
 
 // rangesProblem says what to do about ServiceCIDRs that this node may not read.
-func (s *Source) rangesProblem() []Problem {
+func (s *Source) rangesProblem() []source.Problem {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !apierrors.IsForbidden(s.noRanges) || s.rangesRegistration.HasSynced() {
 		return nil
 	}
-	return []Problem{{"ServiceCIDRs", "they may not be read, so that what is sent to addresses that no Service has is not refused: " +
+	return []source.Problem{{Object: "ServiceCIDRs", Message: "they may not be read, so that what is sent to addresses that no Service has is not refused: " +
 		"let the ClusterRole pentad list and watch servicecidrs of networking.k8s.io"}}
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/source"
 )
 
 // surroundings are what the translation of every Service depends on.
@@ -26,7 +27,7 @@ type surroundings struct {
 // translation is what one Service becomes on this node.
 type translation struct {
 	services []want // one for each port, two or three where policies differ
-	check    *Check
+	check    *source.Check
 	problems []string
 	unserved int             // ports of a protocol that is not served
 	stray    netip.Addr      // an endpoint in a range of a ServiceCIDR, if one is
@@ -74,9 +75,9 @@ func translate(s *clusterService, all []*slice, at *surroundings) translation {
 func (t *translation) port(s *clusterService, p servicePort, all []*slice, at *surroundings) (wrong []error) {
 	endpoints := t.endpoints(p, all)
 	base := fmt.Sprintf("%s/%s:%s", s.Namespace, s.Name, cmp.Or(p.name, strconv.Itoa(int(p.port))))
-	cluster := &want{Service: &service.Service{Name: base, Of: t.origin}}
-	internal := &want{Service: &service.Service{Name: base + "/internal", Of: t.origin}}
-	external := &want{Service: &service.Service{Name: base + "/external", Of: t.origin, Elsewhere: elsewhere(endpoints)}}
+	cluster := &want{Service: &service.Service{Source: service.SourceKubernetes, Name: base, Of: t.origin}}
+	internal := &want{Service: &service.Service{Source: service.SourceKubernetes, Name: base + "/internal", Of: t.origin}}
+	external := &want{Service: &service.Service{Source: service.SourceKubernetes, Name: base + "/external", Of: t.origin, Elsewhere: elsewhere(endpoints)}}
 	s.listen(p, at, cluster, internal, external, &t.problems)
 
 	chosen := byFamily(endpoints, at, inCluster)
@@ -406,8 +407,8 @@ func shorten(zone string) string { return zone[:min(len(zone), service.MaxZone)]
 
 // check is the health check of a Service. Of its ready endpoints on this node each
 // counts once; those of a family that the Service does not have are none of its own.
-func (s *clusterService) check(all []*slice, at *surroundings) *Check {
-	c := &Check{Port: s.checkPort, Namespace: s.Namespace, Name: s.Name}
+func (s *clusterService) check(all []*slice, at *surroundings) *source.Check {
+	c := &source.Check{Port: s.checkPort, Namespace: s.Namespace, Name: s.Name}
 	seen := make(map[netip.Addr]bool)
 	for _, sl := range all {
 		for _, e := range sl.endpoints {

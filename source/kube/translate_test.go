@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/source"
 )
 
 func ptr[T any](v T) *T { return &v }
@@ -346,7 +347,7 @@ func TestTranslateRest(t *testing.T) {
 		s.Annotations = map[string]string{"pentad.io/balance": "random", "pentad.io/onDown": "sometimes", "other/balance": "x"}
 	}))
 	got := translate(s, []*slice{testSlice("a", "10.1.0.1@n1/z1", "10.1.0.2@n1/z1", "10.2.0.1@n2/z2"), testSlice("b", "10.1.0.1@n1/z1", "10.1.0.3@n1/z1 t")}, testSurroundings())
-	if got.check == nil || *got.check != (Check{31000, "shop", "web", 2, 0}) {
+	if got.check == nil || *got.check != (source.Check{Port: 31000, Namespace: "shop", Name: "web", Endpoints4: 2}) {
 		t.Errorf("check is %+v", got.check)
 	}
 	first := got.services[0].Service

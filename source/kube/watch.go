@@ -29,6 +29,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/source"
 )
 
 // addressesEvery is how often the addresses of the host are looked at.
@@ -65,7 +66,7 @@ type Source struct {
 	claims   claims
 	entries  map[types.NamespacedName]*entry
 	problems map[types.NamespacedName][]string
-	checks   map[types.NamespacedName]*Check
+	checks   map[types.NamespacedName]*source.Check
 	unserved map[types.NamespacedName]int        // ports
 	strays   map[types.NamespacedName]netip.Addr // endpoints in ranges of ServiceCIDRs
 	list     []*service.Service                  // sorted by name
@@ -101,7 +102,7 @@ func New(config *rest.Config, opts Options, log *slog.Logger) (*Source, error) {
 	s := &Source{
 		opts: opts, log: log, wake: make(chan struct{}, 1), dirty: make(map[types.NamespacedName]bool),
 		claims: make(claims), entries: make(map[types.NamespacedName]*entry),
-		problems: make(map[types.NamespacedName][]string), checks: make(map[types.NamespacedName]*Check),
+		problems: make(map[types.NamespacedName][]string), checks: make(map[types.NamespacedName]*source.Check),
 		unserved: make(map[types.NamespacedName]int), strays: make(map[types.NamespacedName]netip.Addr),
 	}
 	config = rest.CopyConfig(config)
@@ -297,7 +298,7 @@ func explained(err error) error {
 
 // Run emits every state of the cluster until the context ends, the first one once
 // all objects are known. While emit is busy changes gather.
-func (s *Source) Run(ctx context.Context, emit func(Update)) error {
+func (s *Source) Run(ctx context.Context, emit func(source.Update)) error {
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
 	ctx, stop := context.WithCancel(ctx)
@@ -408,13 +409,13 @@ func nodePortAddresses(chosen []netip.Prefix, own map[netip.Addr]bool, n *node) 
 }
 
 // update translates what has changed.
-func (s *Source) update() (Update, bool) {
+func (s *Source) update() (source.Update, bool) {
 	s.mu.Lock()
 	dirty, all := s.dirty, s.all
 	s.dirty, s.all = make(map[types.NamespacedName]bool), false
 	s.mu.Unlock()
 	if !all && len(dirty) == 0 {
-		return Update{}, false
+		return source.Update{}, false
 	}
 	n := s.self()
 	if all {
@@ -428,7 +429,8 @@ func (s *Source) update() (Update, bool) {
 	}
 	s.settle(dirty)
 	s.emitted = true
-	u := Update{Services: s.list, Checks: s.sortedChecks(), Problems: s.sortedProblems(n)}
+	u := source.Update{From: service.SourceKubernetes, Services: s.list, Problems: s.sortedProblems(n)}
+	u.Checks = s.sortedChecks()
 	for _, ports := range s.unserved {
 		u.Unserved += ports
 	}
@@ -654,29 +656,29 @@ func (s *Source) note(key types.NamespacedName, problems []string) {
 	s.problems[key] = problems
 }
 
-func (s *Source) sortedProblems(n *node) []Problem {
-	var all []Problem
+func (s *Source) sortedProblems(n *node) []source.Problem {
+	var all []source.Problem
 	if n == nil {
-		all = append(all, Problem{"Node " + s.opts.Node, "there is no such Node, so that this host's addresses, zone and pods are not known: " +
+		all = append(all, source.Problem{Object: "Node " + s.opts.Node, Message: "there is no such Node, so that this host's addresses, zone and pods are not known: " +
 			"NodePorts are served on the loopback only; set source.kubernetes.node"})
 	}
 	for key, problems := range s.problems {
 		for _, p := range problems {
-			all = append(all, Problem{"Service " + key.String(), p})
+			all = append(all, source.Problem{Object: "Service " + key.String(), Message: p})
 		}
 	}
-	slices.SortFunc(all, func(a, b Problem) int {
+	slices.SortFunc(all, func(a, b source.Problem) int {
 		return cmp.Or(strings.Compare(a.Object, b.Object), strings.Compare(a.Message, b.Message))
 	})
 	return slices.Compact(all)
 }
 
-func (s *Source) sortedChecks() []Check {
-	all := make([]Check, 0, len(s.checks))
+func (s *Source) sortedChecks() []source.Check {
+	all := make([]source.Check, 0, len(s.checks))
 	for _, c := range s.checks {
 		all = append(all, *c)
 	}
-	slices.SortFunc(all, func(a, b Check) int {
+	slices.SortFunc(all, func(a, b source.Check) int {
 		return cmp.Or(cmp.Compare(a.Port, b.Port), strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
 	})
 	return all

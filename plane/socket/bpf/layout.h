@@ -264,7 +264,7 @@ struct service_info {
 	__u8 silent;           /* 1: no events */
 	__u8 keep;             /* 1: connections to a backend that is down are left alone */
 	__u8 balance;
-	__u8 pad;
+	__u8 source;    /* enum Source of service/merge.go; 0: not known */
 	__u32 affinity; /* seconds */
 	__u32 verdict; /* ms: how soon a living agent's probe takes a dead backend down; 0: no probe */
 	struct keepalive keepalive;

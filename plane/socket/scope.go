@@ -1,6 +1,7 @@
-package agent
+package socket
 
 import (
+	"context"
 	"path/filepath"
 	"strings"
 
@@ -9,8 +10,52 @@ import (
 	"github.com/pentad/pentad/host"
 )
 
-// scopeWatch tells when the cgroup of the scope is made again: a unit that is
+// watchScope tells when the cgroup of the scope is made again: a unit that is
 // restarted has another one of the same name, and its processes connect at once.
+func (p *Plane) watchScope(ctx context.Context) {
+	w, err := newScopeWatch()
+	if err != nil {
+		p.opts.Log.Warn("a scope.cgroup that is made again will have its hooks a second late", "error", err)
+		return
+	}
+	defer w.watcher.Close()
+	for {
+		w.follow(p.scopeNow())
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.scoped:
+		case e := <-w.watcher.Events:
+			if w.isMade(e) {
+				p.opts.Lost()
+			}
+		case <-w.watcher.Errors:
+			// Events were lost: what they would have told is seen when Intact is asked.
+		}
+	}
+}
+
+// scopeNow returns the cgroup that was applied last.
+func (p *Plane) scopeNow() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.scope
+}
+
+// setScope notes which cgroup is wanted, whether it is there or not; the caller holds
+// the lock.
+func (p *Plane) setScope(cgroup string) {
+	if p.scope == cgroup {
+		return
+	}
+	p.scope = cgroup
+	select {
+	case p.scoped <- struct{}{}:
+	default:
+	}
+}
+
+// scopeWatch watches one cgroup.
 type scopeWatch struct {
 	watcher *fsnotify.Watcher
 	cgroup  string // its name
@@ -26,8 +71,6 @@ func newScopeWatch() (*scopeWatch, error) {
 	}
 	return &scopeWatch{watcher: w}, nil
 }
-
-func (s *scopeWatch) close() { s.watcher.Close() }
 
 // follow watches the cgroup of this name from now on.
 func (s *scopeWatch) follow(cgroup string) {

@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"errors"
+	"time"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/nodehealth"
+	"github.com/pentad/pentad/plane/nat"
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+// roles are all that an agent can be. A section of the file becomes a part of the agent
+// here and nowhere else. `down` goes through them from the last to the first.
+var roles = []role{
+	part[*socket.Plane, socket.Want]{name: "socket", wanted: always, want: wantSocket,
+		open: openSocket, remove: removeSocket, look: time.Second, measure: measureSocket},
+	// A firewall that is reloaded takes the table away: that is looked for often.
+	part[*tunedNAT, nat.Want]{name: "nat", wanted: inCluster, want: wantNAT,
+		open: openNAT, remove: removeNAT, look: 250 * time.Millisecond, left: tableIsWhole},
+	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
+		open: openNodeHealth, minor: true},
+	part[*metricsServer, config.API]{name: "metrics", wanted: always, want: wantMetrics,
+		open: openMetrics, minor: true},
+}
+
+func always(*config.Config) bool { return true }
+
+func inCluster(c *config.Config) bool { return c.Source.Kubernetes != nil }
+
+// known is what the agent knows at one moment: what every role's want is made of. It is
+// immutable.
+type known struct {
+	number   uint64 // of this moment; it grows
+	config   *config.Config
+	services *service.Snapshot // of all sources, with the state of their backends
+	silent   service.Sources   // those that have not told yet what they have
+	node     nodeFacts
+}
+
+// The wants: pure functions of what is known. The second result is false where the
+// sources have not told enough to say; then what is in the kernel stays.
+
+func wantSocket(k *known) (socket.Want, bool) {
+	return socket.Want{Cgroup: k.config.Scope.Cgroup, Services: k.services, Silent: k.silent}, true
+}
+
+func wantNAT(k *known) (nat.Want, bool) {
+	return nat.Want{Services: k.services, Ranges: nat.Ranges{
+		Guests: k.node.Guests, Reserved: k.node.Reserved, Untracked: k.config.Source.Kubernetes.Untracked,
+	}}, k.silent == 0
+}
+
+func wantNodeHealth(k *known) (nodehealth.Want, bool) {
+	w := nodehealth.Want{Listen: k.config.Source.Kubernetes.Health}
+	for _, c := range k.node.Checks {
+		w.Checks = append(w.Checks, nodehealth.Check(c))
+	}
+	return w, true
+}
+
+func wantMetrics(k *known) (config.API, bool) { return k.config.API, true }
+
+func openSocket(a *Agent, lost func()) *socket.Plane {
+	return socket.New(socket.Options{
+		Pins: a.opts.Pins, Version: a.opts.Version, Log: a.log, MaxBackends: a.opts.MaxBackends, Lost: lost,
+	})
+}
+
+func removeSocket(opts Options) error { return socket.Remove(opts.Pins) }
+
+func openNAT(a *Agent, _ func()) *tunedNAT { return &tunedNAT{Plane: nat.New(a.log), agent: a} }
+
+func removeNAT(opts Options) error { return errors.Join(nat.Remove(), restoreConntrack(opts.RunDir)) }
+
+// tableIsWhole reports whether an earlier agent has left what packets from elsewhere
+// need: then the node serves, though the API server has not answered this agent yet.
+func tableIsWhole() bool {
+	_, whole, err := nat.Installed()
+	return err == nil && whole
+}
+
+func openNodeHealth(a *Agent, _ func()) *nodehealth.Server { return nodehealth.New(a.nodeState, a.log) }

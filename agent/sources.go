@@ -1,0 +1,177 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/source"
+	"github.com/pentad/pentad/source/kube"
+)
+
+// nodeFacts are what a cluster says of this host.
+type nodeFacts = source.Node
+
+// cluster follows the cluster that the file names, and another one when it names
+// another. Its methods may be called from several goroutines, but follow from one.
+type cluster struct {
+	log  *slog.Logger
+	emit func(context.Context, source.Update)
+
+	config *config.Kubernetes // that is followed; nil: none
+	end    func()
+
+	mu     sync.Mutex
+	node   string
+	source *kube.Source // nil: not connected
+	err    error        // why not
+}
+
+// follow follows what is configured from now on, until the context ends.
+func (c *cluster) follow(ctx context.Context, k *config.Kubernetes) {
+	if k.Equal(c.config) {
+		return
+	}
+	c.close()
+	c.config = k
+	if k == nil {
+		return
+	}
+	ctx, stop := context.WithCancel(ctx)
+	var task sync.WaitGroup
+	task.Go(func() { c.run(ctx, k) })
+	c.end = func() {
+		stop()
+		task.Wait()
+	}
+}
+
+// close follows nothing any more.
+func (c *cluster) close() {
+	if c.end == nil {
+		return
+	}
+	c.end()
+	c.end, c.config = nil, nil
+	c.note("", nil, nil)
+}
+
+func (c *cluster) note(node string, s *kube.Source, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.node, c.source, c.err = node, s, err
+}
+
+// run connects, tries again while it cannot, and emits what the cluster wants until
+// the context ends.
+func (c *cluster) run(ctx context.Context, k *config.Kubernetes) {
+	for backoff, said := retryFirst, ""; ; backoff = min(2*backoff, retryMost) {
+		node, s, err := connect(k, c.log)
+		c.note(node, s, err)
+		if err == nil {
+			_ = s.Run(ctx, func(u source.Update) { c.emit(ctx, u) }) // it ends with the context
+			return
+		}
+		if err.Error() != said {
+			said = err.Error()
+			c.log.Error("the cluster cannot be followed; it is tried again until it can", "source", "kubernetes", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(backoff):
+		}
+	}
+}
+
+func connect(k *config.Kubernetes, log *slog.Logger) (node string, s *kube.Source, err error) {
+	if node, err = nodeName(k); err != nil {
+		return "", nil, err
+	}
+	rest, err := kube.Connect(k.Kubeconfig)
+	if err != nil {
+		return node, nil, fmt.Errorf("source.kubernetes: %w", err)
+	}
+	s, err = kube.New(rest, kube.Options{Node: node, NodePortAddresses: k.NodePortAddresses, AllowExternalIPs: k.AllowExternalIPs}, log)
+	if err != nil {
+		return node, nil, fmt.Errorf("source.kubernetes: %w", err)
+	}
+	return node, s, nil
+}
+
+// nodeName returns the name of this host's Node.
+func nodeName(c *config.Kubernetes) (string, error) {
+	if c.Node != "" {
+		return c.Node, nil
+	}
+	if name := os.Getenv("NODE_NAME"); name != "" {
+		return name, nil
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("source.kubernetes: the name of this Node is not known; set source.kubernetes.node: %w", err)
+	}
+	return name, nil
+}
+
+// away tells since when the API server has not answered, and why; zero and nil: it does.
+func (c *cluster) away() (node string, since time.Time, why error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.source == nil {
+		return c.node, time.Time{}, c.err
+	}
+	since, why = c.source.Away()
+	return c.node, since, why
+}
+
+// inbox is what the sources said last.
+type inbox struct {
+	file, kubernetes source.Update
+	silent           service.Sources // those that have said nothing yet
+	lost             []string        // what a source could not have because another has it
+
+	changed  time.Time // when the cluster spoke last
+	count    uint64    // how often it did
+	problems map[source.Problem]bool
+}
+
+// merge returns all services, those of the file first: an operator of this host has the
+// last word on it.
+func (in *inbox) merge() (services []*service.Service) {
+	services, in.lost = service.Merge(in.file.Services, in.kubernetes.Services)
+	return services
+}
+
+// takeCluster takes what the cluster says, and logs each problem once for as long as it
+// is there.
+func (in *inbox) takeCluster(u source.Update, log *slog.Logger) {
+	in.kubernetes, in.changed = u, time.Now()
+	in.count++
+	in.silent = in.silent.Without(service.SourceKubernetes)
+	now := make(map[source.Problem]bool, len(u.Problems))
+	for _, p := range u.Problems {
+		now[p] = true
+		if !in.problems[p] {
+			log.Warn("an object of the cluster makes no sense", "source", "kubernetes", "object", p.Object, "problem", p.Message)
+		}
+	}
+	in.problems = now
+}
+
+// setCluster says whether there is a cluster to follow. Of one that is not followed any
+// more nothing is left.
+func (in *inbox) setCluster(is bool) {
+	switch {
+	case !is:
+		in.kubernetes, in.count, in.problems, in.changed = source.Update{}, 0, nil, time.Time{}
+		in.silent = in.silent.Without(service.SourceKubernetes)
+	case in.count == 0:
+		in.silent = in.silent.With(service.SourceKubernetes)
+	}
+}
