@@ -9,9 +9,7 @@ package config
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -31,43 +29,15 @@ type Config struct {
 	API      API
 }
 
-// Source says where services come from besides the file.
-type Source struct {
-	Kubernetes *Kubernetes // nil: from no cluster
-}
-
-// Kubernetes says how this host is a node of a cluster.
-type Kubernetes struct {
-	Kubeconfig        string         // path; empty: the service account of the pod that this is
-	Node              string         // empty: the environment's NODE_NAME, else the host name
-	NodePortAddresses []netip.Prefix // empty: those that the Node says it has
-	AllowExternalIPs  []netip.Prefix // externalIPs that processes on the nodes are led to, too
-	Untracked         []netip.Prefix // between which connections need not be tracked; sorted
-	Health            netip.AddrPort // of /healthz and /livez
-}
-
-// Equal reports whether both mean the same.
-func (k *Kubernetes) Equal(o *Kubernetes) bool {
-	if k == nil || o == nil {
-		return k == o
-	}
-	return k.Kubeconfig == o.Kubeconfig && k.Node == o.Node && k.Health == o.Health &&
-		slices.Equal(k.NodePortAddresses, o.NodePortAddresses) && slices.Equal(k.AllowExternalIPs, o.AllowExternalIPs) &&
-		slices.Equal(k.Untracked, o.Untracked)
-}
-
-// Scope says whose connections are translated.
-type Scope struct {
-	Cgroup string // path below the root of the cgroup2 hierarchy, "/" for all
-}
-
-// API says where the agent listens for people and scrapers.
-type API struct {
-	Listen netip.AddrPort
-}
-
-// Equal reports whether both mean the same.
-func (a API) Equal(o API) bool { return a == o }
+// fileSchema lists the sections of the file.
+var fileSchema = schema[Config]{what: "the file", fields: []field[Config]{
+	mappings("services", "list of services",
+		"The services of this host. May be `[]`, and may be missing where there is a `source`.",
+		&serviceSchema, (*decoder).services),
+	section("scope", "Whose connections are translated.", &scopeSchema, func(c *Config) *Scope { return &c.Scope }),
+	section("source", "Where services come from besides this file.", &sourceSchema, func(c *Config) *Source { return &c.Source }),
+	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
+}}
 
 // Error is one thing wrong with a file. Line and Column count from 1.
 type Error struct {
@@ -111,10 +81,7 @@ func Parse(name string, data []byte) (*Config, error) {
 	if root == nil {
 		return nil, d.failed()
 	}
-	c := &Config{
-		Scope: Scope{Cgroup: "/"},
-		API:   API{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
-	}
+	c := &Config{Scope: defaultScope, API: defaultAPI}
 	seen := fileSchema.decode(d, root, c)
 	if seen != nil && seen["services"] == nil && seen["source"] == nil {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")

@@ -47,70 +47,6 @@ func (d *decoder) failed() error {
 	return d.errors
 }
 
-// field is one key of a mapping: how it is read and what the documentation says.
-type field[T any] struct {
-	key      string
-	kind     string // for people: "duration", "list of addresses"
-	fallback string // the default, as written; empty: none
-	doc      string
-	required bool
-	set      func(d *decoder, n *yaml.Node, to *T)
-}
-
-// schema is the keys of one kind of mapping, in the order of the documentation.
-type schema[T any] struct {
-	what   string // "a service"
-	fields []field[T]
-}
-
-// decode reads a mapping into to and returns the value nodes by key, or nil
-// when n is no mapping.
-func (s *schema[T]) decode(d *decoder, n *yaml.Node, to *T) map[string]*yaml.Node {
-	n = resolve(n)
-	if n.Kind != yaml.MappingNode {
-		d.errorf(n, "%s must be a mapping with keys such as %q, found %s", s.what, s.fields[0].key, found(n))
-		return nil
-	}
-	seen := make(map[string]*yaml.Node, len(n.Content)/2)
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		key, value := n.Content[i], n.Content[i+1]
-		f := s.find(key.Value)
-		if f == nil {
-			d.errorf(key, "unknown key %q in %s%s", key.Value, s.what, nearest(key.Value, s.keys()))
-			continue
-		}
-		if first, ok := seen[f.key]; ok {
-			d.errorf(key, "key %q stands twice in %s; the first is at line %d", f.key, s.what, first.Line)
-			continue
-		}
-		seen[f.key] = value
-		f.set(d, resolve(value), to)
-	}
-	for _, f := range s.fields {
-		if f.required && seen[f.key] == nil {
-			d.errorf(n, "%s needs the key %q: %s", s.what, f.key, f.kind)
-		}
-	}
-	return seen
-}
-
-func (s *schema[T]) find(key string) *field[T] {
-	for i := range s.fields {
-		if s.fields[i].key == key {
-			return &s.fields[i]
-		}
-	}
-	return nil
-}
-
-func (s *schema[T]) keys() []string {
-	keys := make([]string, len(s.fields))
-	for i, f := range s.fields {
-		keys[i] = f.key
-	}
-	return keys
-}
-
 func resolve(n *yaml.Node) *yaml.Node {
 	if n.Kind == yaml.AliasNode {
 		return n.Alias
@@ -160,35 +96,22 @@ func (d *decoder) integer(n *yaml.Node, low, high int) (int, bool) {
 	return v, true
 }
 
-func (d *decoder) duration(n *yaml.Node, low, high time.Duration) (time.Duration, bool) {
+// duration reads a duration of whole units: of a second, of a millisecond or of any.
+func (d *decoder) duration(n *yaml.Node, low, high, unit time.Duration) (time.Duration, bool) {
 	v, err := time.ParseDuration(n.Value)
 	if n.Kind != yaml.ScalarNode || err != nil || v < low || v > high {
 		d.errorf(n, "want a duration from %s to %s, such as %s, found %s",
 			short(low), short(high), short(max(low, min(high, 2*time.Second))), found(n))
 		return 0, false
 	}
+	if v%unit != 0 {
+		d.errorf(n, "want whole %ss, found %q", units[unit], n.Value)
+		return 0, false
+	}
 	return v, true
 }
 
-// seconds reads a duration of whole seconds, at least one.
-func (d *decoder) seconds(n *yaml.Node, most time.Duration) time.Duration {
-	v, ok := d.duration(n, time.Second, most)
-	if ok && v%time.Second != 0 {
-		d.errorf(n, "want whole seconds, found %q", n.Value)
-		return 0
-	}
-	return v
-}
-
-// milliseconds reads a duration of whole milliseconds.
-func (d *decoder) milliseconds(n *yaml.Node, low, high time.Duration) time.Duration {
-	v, ok := d.duration(n, low, high)
-	if ok && v%time.Millisecond != 0 {
-		d.errorf(n, "want whole milliseconds, found %q", n.Value)
-		return 0
-	}
-	return v
-}
+var units = map[time.Duration]string{time.Second: "second", time.Millisecond: "millisecond"}
 
 // percentage reads 1% to 100%.
 func (d *decoder) percentage(n *yaml.Node) int {
@@ -201,14 +124,14 @@ func (d *decoder) percentage(n *yaml.Node) int {
 	return v
 }
 
-// truth reads true or false; fallback is what a wrong value counts for.
-func (d *decoder) truth(n *yaml.Node, fallback bool) bool {
-	if n.Kind != yaml.ScalarNode || n.Tag != "!!bool" {
-		d.errorf(n, "want true or false, found %s", found(n))
-		return fallback
-	}
+// truth reads true or false.
+func (d *decoder) truth(n *yaml.Node) (is, ok bool) {
 	v, err := strconv.ParseBool(n.Value)
-	return err == nil && v
+	if n.Kind != yaml.ScalarNode || n.Tag != "!!bool" || err != nil {
+		d.errorf(n, "want true or false, found %s", found(n))
+		return false, false
+	}
+	return v, true
 }
 
 // short writes a duration without its zero parts: 3h, not 3h0m0s.

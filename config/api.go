@@ -1,0 +1,29 @@
+package config
+
+import (
+	"net/netip"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// API says where the agent listens for people and scrapers.
+type API struct {
+	Listen netip.AddrPort
+}
+
+// Equal reports whether both mean the same.
+func (a API) Equal(o API) bool { return a == o }
+
+var defaultAPI = API{Listen: netip.MustParseAddrPort("127.0.0.1:9464")}
+
+var apiSchema = schema[API]{what: "api", fields: []field[API]{
+	field[API]{
+		key: "listen", kind: "ADDRESS:PORT",
+		doc: "Address of `/metrics` and `/healthz`.",
+		set: func(d *decoder, n *yaml.Node, to *API) {
+			if v, ok := d.text(n, "an address such as 127.0.0.1:9464"); ok {
+				to.Listen, _ = d.address(n, v, "an address such as 127.0.0.1:9464")
+			}
+		},
+	}.or(defaultAPI.Listen.String()),
+}}

@@ -1,0 +1,322 @@
+package config
+
+import (
+	"regexp"
+	"slices"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/pentad/pentad/service"
+)
+
+// maxBackends bounds the backends of one service.
+const maxBackends = 100_000
+
+var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+var serviceSchema = schema[service.Service]{what: "a service", fields: []field[service.Service]{
+	{
+		key: "name", kind: "DNS label", required: true,
+		doc: "Unique name: lower-case letters, digits and hyphens, at most 63 (RFC 1123, section 2.1).",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			v, ok := d.text(n, "a name such as orders-db")
+			if ok && !dnsLabel.MatchString(v) {
+				d.errorf(n, "want a DNS label: at most 63 lower-case letters, digits and hyphens, found %q", v)
+				return
+			}
+			to.Name = v
+		},
+	},
+	{
+		key: "listen", kind: "list of VIP:PORT[/tcp|udp]", required: true,
+		doc: "The virtual addresses. IPv6 is written `[2001:db8::10]:53/udp`. The address need not lie on any interface.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			at := d.at[to]
+			d.list(n, "a list of listeners, such as [10.96.0.10:3306]", func(e *yaml.Node) {
+				if l, ok := d.listener(e); ok {
+					at.listeners = append(at.listeners, l)
+					at.listenerNodes = append(at.listenerNodes, e)
+				}
+			})
+			if n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
+				d.errorf(n, "a service needs at least one listener, such as 10.96.0.10:3306")
+			}
+			to.Listeners = slices.Clone(at.listeners)
+			slices.SortFunc(to.Listeners, service.Listener.Compare)
+		},
+	},
+	word("balance",
+		"`least-latency`: of two backends drawn by weight the one that has fewer connections times a lower latency, which is the "+
+			"round trip of handshakes and the time from a request to the first byte of its answer. `least-connections`: the same "+
+			"without latency. `random`: by weight, anew for every connection. `source-hash`: a client keeps its backend when "+
+			"others come and go; the client is the source address that the socket bound, else its network namespace.",
+		service.Balances, func(to *service.Service, i int) { to.Balance = service.Balance(i) }).or("least-latency"),
+	section("affinity", "The same client (network namespace) keeps its backend.", &affinitySchema, itself),
+	section("keepalive", "TCP keepalive, set when a socket connects, unless the application has set SO_KEEPALIVE itself.",
+		&keepaliveSchema, func(to *service.Service) *service.Keepalive { return &to.Keepalive }),
+	mapping("breaker", "mapping or off",
+		"When the kernel keeps connections away from a backend by itself. Without this key it ejects backends of TCP services as "+
+			"`{failures: 3, ejection: 10s, maxEjected: 50%}` says; `off`: never.",
+		&breakerSchema, (*decoder).breaker),
+	section("connect", "How TCP connections are made.", &connectSchema, itself),
+	word("onDown",
+		"What happens to the connections to a backend that fails its probe or is removed. `reset`: they are closed at once, so that "+
+			"clients connect anew; connected UDP sockets too. `keep`: they are left alone. Draining never resets.",
+		service.OnDowns, func(to *service.Service, i int) { to.OnDown = service.OnDown(i) }).or("reset"),
+	span("slowStart",
+		"How long a backend that is new among others, or comes back, takes less than its share, which grows from a tenth; 100ms to 1h.",
+		100*time.Millisecond, service.MaxSlowStart, time.Millisecond, func(to *service.Service, v time.Duration) { to.SlowStart = v }),
+	truth("flows", "Whether `pentad flow` is told of the connections of this service.",
+		func(to *service.Service, v bool) { to.Silent = !v }).or("true"),
+	mappings("backends", "list of backends",
+		"The real addresses, each `ADDRESS:PORT` or a mapping. With none, or none usable, connections are refused at once.",
+		&backendSchema, (*decoder).backends).must(),
+	mapping("health", "mapping", "How backends are probed.", &healthSchema, (*decoder).health),
+}}
+
+// itself is for sections that are a part of the service as it is.
+func itself(s *service.Service) *service.Service { return s }
+
+var keepaliveSchema = schema[service.Keepalive]{what: "keepalive", fields: []field[service.Keepalive]{
+	span("idle", "How long a connection is silent before it is probed, 1s to 9h6m7s, in whole seconds.",
+		time.Second, service.MaxKeepalive, time.Second, func(to *service.Keepalive, v time.Duration) { to.Idle = v }).must(),
+	span("interval", "Time between probes, 1s to 9h6m7s, in whole seconds; the host's setting (net.ipv4.tcp_keepalive_intvl) by default.",
+		time.Second, service.MaxKeepalive, time.Second, func(to *service.Keepalive, v time.Duration) { to.Interval = v }),
+	number("probes", "1 to 127",
+		"How many unanswered probes end the connection; the host's setting (net.ipv4.tcp_keepalive_probes) by default.",
+		1, service.MaxKeepaliveProbes, func(to *service.Keepalive, v int) { to.Probes = v }),
+}}
+
+var breakerSchema = schema[service.Breaker]{what: "breaker", fields: []field[service.Breaker]{
+	number("maxConnections", "1 to 1073741824",
+		"Connections that a backend has at most; the next one goes elsewhere. When all have as many, it is refused.",
+		1, service.MaxConnections, func(to *service.Breaker, v int) { to.MaxConnections = v }),
+	number("failures", "0 to 1000",
+		"Failed TCP connects of one client in a row (refused, unreachable, unanswered past connect.timeout, or closed by the server "+
+			"within a second without a byte) that eject a backend for that client; 0: none do. A client is a user in a network namespace and a cgroup.",
+		0, service.MaxFailures, func(to *service.Breaker, v int) { to.Failures = v }).or("3"),
+	span("ejection",
+		"How long an ejected backend gets no connections, 10ms to 1h; 10s by default. It doubles with each repetition, up to ten times. "+
+			"Then one connection tries the backend: it comes back, or is ejected again.",
+		10*time.Millisecond, service.MaxEjection, time.Millisecond, func(to *service.Breaker, v time.Duration) { to.Ejection = v }),
+	{
+		key: "maxEjected", kind: "percentage",
+		doc: "How much of a failover group may be ejected, 1% to 100%; 50% by default. When more is, the whole group is used as if nothing " +
+			"were, unless a later group can serve: rather a doubtful backend than none.",
+		set: func(d *decoder, n *yaml.Node, to *service.Breaker) {
+			to.MaxEjected = d.percentage(n)
+		},
+	},
+}}
+
+var connectSchema = schema[service.Service]{what: "connect", fields: []field[service.Service]{
+	span("timeout",
+		"How long a SYN waits for its answer before it is sent again and counts as a failed connect, 10ms to 1m; 1s without this key. "+
+			"The kernel rounds it up to its tick, 1ms to 10ms.",
+		10*time.Millisecond, service.MaxConnectTimeout, time.Millisecond, func(to *service.Service, v time.Duration) { to.ConnectTimeout = v }).must(),
+}}
+
+var affinitySchema = schema[service.Service]{what: "affinity", fields: []field[service.Service]{
+	span("timeout", "How long after its last connection a client is remembered, 1s to 24h, in whole seconds.",
+		time.Second, 24*time.Hour, time.Second, func(to *service.Service, v time.Duration) { to.Affinity = v }).must(),
+}}
+
+var backendSchema = schema[service.Backend]{what: "a backend", fields: []field[service.Backend]{
+	{
+		key: "address", kind: "ADDRESS:PORT", required: true,
+		doc: "Where connections go.",
+		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+			if v, ok := d.text(n, wantBackend); ok {
+				to.Address, _ = d.address(n, v, wantBackend)
+			}
+		},
+	},
+	number("weight", "0 to 65535", "Share of new connections; 0 takes none.",
+		0, service.MaxWeight, func(to *service.Backend, v int) { to.Weight = uint32(v) }).or("100"),
+	number("group", "0 to 255", "Failover group: group 1 serves only when no backend of group 0 can.",
+		0, service.MaxGroup, func(to *service.Backend, v int) { to.Group = uint32(v) }).or("0"),
+	{
+		key: "zone", kind: "text",
+		doc: "Where the backend stands; shown in lists. At most 63 bytes.",
+		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+			v, ok := d.text(n, "a zone such as b")
+			if ok && len(v) > service.MaxZone {
+				d.errorf(n, "a zone has at most %d bytes, found %d", service.MaxZone, len(v))
+				return
+			}
+			to.Zone = v
+		},
+	},
+}}
+
+const wantBackend = "a backend ADDRESS:PORT, such as 192.0.2.11:3306"
+
+// services reads all services of a file.
+func (d *decoder) services(n *yaml.Node, to *Config) {
+	d.at = make(map[*service.Service]*origin, len(n.Content))
+	to.Services = make([]*service.Service, 0, len(n.Content))
+	d.list(n, "a list of services", func(e *yaml.Node) {
+		to.Services = append(to.Services, d.service(e))
+	})
+}
+
+// service reads one service and checks what concerns several of its keys.
+func (d *decoder) service(n *yaml.Node) *service.Service {
+	s := &service.Service{Balance: service.LeastLatency}
+	at := &origin{name: n}
+	d.at[s] = at
+	seen := serviceSchema.decode(d, n, s)
+	if seen == nil {
+		return s
+	}
+	if seen["name"] != nil {
+		at.name = seen["name"]
+	}
+	if seen["health"] == nil {
+		s.Health = defaultHealth(s)
+	}
+	if seen["breaker"] == nil {
+		s.Breaker = defaultBreaker(s)
+	}
+	d.checkFamilies(seen["backends"], s)
+	d.checkTogether(seen, s)
+	return s
+}
+
+// The defaults of a breaker.
+const (
+	defaultFailures   = 3
+	defaultEjection   = 10 * time.Second
+	defaultMaxEjected = 50
+)
+
+// defaultBreaker is the breaker of a service that says nothing of one. Only TCP has
+// connects that fail.
+func defaultBreaker(s *service.Service) service.Breaker {
+	if onlyUDP(s) {
+		return service.Breaker{}
+	}
+	return service.Breaker{Failures: defaultFailures, Ejection: defaultEjection, MaxEjected: defaultMaxEjected}
+}
+
+// breaker reads a breaker, or the word that there is none, and refuses keys that
+// say nothing because of another.
+func (d *decoder) breaker(n *yaml.Node, s *service.Service) {
+	if n.Kind == yaml.ScalarNode && n.Value == "off" {
+		s.Breaker = service.Breaker{}
+		return
+	}
+	if n.Kind != yaml.MappingNode {
+		d.errorf(n, "want a mapping such as {failures: 3}, or off, found %s", found(n))
+		return
+	}
+	s.Breaker = service.Breaker{Failures: defaultFailures, Ejection: defaultEjection, MaxEjected: defaultMaxEjected}
+	seen := breakerSchema.decode(d, n, &s.Breaker)
+	if seen == nil {
+		return
+	}
+	if len(seen) == 0 {
+		d.errorf(n, "breaker needs a key; without breaker the defaults hold, and the word off ends them")
+	}
+	if s.Breaker.Failures > 0 {
+		return
+	}
+	s.Breaker.Ejection, s.Breaker.MaxEjected = 0, 0
+	for _, key := range []string{"ejection", "maxEjected"} {
+		if seen[key] != nil {
+			d.errorf(seen[key], "%q says nothing with \"failures: 0\": nothing is ever ejected", key)
+		}
+	}
+}
+
+// checkTogether finds keys of a service that contradict each other.
+func (d *decoder) checkTogether(seen map[string]*yaml.Node, s *service.Service) {
+	if s.SlowStart > 0 && s.Balance == service.SourceHash {
+		d.errorf(seen["slowStart"], "slowStart cannot be had with balance source-hash: a client has one place, now or never")
+	}
+	if !onlyUDP(s) {
+		return
+	}
+	for key, what := range map[string]string{"connect": "sends no SYN", "keepalive": "has no keepalive"} {
+		if seen[key] != nil {
+			d.errorf(seen[key], "%q concerns TCP: a service whose listeners are all UDP %s", key, what)
+		}
+	}
+	if seen["breaker"] != nil && s.Breaker != (service.Breaker{}) {
+		d.errorf(seen["breaker"], "\"breaker\" counts TCP connections: a service whose listeners are all UDP has none")
+	}
+}
+
+// backends reads the backends of a service.
+func (d *decoder) backends(n *yaml.Node, to *service.Service) {
+	to.Backends = make([]service.Backend, 0, len(n.Content))
+	d.list(n, "a list of backends, such as [192.0.2.11:3306]", func(e *yaml.Node) { d.backend(e, to) })
+	if len(to.Backends) > maxBackends {
+		d.errorf(n, "a service has at most %d backends, found %d", maxBackends, len(to.Backends))
+	}
+}
+
+// backend reads the short or the long form and appends it to the service.
+func (d *decoder) backend(n *yaml.Node, to *service.Service) {
+	b := service.Backend{Weight: service.DefaultWeight}
+	if n.Kind == yaml.MappingNode {
+		backendSchema.decode(d, n, &b)
+	} else if v, ok := d.text(n, wantBackend); ok {
+		b.Address, _ = d.address(n, v, wantBackend)
+	}
+	to.Backends = append(to.Backends, b)
+}
+
+// checkFamilies finds backends that no listener can use, listeners that no
+// backend can serve, and backends that stand twice.
+func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
+	if list == nil || len(s.Listeners) == 0 {
+		return
+	}
+	list = resolve(list)
+	var wanted, offered [2]bool
+	for _, l := range s.Listeners {
+		wanted[family(l.Address.Addr().Is4())] = true
+	}
+	first := make(map[string]int, len(s.Backends))
+	for i, b := range s.Backends {
+		if !b.Address.IsValid() || b.Address.Port() == 0 {
+			continue
+		}
+		f := family(b.Address.Addr().Is4())
+		offered[f] = true
+		at := list.Content[i]
+		if !wanted[f] {
+			d.errorf(at, "service %s: backend %s is %s but no listener is; give it a listener of that family",
+				s.Name, b.Address, families[f])
+		}
+		key := b.Address.String()
+		if j, ok := first[key]; ok {
+			d.errorf(at, "service %s: backend %s already stands at line %d; give one of them the weight of both",
+				s.Name, b.Address, list.Content[j].Line)
+			continue
+		}
+		first[key] = i
+	}
+	for f := range families {
+		if wanted[f] && !offered[f] && offered[1-f] {
+			d.errorf(list, "service %s: a listener is %s but no backend is; give it a backend of that family",
+				s.Name, families[f])
+		}
+	}
+}
+
+var families = [2]string{"IPv4", "IPv6"}
+
+func family(v4 bool) int {
+	if v4 {
+		return 0
+	}
+	return 1
+}
+
+func onlyUDP(s *service.Service) bool {
+	isTCP := func(l service.Listener) bool { return l.Protocol == service.TCP }
+	return len(s.Listeners) > 0 && !slices.ContainsFunc(s.Listeners, isTCP)
+}
