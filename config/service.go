@@ -277,19 +277,19 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 	list = resolve(list)
 	var wanted, offered [2]bool
 	for _, l := range s.Listeners {
-		wanted[family(l.Address.Addr().Is4())] = true
+		wanted[service.FamilyOf(l.Address.Addr()).Index()] = true
 	}
 	first := make(map[string]int, len(s.Backends))
 	for i, b := range s.Backends {
 		if !b.Address.IsValid() || b.Address.Port() == 0 {
 			continue
 		}
-		f := family(b.Address.Addr().Is4())
+		f := service.FamilyOf(b.Address.Addr()).Index()
 		offered[f] = true
 		at := list.Content[i]
 		if !wanted[f] {
 			d.errorf(at, "service %s: backend %s is %s but no listener is; give it a listener of that family",
-				s.Name, b.Address, families[f])
+				s.Name, b.Address, service.EachFamily[f])
 		}
 		key := b.Address.String()
 		if j, ok := first[key]; ok {
@@ -299,21 +299,12 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 		}
 		first[key] = i
 	}
-	for f := range families {
+	for f := range service.EachFamily {
 		if wanted[f] && !offered[f] && offered[1-f] {
 			d.errorf(list, "service %s: a listener is %s but no backend is; give it a backend of that family",
-				s.Name, families[f])
+				s.Name, service.EachFamily[f])
 		}
 	}
-}
-
-var families = [2]string{"IPv4", "IPv6"}
-
-func family(v4 bool) int {
-	if v4 {
-		return 0
-	}
-	return 1
 }
 
 func onlyUDP(s *service.Service) bool {

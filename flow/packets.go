@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/pentad/pentad/ipam"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/service"
 )
@@ -57,7 +58,7 @@ func addresses(m nat.Mapping) []string {
 // nobody says what becomes of packets to an address that only a service can have,
 // where none listens. It reports whether it is such an address.
 func (e *Explanation) nobody(v *nat.View, dest service.Listener) bool {
-	reserved, found := nat.Within(v.Reserved, dest.Address.Addr())
+	reserved, found := ipam.Find(v.Reserved, dest.Address.Addr())
 	if !found {
 		return false
 	}
@@ -68,14 +69,14 @@ func (e *Explanation) nobody(v *nat.View, dest service.Listener) bool {
 				has = append(has, fmt.Sprintf("%s (%s)", m.Listener, m.Service))
 			}
 		}
-		e.step("reserved", "%s is for Services alone, and one has this address", reserved)
+		e.step("reserved", "%s is for Services alone, and one has this address", reserved.Short())
 		e.conclude(false, "The connection to %s is refused, because the Service with this address has no such port; it has %s.",
 			dest, strings.Join(slices.Compact(has), ", "))
 		return true
 	}
-	e.step("reserved", "%s is for Services alone, and none has this address", reserved)
+	e.step("reserved", "%s is for Services alone, and none has this address", reserved.Short())
 	e.conclude(false, "Packets to %s are dropped, because no Service has this address of the range %s, which the cluster keeps for Services: "+
-		"look for the address in `kubectl get services -A`; a client may remember that of a deleted Service.", dest, reserved)
+		"look for the address in `kubectl get services -A`; a client may remember that of a deleted Service.", dest, reserved.Short())
 	return true
 }
 
@@ -121,8 +122,8 @@ func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
 	e := &Explanation{}
 	dest := service.Listener{Address: q.Destination, Protocol: q.Protocol}
 	place, whose := service.FromWorld, "another host"
-	if r, guest := nat.Within(v.Guests, from); guest {
-		place, whose = service.FromGuests, fmt.Sprintf("a guest of this host (%s)", r)
+	if r, guest := ipam.Find(v.Guests, from); guest {
+		place, whose = service.FromGuests, fmt.Sprintf("a guest of this host (%s)", r.Short())
 	}
 	e.step("client", "%s, %s", from, whose)
 	if from.Is4() != dest.Address.Addr().Is4() {
@@ -144,21 +145,21 @@ func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
 		return e.conclude(false, "%s is refused at %s, because no backend of the service %s is usable.", from, dest, m.Service)
 	}
 	if m.Listener.Guarded {
-		r, in := nat.Within(m.Sources, from)
+		r, in := ipam.Find(m.Sources, from)
 		if !in {
 			e.step("source ranges", "none contains %s", from)
 			return e.conclude(false, "Packets from %s to %s are dropped, because the address is in none of the source ranges of the service %s: %s.",
 				from, dest, m.Service, ranges(m.Sources))
 		}
-		e.step("source ranges", "%s contains it", r)
+		e.step("source ranges", "%s contains it", r.Short())
 	}
 	return e.mapping(v, m, from)
 }
 
-func ranges(all []nat.Range) string {
+func ranges(all []ipam.Range) string {
 	words := make([]string, len(all))
 	for i, r := range all {
-		words[i] = r.String()
+		words[i] = r.Short()
 	}
 	return strings.Join(words, ", ")
 }
@@ -232,7 +233,7 @@ func (e *Explanation) mapping(v *nat.View, m nat.Mapping, from netip.Addr) *Expl
 
 // sourceOf says whether a backend sees the client's address, and why.
 func sourceOf(v *nat.View, b nat.Share, from netip.Addr) (text string, keeps bool) {
-	_, guest := nat.Within(v.Guests, from)
+	_, guest := ipam.Find(v.Guests, from)
 	switch {
 	case b.Address.Addr() == from:
 		return "the client itself, which would answer itself directly: it sees an address of this host instead", false

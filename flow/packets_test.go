@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pentad/pentad/ipam"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/service"
 )
@@ -31,11 +32,11 @@ func view() *nat.View {
 			{Service: "shop/local:http/external", Listener: l("198.51.100.1:80", service.FromWorld), Dropped: true},
 			{Service: "shop/guests:http", Listener: l("198.51.100.2:80", service.FromGuests), Backends: []nat.Share{far}, Hashed: true},
 			{Service: "shop/few:http", Listener: guarded, Backends: []nat.Share{near},
-				Sources: []nat.Range{{First: netip.MustParseAddr("192.0.2.0"), Last: netip.MustParseAddr("192.0.2.255")}}},
+				Sources: []ipam.Range{{First: netip.MustParseAddr("192.0.2.0"), Last: netip.MustParseAddr("192.0.2.255")}}},
 			{Service: "shop/none:http", Listener: l("10.96.0.2:80", all)},
 		},
-		Guests:   []nat.Range{{First: netip.MustParseAddr("10.244.1.0"), Last: netip.MustParseAddr("10.244.1.255")}},
-		Reserved: []nat.Range{{First: netip.MustParseAddr("10.96.0.0"), Last: netip.MustParseAddr("10.96.255.255")}},
+		Guests:   []ipam.Range{{First: netip.MustParseAddr("10.244.1.0"), Last: netip.MustParseAddr("10.244.1.255")}},
+		Reserved: []ipam.Range{{First: netip.MustParseAddr("10.96.0.0"), Last: netip.MustParseAddr("10.96.255.255")}},
 	}
 }
 

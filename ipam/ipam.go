@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/pentad/pentad/service"
 )
 
 // Range is a range of addresses of one family, both ends included.
@@ -24,7 +26,7 @@ var ErrRange = errors.New("want a prefix such as 192.0.2.0/24 or a range such as
 // ParseRange reads a prefix (all its addresses) or a range FIRST-LAST.
 func ParseRange(text string) (Range, error) {
 	if p, err := netip.ParsePrefix(strings.TrimSpace(text)); err == nil && !p.Addr().Is4In6() {
-		return prefixRange(p), nil
+		return RangeOf(p), nil
 	}
 	first, last, ok := strings.Cut(text, "-")
 	a, err1 := netip.ParseAddr(strings.TrimSpace(first))
@@ -38,7 +40,8 @@ func ParseRange(text string) (Range, error) {
 	return Range{a, b}, nil
 }
 
-func prefixRange(p netip.Prefix) Range {
+// RangeOf returns the addresses of a prefix.
+func RangeOf(p netip.Prefix) Range {
 	p = p.Masked()
 	last := p.Addr().AsSlice()
 	for i := p.Bits(); i < len(last)*8; i++ {
@@ -53,13 +56,36 @@ func (r Range) Contains(a netip.Addr) bool {
 	return a.Is4() == r.First.Is4() && !a.Less(r.First) && !r.Last.Less(a)
 }
 
+// Find returns the first of several ranges that contains an address, and false when
+// none does.
+func Find(ranges []Range, a netip.Addr) (Range, bool) {
+	i := slices.IndexFunc(ranges, func(r Range) bool { return r.Contains(a) })
+	if i < 0 {
+		return Range{}, false
+	}
+	return ranges[i], true
+}
+
+// Compare orders ranges by their first addresses.
+func (r Range) Compare(o Range) int { return r.First.Compare(o.First) }
+
 // Overlaps reports whether two ranges share an address.
 func (r Range) Overlaps(o Range) bool {
 	return r.First.Is4() == o.First.Is4() && !r.Last.Less(o.First) && !o.Last.Less(r.First)
 }
 
-// String writes the range as ParseRange reads it.
+// String writes the range by its ends, as ParseRange reads it.
 func (r Range) String() string { return r.First.String() + "-" + r.Last.String() }
+
+// Short writes the range as a prefix if it is one, else by its ends.
+func (r Range) Short() string {
+	for bits := range r.First.BitLen() + 1 {
+		if p := netip.PrefixFrom(r.First, bits); RangeOf(p) == r {
+			return p.String()
+		}
+	}
+	return r.String()
+}
 
 // Pool is addresses for those that it is meant for.
 type Pool struct {
@@ -183,14 +209,16 @@ type place struct {
 	r    Range
 }
 
-func (c *Claim) wants(v4 bool) bool { return v4 && c.V4 || !v4 && c.V6 }
+func (c *Claim) wants(f service.Family) bool {
+	return f == service.V4 && c.V4 || f == service.V6 && c.V6
+}
 
 // keep returns what the claim has and may keep: of each family what it asks for, or
 // else what it has until it can have that.
 func (t *table) keep(c *Claim) []netip.Addr {
 	var kept []netip.Addr
-	for _, v4 := range []bool{true, false} {
-		if a, ok := t.best(c, v4); ok {
+	for _, f := range service.EachFamily {
+		if a, ok := t.best(c, f); ok {
 			t.take(a, c)
 			kept = append(kept, a)
 		}
@@ -198,9 +226,9 @@ func (t *table) keep(c *Claim) []netip.Addr {
 	return kept
 }
 
-func (t *table) best(c *Claim, v4 bool) (best netip.Addr, ok bool) {
+func (t *table) best(c *Claim, f service.Family) (best netip.Addr, ok bool) {
 	for _, a := range c.Current {
-		if a.Is4() != v4 || !c.wants(v4) || !t.free(a, c) || c.Foreign && !t.pooled(a) {
+		if service.FamilyOf(a) != f || !c.wants(f) || !t.free(a, c) || c.Foreign && !t.pooled(a) {
 			continue
 		}
 		if c.asksFor(a, t) {
@@ -254,17 +282,17 @@ func (t *table) give(a netip.Addr, c *Claim) {
 func (t *table) complete(c *Claim, kept []netip.Addr) Result {
 	r := Result{Owner: c.Owner, Reason: Allocated}
 	var without []Result // families that are done without
-	for _, v4 := range []bool{true, false} {
-		if !c.wants(v4) {
+	for _, f := range service.EachFamily {
+		if !c.wants(f) {
 			continue
 		}
-		i := slices.IndexFunc(kept, func(a netip.Addr) bool { return a.Is4() == v4 })
+		i := slices.IndexFunc(kept, func(a netip.Addr) bool { return service.FamilyOf(a) == f })
 		if i >= 0 && c.asksFor(kept[i], t) {
 			r.Addresses = append(r.Addresses, kept[i])
 			r.note(t.stillPooled(kept[i]))
 			continue
 		}
-		a, reason, message := t.find(c, v4)
+		a, reason, message := t.find(c, f)
 		switch {
 		case reason == Allocated:
 			if i >= 0 {
@@ -275,7 +303,7 @@ func (t *table) complete(c *Claim, kept []netip.Addr) Result {
 		case i >= 0:
 			r.Addresses = append(r.Addresses, kept[i])
 			r.note(reason, fmt.Sprintf("%s; it keeps %s until then", message, kept[i]))
-		case c.Optional && c.wants(!v4) && (reason == NoPool || reason == Invalid || reason == UnknownPool):
+		case c.Optional && c.wants(f.Other()) && (reason == NoPool || reason == Invalid || reason == UnknownPool):
 			without = append(without, Result{Reason: reason, Message: message})
 		default:
 			r.note(reason, message)
@@ -305,37 +333,33 @@ func (t *table) stillPooled(a netip.Addr) (Reason, string) {
 }
 
 // find looks for an address of a family.
-func (t *table) find(c *Claim, v4 bool) (netip.Addr, Reason, string) {
+func (t *table) find(c *Claim, f service.Family) (netip.Addr, Reason, string) {
 	if len(c.Addresses) > 0 {
-		return t.findAsked(c, v4)
-	}
-	family := "IPv6"
-	if v4 {
-		family = "IPv4"
+		return t.findAsked(c, f)
 	}
 	var full []string
 	for i := range t.pools {
 		p := &t.pools[i]
 		if c.Pool != "" && p.Name != c.Pool || c.Pool == "" && !p.Auto || !p.admits(c.Owner) ||
-			!slices.ContainsFunc(p.Ranges, func(r Range) bool { return r.First.Is4() == v4 }) {
+			!slices.ContainsFunc(p.Ranges, func(r Range) bool { return service.FamilyOf(r.First) == f }) {
 			continue
 		}
-		if a, ok := t.firstFree(p, c, v4); ok {
+		if a, ok := t.firstFree(p, c, f); ok {
 			return a, Allocated, ""
 		}
 		full = append(full, p.Name)
 	}
 	switch {
 	case len(full) > 0:
-		return netip.Addr{}, Exhausted, fmt.Sprintf("no %s address is left in the pool %s; extend it or delete what is not needed", family, strings.Join(full, ", "))
+		return netip.Addr{}, Exhausted, fmt.Sprintf("no %s address is left in the pool %s; extend it or delete what is not needed", f, strings.Join(full, ", "))
 	case c.Pool != "":
-		return netip.Addr{}, UnknownPool, fmt.Sprintf("there is no pool %s with %s addresses that is meant for this", c.Pool, family)
+		return netip.Addr{}, UnknownPool, fmt.Sprintf("there is no pool %s with %s addresses that is meant for this", c.Pool, f)
 	}
-	return netip.Addr{}, NoPool, fmt.Sprintf("no pool with %s addresses is meant for this; create an AddressPool, or ask for one by name", family)
+	return netip.Addr{}, NoPool, fmt.Sprintf("no pool with %s addresses is meant for this; create an AddressPool, or ask for one by name", f)
 }
 
-func (t *table) findAsked(c *Claim, v4 bool) (netip.Addr, Reason, string) {
-	i := slices.IndexFunc(c.Addresses, func(a netip.Addr) bool { return a.Is4() == v4 })
+func (t *table) findAsked(c *Claim, f service.Family) (netip.Addr, Reason, string) {
+	i := slices.IndexFunc(c.Addresses, func(a netip.Addr) bool { return service.FamilyOf(a) == f })
 	if i < 0 {
 		return netip.Addr{}, Invalid, "addresses are asked for, but none of one of its families; ask for one of each"
 	}
@@ -355,14 +379,14 @@ func (t *table) findAsked(c *Claim, v4 bool) (netip.Addr, Reason, string) {
 // firstFree looks for an address that nobody has, or that others share with the
 // claim. Hardly anything becomes free while it is decided, so that each address of a
 // range is looked at once.
-func (t *table) firstFree(p *Pool, c *Claim, v4 bool) (netip.Addr, bool) {
+func (t *table) firstFree(p *Pool, c *Claim, f service.Family) (netip.Addr, bool) {
 	if c.Share != "" {
-		if a, ok := t.shared(p, c, v4); ok {
+		if a, ok := t.shared(p, c, f); ok {
 			return a, true
 		}
 	}
 	for _, r := range p.Ranges {
-		if r.First.Is4() != v4 {
+		if service.FamilyOf(r.First) != f {
 			continue
 		}
 		at := place{p.Name, r}
@@ -386,9 +410,9 @@ func (t *table) firstFree(p *Pool, c *Claim, v4 bool) (netip.Addr, bool) {
 
 // shared returns the lowest address that others with the same key have and that
 // has the ports of the claim free.
-func (t *table) shared(p *Pool, c *Claim, v4 bool) (best netip.Addr, ok bool) {
+func (t *table) shared(p *Pool, c *Claim, f service.Family) (best netip.Addr, ok bool) {
 	for a, holders := range t.holders {
-		if a.Is4() != v4 || len(holders) == 0 || !p.has(a) || holders[0].Share != c.Share || !t.free(a, c) || ok && best.Less(a) {
+		if service.FamilyOf(a) != f || len(holders) == 0 || !p.has(a) || holders[0].Share != c.Share || !t.free(a, c) || ok && best.Less(a) {
 			continue
 		}
 		best, ok = a, true

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/pentad/pentad/service"
 )
 
 func ranges(t *testing.T, texts ...string) []Range {
@@ -237,7 +239,7 @@ func (h *history) check(results []Result) string {
 			return c.Owner + " has two of a family"
 		}
 		for _, a := range r.Addresses {
-			if !c.wants(a.Is4()) {
+			if !c.wants(service.FamilyOf(a)) {
 				return c.Owner + " has a family that it does not want"
 			}
 			if !slices.Contains(c.Current, a) && !slices.ContainsFunc(h.pools, func(p Pool) bool { return p.has(a) }) {
@@ -266,7 +268,7 @@ func (h *history) check(results []Result) string {
 func (h *history) checkOne(c *Claim, r Result, holders map[netip.Addr][]*Claim) string {
 	plain := len(c.Addresses) == 0 && c.Pool == ""
 	for _, a := range c.Current {
-		if !plain || !c.wants(a.Is4()) || slices.Contains(r.Addresses, a) {
+		if !plain || !c.wants(service.FamilyOf(a)) || slices.Contains(r.Addresses, a) {
 			continue
 		}
 		// Lost: somebody who did not share it must have had it as well.
@@ -282,13 +284,13 @@ func (h *history) checkOne(c *Claim, r Result, holders map[netip.Addr][]*Claim) 
 		if plain && !p.Auto || c.Pool != "" && p.Name != c.Pool {
 			continue
 		}
-		for _, v4 := range []bool{true, false} {
-			if !c.wants(v4) || slices.ContainsFunc(r.Addresses, func(a netip.Addr) bool { return a.Is4() == v4 }) {
+		for _, f := range service.EachFamily {
+			if !c.wants(f) || slices.ContainsFunc(r.Addresses, func(a netip.Addr) bool { return service.FamilyOf(a) == f }) {
 				continue
 			}
 			for _, x := range p.Ranges {
 				for a := x.First; !x.Last.Less(a); a = a.Next() {
-					if a.Is4() == v4 && !p.avoids(a) && len(holders[a]) == 0 {
+					if service.FamilyOf(a) == f && !p.avoids(a) && len(holders[a]) == 0 {
 						return fmt.Sprintf("%s goes without although %s is free", c.Owner, a)
 					}
 				}

@@ -226,12 +226,6 @@ func (s State) String() string {
 	return fmt.Sprintf("state %d", uint8(s))
 }
 
-// Families says something of each family of addresses.
-type Families struct{ V4, V6 bool }
-
-// Has is what it says of the family of an address.
-func (f Families) Has(a netip.Addr) bool { return a.Is4() && f.V4 || a.Is6() && f.V6 }
-
 // Service is a set of virtual addresses and the backends behind them. It is
 // immutable once it is part of a Snapshot.
 type Service struct {
@@ -412,9 +406,9 @@ func (s *Service) Closes(b Backend) bool {
 
 // ServingGroup returns the lowest group that has a usable backend of the
 // family, and false when no group has one.
-func (s *Service) ServingGroup(v4 bool) (group uint32, ok bool) {
+func (s *Service) ServingGroup(family Family) (group uint32, ok bool) {
 	for _, b := range s.Backends {
-		if b.Address.Addr().Is4() != v4 || !b.Usable() {
+		if FamilyOf(b.Address.Addr()) != family || !b.Usable() {
 			continue
 		}
 		if !ok || b.Group < group {
@@ -428,15 +422,12 @@ func (s *Service) ServingGroup(v4 bool) (group uint32, ok bool) {
 // families fail over apart from each other.
 func (s *Service) States() []State {
 	var group [2]uint32
-	group[0], _ = s.ServingGroup(true)
-	group[1], _ = s.ServingGroup(false)
+	for _, f := range EachFamily {
+		group[f.Index()], _ = s.ServingGroup(f)
+	}
 	states := make([]State, len(s.Backends))
 	for i, b := range s.Backends {
-		g := group[0]
-		if !b.Address.Addr().Is4() {
-			g = group[1]
-		}
-		states[i] = b.state(g)
+		states[i] = b.state(group[FamilyOf(b.Address.Addr()).Index()])
 	}
 	return states
 }

@@ -57,7 +57,7 @@ func shares(table []Slot, backends int) []float64 {
 
 // firstTable returns the table of the group that serves, or nil.
 func firstTable(s *Service) []Slot {
-	if tables := s.Tables(true); len(tables) > 0 {
+	if tables := s.Tables(V4); len(tables) > 0 {
 		return tables[0]
 	}
 	return nil
@@ -74,7 +74,7 @@ func checkTables(t *testing.T, s *Service) {
 		}
 	}
 	order := slices.Sorted(maps.Keys(groups))
-	tables := s.Tables(true)
+	tables := s.Tables(V4)
 	if s.Balance == SourceHash && len(order) > 0 {
 		// 256 slots a backend and more: within one percent.
 		checkTable(t, s, tables[0], order[0], 0.01)

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"hash/fnv"
 	"maps"
 	"math"
@@ -22,11 +23,11 @@ type Slot struct {
 // one for every failover group that has a usable backend, in the order of the
 // groups: none when no backend is usable. With SourceHash the first is a
 // consistent-hash table, and the second the alias table of the same group.
-func (s *Service) Tables(v4 bool) [][]Slot {
+func (s *Service) Tables(family Family) [][]Slot {
 	groups := make(map[uint32][]int)
 	configured := 0
 	for i, b := range s.Backends {
-		if b.Address.Addr().Is4() != v4 {
+		if FamilyOf(b.Address.Addr()) != family {
 			continue
 		}
 		configured++
@@ -52,13 +53,13 @@ const CostUnit = 256
 // times the mean weight of its group and family divided by its own weight.
 func (s *Service) Costs() []uint32 {
 	type peers struct {
-		group uint32
-		v4    bool
+		group  uint32
+		family Family
 	}
 	total, members := make(map[peers]uint64), make(map[peers]uint64)
 	for _, b := range s.Backends {
 		if b.Weight > 0 {
-			p := peers{b.Group, b.Address.Addr().Is4()}
+			p := peers{b.Group, FamilyOf(b.Address.Addr())}
 			total[p] += uint64(b.Weight)
 			members[p]++
 		}
@@ -66,7 +67,7 @@ func (s *Service) Costs() []uint32 {
 	costs := make([]uint32, len(s.Backends))
 	for i, b := range s.Backends {
 		if b.Weight > 0 {
-			p := peers{b.Group, b.Address.Addr().Is4()}
+			p := peers{b.Group, FamilyOf(b.Address.Addr())}
 			costs[i] = uint32(max(1, CostUnit*total[p]/(members[p]*uint64(b.Weight))))
 		}
 	}
@@ -138,15 +139,15 @@ func maglevSize(sizes []maglevBound, configured int) int {
 // indices into Backends, for places where slots are dear: weights are met to one
 // of 251 slots (16 backends), 4,093 (256) or 65,521. It is nil when no backend is
 // usable.
-func (s *Service) CoarseTable(v4 bool) []int {
-	group, ok := s.ServingGroup(v4)
+func (s *Service) CoarseTable(family Family) []int {
+	group, ok := s.ServingGroup(family)
 	if !ok {
 		return nil
 	}
 	var members []int
 	configured := 0
 	for i, b := range s.Backends {
-		if b.Address.Addr().Is4() != v4 {
+		if FamilyOf(b.Address.Addr()) != family {
 			continue
 		}
 		configured++
@@ -233,46 +234,47 @@ func mix(x uint64) uint64 {
 	return x ^ x>>33
 }
 
-// setQuotas shares size out by weight. A member with a weight so small that its
-// share is less than half a slot gets one: a usable backend is used.
+// setQuotas shares size out by weight.
 func setQuotas(order []turn, backends []Backend, size int) {
-	var total, lightest uint64 = 0, math.MaxUint64
-	for _, t := range order {
-		w := uint64(backends[t.member].Weight)
-		total += w
-		lightest = min(lightest, w)
+	weights := make([]uint32, len(order))
+	lightest := uint32(math.MaxUint32)
+	for i, t := range order {
+		weights[i] = backends[t.member].Weight
+		lightest = min(lightest, weights[i])
+	}
+	for i, quota := range Apportion(weights, size) {
+		order[i].quota = quota
+		order[i].pace = max(1, int(weights[i]/lightest))
+	}
+}
+
+// Apportion divides places by weight with the method of largest remainders. A weight so
+// small that its share is less than half a place gets one: a usable backend is used.
+// Weights are above 0, and there are as many places at least.
+func Apportion(weights []uint32, places int) []int {
+	var total uint64
+	for _, w := range weights {
+		total += uint64(w)
 	}
 	given := 0
-	rest := make([]int, len(order))
-	for i := range order {
-		w := uint64(backends[order[i].member].Weight)
-		share := w * uint64(size)
-		order[i].quota = max(1, int(share/total))
-		order[i].pace = max(1, int(w/lightest))
-		given += order[i].quota
+	shares := make([]int, len(weights))
+	rest := make([]int, len(weights)) // in the order of their remainders
+	for i, w := range weights {
+		shares[i] = max(1, int(uint64(w)*uint64(places)/total))
+		given += shares[i]
 		rest[i] = i
 	}
-	slices.SortStableFunc(rest, func(a, b int) int {
-		remainder := func(i int) uint64 {
-			return uint64(backends[order[i].member].Weight) * uint64(size) % total
-		}
-		ra, rb := remainder(a), remainder(b)
-		switch {
-		case ra > rb:
-			return -1
-		case ra < rb:
-			return 1
-		}
-		return 0
-	})
-	for i := 0; given < size; i = (i + 1) % len(rest) {
-		order[rest[i]].quota++
+	remainder := func(i int) uint64 { return uint64(weights[i]) * uint64(places) % total }
+	slices.SortStableFunc(rest, func(a, b int) int { return cmp.Compare(remainder(b), remainder(a)) })
+	for i := 0; given < places; i = (i + 1) % len(rest) {
+		shares[rest[i]]++
 		given++
 	}
-	for i := len(rest) - 1; given > size; i = (i + len(rest) - 1) % len(rest) {
-		if t := &order[rest[i]]; t.quota > 1 {
-			t.quota--
+	for i := len(rest) - 1; given > places; i = (i + len(rest) - 1) % len(rest) {
+		if shares[rest[i]] > 1 {
+			shares[rest[i]]--
 			given--
 		}
 	}
+	return shares
 }

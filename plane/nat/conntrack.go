@@ -86,11 +86,11 @@ func (s stale) untranslated(at service.Listener) {
 // targetsAt returns the backends to which a listener leads, whoever comes.
 func targetsAt(at service.Listener, of []*service.Service, slots slotTable) []netip.AddrPort {
 	world, guests := leads(at, of)
-	v4 := at.Address.Addr().Is4()
+	family := service.FamilyOf(at.Address.Addr())
 	var all []netip.AddrPort
 	for _, w := range []*lead{world, guests} {
 		if w != nil {
-			all = append(all, slots.of(w.to, v4)...)
+			all = append(all, slots.of(w.to, family)...)
 		}
 	}
 	slices.SortFunc(all, netip.AddrPort.Compare)
@@ -116,8 +116,8 @@ func (s stale) found(c *change) {
 	each := func(all []element, do func(flow)) {
 		for _, e := range all {
 			if e.in.name == setSlots || e.in.name == setMembers {
-				l, _ := splitListener(e.key, e.in.v4)
-				do(flow{l.Protocol, l.Address, splitTarget(e.data, e.in.v4)})
+				l, _ := splitListener(e.key, e.in.family)
+				do(flow{l.Protocol, l.Address, splitTarget(e.data, e.in.family)})
 			}
 		}
 	}
@@ -125,7 +125,7 @@ func (s stale) found(c *change) {
 	each(c.add, func(f flow) { delete(s, f) }) // it has another slot
 	for _, e := range c.add {
 		if (e.in.name == setServices || e.in.name == setGuestsTo) && e.data != chainDrop && e.data != chainRefuse {
-			l, _ := splitListener(e.key, e.in.v4)
+			l, _ := splitListener(e.key, e.in.family)
 			s.untranslated(l)
 		}
 	}

@@ -1,7 +1,6 @@
 package nat
 
 import (
-	"cmp"
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
@@ -10,13 +9,14 @@ import (
 	"slices"
 	"time"
 
+	"github.com/pentad/pentad/ipam"
 	"github.com/pentad/pentad/service"
 )
 
 // set names one set or map of the table, for one family.
 type set struct {
-	name setName
-	v4   bool
+	name   setName
+	family service.Family
 }
 
 type setName uint8
@@ -60,7 +60,7 @@ const maxSlots = 256
 
 // chain describes a chain that leads to a backend: what its name says.
 type chain struct {
-	v4       bool
+	family   service.Family
 	guests   bool // slots from guestSlots on
 	slots    int  // 0: the second half of a chain with affinity
 	hashed   bool // the slot is a hash of the client's address
@@ -77,16 +77,16 @@ type chain struct {
 
 // sticks returns the chain to which one with affinity leads: it remembers the
 // backend whose number is known.
-func (c chain) sticks() chain { return chain{v4: c.v4, affinity: c.affinity, home: c.home} }
+func (c chain) sticks() chain { return chain{family: c.family, affinity: c.affinity, home: c.home} }
 
 // homeOf is made of a service's name, so that a client is known at all its listeners,
 // whatever these become. It has the form of a listener's key, which nft(8) can list, and
 // is none's: no protocol has the number that follows the address.
-func homeOf(name string, v4 bool) string {
+func homeOf(name string, family service.Family) string {
 	h := fnv.New128a()
 	h.Write([]byte(name))
 	sum := h.Sum(nil)
-	n := addressLength(v4)
+	n := family.Length()
 	return string(sum[:n]) + string([]byte{homeProtocol, 0, 0, 0}) + string(sum[n%16:n%16+2]) + "\x00\x00"
 }
 
@@ -104,9 +104,9 @@ func (c chain) name() string {
 		return fmt.Sprintf("%s%d-%08x", rawMark, len(pairsOf(c.untracked)), h.Sum32())
 	}
 	if c.slots == 0 {
-		return fmt.Sprintf("stick%d-%d", family(c.v4), c.affinity/time.Second) + c.homeName()
+		return fmt.Sprintf("stick%d-%d", c.family, c.affinity/time.Second) + c.homeName()
 	}
-	name := fmt.Sprintf("backend%d-%d", family(c.v4), c.slots)
+	name := fmt.Sprintf("backend%d-%d", c.family, c.slots)
 	if c.guests {
 		name += "-guests"
 	}
@@ -158,13 +158,6 @@ const (
 	chainDrop   = "drop"
 )
 
-func family(v4 bool) int {
-	if v4 {
-		return 4
-	}
-	return 6
-}
-
 // appendSlots adds what leads from the slots of a listener to backends.
 func appendSlots(all []element, c chain, key string, at []netip.AddrPort) []element {
 	first := uint32(0)
@@ -173,16 +166,16 @@ func appendSlots(all []element, c chain, key string, at []netip.AddrPort) []elem
 	}
 	if c.affinity == 0 {
 		for i, b := range at {
-			all = append(all, element{set{setSlots, c.v4}, key + native(first+uint32(i)), target(b), ""})
+			all = append(all, element{set{setSlots, c.family}, key + native(first+uint32(i)), target(b), ""})
 		}
 		return all
 	}
 	numbers := numbersOf(at)
 	for i, b := range at {
-		all = append(all, element{set{setChoices, c.v4}, key + native(first+uint32(i)), native(numbers[b]), ""})
+		all = append(all, element{set{setChoices, c.family}, key + native(first+uint32(i)), native(numbers[b]), ""})
 	}
 	for _, b := range slices.SortedFunc(maps.Keys(numbers), netip.AddrPort.Compare) {
-		all = append(all, element{set{setMembers, c.v4}, key + native(numbers[b]), target(b), ""})
+		all = append(all, element{set{setMembers, c.family}, key + native(numbers[b]), target(b), ""})
 	}
 	return all
 }
@@ -207,20 +200,20 @@ func numbersOf(at []netip.AddrPort) map[netip.AddrPort]uint32 {
 	return numbers
 }
 
-func appendSources(all []element, key string, sources []netip.Prefix, v4 bool) []element {
-	for _, p := range merged(sources, v4) {
+func appendSources(all []element, key string, sources []netip.Prefix, family service.Family) []element {
+	for _, p := range merged(sources, family) {
 		first, last := bounds(p)
-		all = append(all, element{set{setSources, v4}, key + first + key + last, "", ""})
+		all = append(all, element{set{setSources, family}, key + first + key + last, "", ""})
 	}
 	return all
 }
 
 // merged returns the prefixes of a family without those that lie in others: an
 // interval set holds no two that overlap.
-func merged(sources []netip.Prefix, v4 bool) []netip.Prefix {
+func merged(sources []netip.Prefix, family service.Family) []netip.Prefix {
 	var all []netip.Prefix
 	for _, p := range sources {
-		if p.Addr().Is4() == v4 && !slices.ContainsFunc(all, func(o netip.Prefix) bool { return o.Contains(p.Addr()) }) {
+		if service.FamilyOf(p.Addr()) == family && !slices.ContainsFunc(all, func(o netip.Prefix) bool { return o.Contains(p.Addr()) }) {
 			all = append(all, p) // sorted: a wider one that begins here comes first
 		}
 	}
@@ -229,33 +222,29 @@ func merged(sources []netip.Prefix, v4 bool) []netip.Prefix {
 
 // bounds returns the first and the last address of a prefix.
 func bounds(p netip.Prefix) (first, last string) {
-	low := p.Masked().Addr().AsSlice()
-	high := slices.Clone(low)
-	for i := p.Bits(); i < len(high)*8; i++ {
-		high[i/8] |= 0x80 >> (i % 8)
-	}
-	return string(low), string(high)
+	r := ipam.RangeOf(p)
+	return string(r.First.AsSlice()), string(r.Last.AsSlice())
 }
 
 // slotsOf returns the backends of the group that serves, each as often as its
 // weight says: a slot drawn by lot is a backend drawn by weight. With source-hash
 // they are in an order that hardly changes when one comes or goes.
-func slotsOf(s *service.Service, v4 bool) []netip.AddrPort {
+func slotsOf(s *service.Service, family service.Family) []netip.AddrPort {
 	if s.Balance == service.SourceHash {
 		var slots []netip.AddrPort
-		for _, i := range s.CoarseTable(v4) {
+		for _, i := range s.CoarseTable(family) {
 			slots = append(slots, s.Backends[i].Address)
 		}
 		return slots
 	}
-	group, ok := s.ServingGroup(v4)
+	group, ok := s.ServingGroup(family)
 	if !ok {
 		return nil
 	}
 	var serving []service.Backend
 	even := true
 	for _, b := range s.Backends {
-		if b.Address.Addr().Is4() == v4 && b.Usable() && b.Group == group {
+		if service.FamilyOf(b.Address.Addr()) == family && b.Usable() && b.Group == group {
 			even = even && (len(serving) == 0 || serving[0].Weight == b.Weight)
 			serving = append(serving, b)
 		}
@@ -276,30 +265,16 @@ func slotsOf(s *service.Service, v4 bool) []netip.AddrPort {
 	return slots
 }
 
-// apportion divides slots by weight with the method of largest remainders; every
-// backend has one at least.
+// apportion divides slots by weight.
 func apportion(serving []service.Backend) []int {
 	total, divisor := 0, 0
-	for _, b := range serving {
+	weights := make([]uint32, len(serving))
+	for i, b := range serving {
+		weights[i] = b.Weight
 		total += int(b.Weight)
 		divisor = gcd(divisor, int(b.Weight))
 	}
-	slots := max(min(total/divisor, maxSlots), len(serving))
-	counts := make([]int, len(serving))
-	order := make([]int, len(serving))
-	left := slots
-	for i, b := range serving {
-		counts[i] = max(1, slots*int(b.Weight)/total)
-		left -= counts[i]
-		order[i] = i
-	}
-	slices.SortStableFunc(order, func(a, b int) int {
-		return cmp.Compare(slots*int(serving[b].Weight)%total, slots*int(serving[a].Weight)%total)
-	})
-	for i := 0; left > 0; i, left = i+1, left-1 {
-		counts[order[i%len(order)]]++
-	}
-	return counts
+	return service.Apportion(weights, max(min(total/divisor, maxSlots), len(serving)))
 }
 
 func gcd(a, b int) int {
@@ -326,25 +301,18 @@ func native(n uint32) string { return string(binary.NativeEndian.AppendUint32(ni
 func fromNative(field string) uint32 { return binary.NativeEndian.Uint32([]byte(field)) }
 
 // splitListener and splitTarget are the way back.
-func splitListener(key string, v4 bool) (l service.Listener, rest string) {
-	n := addressLength(v4)
+func splitListener(key string, family service.Family) (l service.Listener, rest string) {
+	n := family.Length()
 	addr, _ := netip.AddrFromSlice([]byte(key[:n]))
 	l.Protocol = service.Protocol(key[n])
 	l.Address = netip.AddrPortFrom(addr, uint16(key[n+4])<<8|uint16(key[n+5]))
 	return l, key[n+8:]
 }
 
-func splitTarget(data string, v4 bool) netip.AddrPort {
-	n := addressLength(v4)
+func splitTarget(data string, family service.Family) netip.AddrPort {
+	n := family.Length()
 	addr, _ := netip.AddrFromSlice([]byte(data[:n]))
 	return netip.AddrPortFrom(addr, uint16(data[n])<<8|uint16(data[n+1]))
-}
-
-func addressLength(v4 bool) int {
-	if v4 {
-		return 4
-	}
-	return 16
 }
 
 // change is what has to be removed from the kernel and what added, in this order.

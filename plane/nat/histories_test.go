@@ -235,8 +235,8 @@ func TestRefusal(t *testing.T) {
 				t.Errorf("%d of 20 services are served", len(v.Mappings))
 			}
 			for _, e := range table(t, h) {
-				if e.in.name == setSlots && splitTarget(e.data, true).Addr().As4()[3] != byte(backend) {
-					t.Errorf("one is led to %s", splitTarget(e.data, true))
+				if e.in.name == setSlots && splitTarget(e.data, service.V4).Addr().As4()[3] != byte(backend) {
+					t.Errorf("one is led to %s", splitTarget(e.data, service.V4))
 				}
 			}
 			return nil

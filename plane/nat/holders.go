@@ -81,15 +81,15 @@ func (l *lead) equal(o *lead) bool { return l == o || l != nil && o != nil && *l
 type slotTable map[slotsKey][]netip.AddrPort
 
 type slotsKey struct {
-	of *service.Service
-	v4 bool
+	of     *service.Service
+	family service.Family
 }
 
-func (t slotTable) of(s *service.Service, v4 bool) []netip.AddrPort {
-	key := slotsKey{s, v4}
+func (t slotTable) of(s *service.Service, family service.Family) []netip.AddrPort {
+	key := slotsKey{s, family}
 	found, known := t[key]
 	if !known {
-		found = slotsOf(s, v4)
+		found = slotsOf(s, family)
 		t[key] = found
 	}
 	return found
@@ -99,12 +99,12 @@ func (t slotTable) of(s *service.Service, v4 bool) []netip.AddrPort {
 // alone. It is pure. chains gets the chains that it needs.
 func elementsAt(at service.Listener, of []*service.Service, slots slotTable, chains map[string]chain) []element {
 	world, guests := leads(at, of)
-	key, v4 := listenerKey(at), at.Address.Addr().Is4()
+	key, family := listenerKey(at), service.FamilyOf(at.Address.Addr())
 	if world.equal(guests) {
-		return appendSources(world.elements(setServices, slots, chains, setGuestsTo), key, sourcesOf(world), v4)
+		return appendSources(world.elements(setServices, slots, chains, setGuestsTo), key, sourcesOf(world), family)
 	}
 	all := append(world.elements(setServices, slots, chains), guests.elements(setGuestsTo, slots, chains)...)
-	return appendSources(once(all), key, sourcesOf(world, guests), v4)
+	return appendSources(once(all), key, sourcesOf(world, guests), family)
 }
 
 // sourcesOf returns who may come by any of the ways, sorted.
@@ -140,12 +140,12 @@ func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, al
 		return nil
 	}
 	s, l := w.to, w.listener
-	v4 := l.Address.Addr().Is4()
-	at := slots.of(s, v4)
+	family := service.FamilyOf(l.Address.Addr())
+	at := slots.of(s, family)
 	key := listenerKey(l)
-	c := chain{v4: v4, guests: in == setGuestsTo, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
+	c := chain{family: family, guests: in == setGuestsTo, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
 	if s.Affinity > 0 {
-		c.home = homeOf(s.Name, v4)
+		c.home = homeOf(s.Name, family)
 	}
 	verdict := c.name()
 	switch {
@@ -158,7 +158,7 @@ func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, al
 	}
 	var all []element
 	for _, name := range append([]setName{in}, also...) {
-		all = append(all, element{set{name, v4}, key, verdict, s.Name})
+		all = append(all, element{set{name, family}, key, verdict, s.Name})
 	}
 	if len(at) > 0 && s.Affinity > 0 {
 		chains[c.sticks().name()] = c.sticks()

@@ -12,6 +12,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/service"
 )
 
 // kernel is one conversation with nf_tables.
@@ -275,8 +277,8 @@ func (k *kernel) elements() ([]element, error) {
 // of reads the sets of that name.
 func (k *kernel) of(name setName) ([]element, error) {
 	var all []element
-	for _, v4 := range []bool{true, false} {
-		s := set{name, v4}
+	for _, family := range service.EachFamily {
+		s := set{name, family}
 		have, err := k.conn.GetSetElements(k.sets[s])
 		if err != nil {
 			return nil, fmt.Errorf("set %s: %w", s, err)

@@ -75,8 +75,8 @@ func listeners() (int, error) {
 	defer k.close()
 	for {
 		before, err1 := generation()
-		first, err := k.conn.GetSetElements(k.sets[set{setServices, true}])
-		second, err2 := k.conn.GetSetElements(k.sets[set{setServices, true}])
+		first, err := k.conn.GetSetElements(k.sets[set{setServices, service.V4}])
+		second, err2 := k.conn.GetSetElements(k.sets[set{setServices, service.V4}])
 		after, err3 := generation()
 		if err := errors.Join(err1, err, err2, err3); err != nil {
 			return 0, err

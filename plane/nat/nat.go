@@ -257,11 +257,13 @@ func distinct(all []netip.Addr) []netip.Addr {
 
 func onHost(a netip.Addr) []element {
 	raw := string(a.AsSlice())
-	return []element{{in: set{setLocal, a.Is4()}, key: raw}, {in: set{setHairpin, a.Is4()}, key: raw + raw}}
+	return []element{{in: set{setLocal, service.FamilyOf(a)}, key: raw}, {in: set{setHairpin, service.FamilyOf(a)}, key: raw + raw}}
 }
 
 func plainIn(name setName) func(netip.Addr) []element {
-	return func(a netip.Addr) []element { return []element{{in: set{name, a.Is4()}, key: string(a.AsSlice())}} }
+	return func(a netip.Addr) []element {
+		return []element{{in: set{name, service.FamilyOf(a)}, key: string(a.AsSlice())}}
+	}
 }
 
 // rangeElements are ranges in a set of intervals.
@@ -269,10 +271,10 @@ func rangeElements(name setName, ranges []netip.Prefix) []element {
 	var all []element
 	sorted := slices.Clone(ranges)
 	slices.SortFunc(sorted, netip.Prefix.Compare)
-	for _, v4 := range []bool{true, false} {
-		for _, p := range merged(sorted, v4) {
+	for _, family := range service.EachFamily {
+		for _, p := range merged(sorted, family) {
 			first, last := bounds(p)
-			all = append(all, element{in: set{name, v4}, key: first + last})
+			all = append(all, element{in: set{name, family}, key: first + last})
 		}
 	}
 	return all

@@ -78,9 +78,9 @@ func (n *network) check(err error) {
 	}
 }
 
-func (n *network) wire(h *lab.Host, v4, v6, node4, node6 string) {
+func (n *network) wire(h *lab.Host, family, v6, node4, node6 string) {
 	n.t.Helper()
-	_, _, err := lab.Wire(h, []string{v4, v6}, n.node, []string{node4, node6})
+	_, _, err := lab.Wire(h, []string{family, v6}, n.node, []string{node4, node6})
 	n.check(err)
 	gateway := func(cidr string) string { return netip.MustParsePrefix(cidr).Addr().String() }
 	n.check(h.Route("0.0.0.0/0", gateway(node4)))

@@ -87,7 +87,7 @@ func (c *change) parts() (common change, parts []part) {
 		default:
 			return &common
 		}
-		at, _ := splitListener(e.key, e.in.v4)
+		at, _ := splitListener(e.key, e.in.family)
 		x := byListener[at]
 		if x == nil {
 			x = &part{at: at}

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/service"
 )
 
 // The table, as `nft list table inet pentad` shows it:
@@ -113,7 +114,7 @@ var setNames = [setNameEnd]string{
 }
 
 func (s set) String() string {
-	if s.v4 {
+	if s.family == service.V4 {
 		return setNames[s.name] + "4"
 	}
 	return setNames[s.name] + "6"
@@ -130,7 +131,7 @@ const trackedPlaces = 1 << 20
 // definition is the set as the kernel has to make it.
 func (s set) definition(t *nftables.Table) *nftables.Set {
 	addr := nftables.TypeIPAddr
-	if !s.v4 {
+	if s.family == service.V6 {
 		addr = nftables.TypeIP6Addr
 	}
 	listener := []nftables.SetDatatype{addr, nftables.TypeInetProto, nftables.TypeInetService}
@@ -179,7 +180,7 @@ func (s set) definition(t *nftables.Table) *nftables.Set {
 func allSets() []set {
 	var all []set
 	for n := range setNameEnd {
-		all = append(all, set{n, true}, set{n, false})
+		all = append(all, set{n, service.V4}, set{n, service.V6})
 	}
 	return all
 }
@@ -200,16 +201,16 @@ func fixedChains(t *nftables.Table) []fixedChain {
 		{plain(layoutVersion), nil},
 		{plain(chainRefuse), refuseRules()},
 		{plain(chainDrop), [][]expr.Any{{&expr.Verdict{Kind: expr.VerdictDrop}}}},
-		{plain(chainFree4), freeRules(true)},
-		{plain(chainFree6), freeRules(false)},
-		{plain(chainNobody4), nobodyRules(true)},
-		{plain(chainNobody6), nobodyRules(false)},
-		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, true})}},
-		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, false})}},
-		{plain(chainNear4), nearRules(true)},
-		{plain(chainNear6), nearRules(false)},
-		{plain(chainSource4), sourceRules(true)},
-		{plain(chainSource6), sourceRules(false)},
+		{plain(chainFree4), freeRules(service.V4)},
+		{plain(chainFree6), freeRules(service.V6)},
+		{plain(chainNobody4), nobodyRules(service.V4)},
+		{plain(chainNobody6), nobodyRules(service.V6)},
+		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, service.V4})}},
+		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, service.V6})}},
+		{plain(chainNear4), nearRules(service.V4)},
+		{plain(chainNear6), nearRules(service.V6)},
+		{plain(chainSource4), sourceRules(service.V4)},
+		{plain(chainSource6), sourceRules(service.V6)},
 		{plain(chainForeign), foreignRules()},
 		{hook(chainPrerouting, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), preroutingRules()},
 		{hook(chainOutput, nftables.ChainHookOutput, nftables.ChainPriorityNATDest), outputRules()},
@@ -224,9 +225,9 @@ type fixedChain struct {
 	rules [][]expr.Any
 }
 
-func ofFamily(v4 bool) []expr.Any {
+func ofFamily(family service.Family) []expr.Any {
 	proto := byte(unix.NFPROTO_IPV6)
-	if v4 {
+	if family == service.V4 {
 		proto = unix.NFPROTO_IPV4
 	}
 	return []expr.Any{
@@ -236,17 +237,17 @@ func ofFamily(v4 bool) []expr.Any {
 }
 
 // words is how many registers an address takes.
-func words(v4 bool) uint32 { return uint32(addressLength(v4)) / 4 }
+func words(family service.Family) uint32 { return uint32(family.Length()) / 4 }
 
-func loadSource(v4 bool, to uint32) expr.Any {
-	if v4 {
+func loadSource(family service.Family, to uint32) expr.Any {
+	if family == service.V4 {
 		return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}
 	}
 	return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 16}
 }
 
-func loadDestination(v4 bool, to uint32) expr.Any {
-	if v4 {
+func loadDestination(family service.Family, to uint32) expr.Any {
+	if family == service.V4 {
 		return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4}
 	}
 	return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 24, Len: 16}
@@ -254,10 +255,10 @@ func loadDestination(v4 bool, to uint32) expr.Any {
 
 // loadListener puts the destination of a packet into registers from n on, and
 // returns the next register.
-func loadListener(v4 bool, n uint32) ([]expr.Any, uint32) {
-	w := words(v4)
+func loadListener(family service.Family, n uint32) ([]expr.Any, uint32) {
+	w := words(family)
 	return []expr.Any{
-		loadDestination(v4, reg(n)),
+		loadDestination(family, reg(n)),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(n + w)},
 		// The destination port has the same place in TCP (RFC 9293, 3.1) and UDP (RFC 768).
 		&expr.Payload{DestRegister: reg(n + w + 1), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
@@ -269,7 +270,7 @@ func lookup(in set, from uint32) *expr.Lookup {
 }
 
 func vmapRule(in set) []expr.Any {
-	rule, _ := loadListener(in.v4, 0)
+	rule, _ := loadListener(in.family, 0)
 	return append(rule, lookupTo(in, reg(0), unix.NFT_REG_VERDICT))
 }
 
@@ -285,8 +286,8 @@ func (c chain) definition(t *nftables.Table) *nftables.Chain {
 func goTo(name string) expr.Any { return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name} }
 
 // byFamily returns the name of one of the two chains that a family has each.
-func byFamily(v4 bool, four, six string) string {
-	if v4 {
+func byFamily(family service.Family, four, six string) string {
+	if family == service.V4 {
 		return four
 	}
 	return six
@@ -294,10 +295,10 @@ func byFamily(v4 bool, four, six string) string {
 
 func preroutingRules() [][]expr.Any {
 	var rules [][]expr.Any
-	for _, v4 := range []bool{true, false} {
+	for _, family := range service.EachFamily {
 		rules = append(rules,
-			append(ofFamily(v4), loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), goTo(byFamily(v4, chainGuests4, chainGuests6))),
-			append(ofFamily(v4), vmapRule(set{setServices, v4})...))
+			append(ofFamily(family), loadSource(family, reg(0)), lookup(set{setGuests, family}, reg(0)), goTo(byFamily(family, chainGuests4, chainGuests6))),
+			append(ofFamily(family), vmapRule(set{setServices, family})...))
 	}
 	return rules
 }
@@ -306,8 +307,8 @@ func preroutingRules() [][]expr.Any {
 // older than the service, or of the kernel. It is led where guests are.
 func outputRules() [][]expr.Any {
 	return [][]expr.Any{
-		append(ofFamily(true), goTo(chainGuests4)),
-		append(ofFamily(false), goTo(chainGuests6)),
+		append(ofFamily(service.V4), goTo(chainGuests4)),
+		append(ofFamily(service.V6), goTo(chainGuests6)),
 	}
 }
 
@@ -315,17 +316,17 @@ func outputRules() [][]expr.Any {
 // translated it, nor has somebody else who serves the Service instead.
 func unservedRules() [][]expr.Any {
 	return [][]expr.Any{
-		append(ofFamily(true), goTo(chainNobody4)),
-		append(ofFamily(false), goTo(chainNobody6)),
+		append(ofFamily(service.V4), goTo(chainNobody4)),
+		append(ofFamily(service.V6), goTo(chainNobody6)),
 	}
 }
 
 // nobodyRules find out whether an address is one that only services have. Who has it
 // on this host all the same serves it in his way.
-func nobodyRules(v4 bool) [][]expr.Any {
-	w := words(v4)
-	rule := []expr.Any{loadDestination(v4, reg(0)), lookup(set{setReserved, v4}, reg(0))}
-	return [][]expr.Any{append(append(rule, notLocal(w)...), goTo(byFamily(v4, chainFree4, chainFree6)))}
+func nobodyRules(family service.Family) [][]expr.Any {
+	w := words(family)
+	rule := []expr.Any{loadDestination(family, reg(0)), lookup(set{setReserved, family}, reg(0))}
+	return [][]expr.Any{append(append(rule, notLocal(w)...), goTo(byFamily(family, chainFree4, chainFree6)))}
 }
 
 // notLocal goes on if the destination is no address of this host.
@@ -339,9 +340,9 @@ func notLocal(n uint32) []expr.Any {
 // freeRules refuse what is sent to the address of a service where no listener is. To
 // an address that nobody has nothing is answered: a service may have it already that
 // this host has not heard of, and who tries again finds it.
-func freeRules(v4 bool) [][]expr.Any {
+func freeRules(family service.Family) [][]expr.Any {
 	return [][]expr.Any{
-		{loadDestination(v4, reg(0)), lookup(set{setTaken, v4}, reg(0)), goTo(chainRefuse)},
+		{loadDestination(family, reg(0)), lookup(set{setTaken, family}, reg(0)), goTo(chainRefuse)},
 		{&expr.Verdict{Kind: expr.VerdictDrop}},
 	}
 }
@@ -369,18 +370,18 @@ func setMark(on bool) []expr.Any {
 func rawRules(ranges []netip.Prefix) [][]expr.Any {
 	var rules [][]expr.Any
 	for _, pair := range pairsOf(ranges) {
-		v4 := pair.from.Addr().Is4()
-		w := words(v4)
+		family := service.FamilyOf(pair.from.Addr())
+		w := words(family)
 		without := func(name setName, from uint32) *expr.Lookup {
-			l := lookup(set{name, v4}, from)
+			l := lookup(set{name, family}, from)
 			l.Invert = true
 			return l
 		}
-		rule := append(ofFamily(v4), loadSource(v4, reg(0)))
-		rule = append(append(rule, inPrefix(pair.from)...), loadDestination(v4, reg(0)))
+		rule := append(ofFamily(family), loadSource(family, reg(0)))
+		rule = append(append(rule, inPrefix(pair.from)...), loadDestination(family, reg(0)))
 		rule = append(rule, inPrefix(pair.to)...)
 		rule = append(rule,
-			loadSource(v4, reg(0)), loadDestination(v4, reg(w)),
+			loadSource(family, reg(0)), loadDestination(family, reg(w)),
 			without(setTracked, reg(0)), without(setTracked, reg(w)),
 			without(setWaning, reg(0)), without(setWaning, reg(w)), without(setVIPs, reg(w)))
 		rules = append(rules, append(append(rule, notLocal(2*w)...), &expr.Notrack{}))
@@ -390,7 +391,7 @@ func rawRules(ranges []netip.Prefix) [][]expr.Any {
 
 // inPrefix goes on if the address in the first registers lies in a prefix.
 func inPrefix(p netip.Prefix) []expr.Any {
-	n := addressLength(p.Addr().Is4())
+	n := service.FamilyOf(p.Addr()).Length()
 	mask := make([]byte, n)
 	for i := range p.Bits() {
 		mask[i/8] |= 0x80 >> (i % 8)
@@ -405,10 +406,10 @@ func inPrefix(p netip.Prefix) []expr.Any {
 const statusDNAT = 1 << 5
 
 // note notes who begins a translated connection, if his others are not tracked.
-func note(v4 bool) []expr.Any {
+func note(family service.Family) []expr.Any {
 	return []expr.Any{
-		loadSource(v4, reg(0)), lookup(set{setUntracked, v4}, reg(0)),
-		&expr.Dynset{SrcRegKey: reg(0), SetName: set{setTracked, v4}.String(), Operation: unix.NFT_DYNSET_OP_ADD},
+		loadSource(family, reg(0)), lookup(set{setUntracked, family}, reg(0)),
+		&expr.Dynset{SrcRegKey: reg(0), SetName: set{setTracked, family}.String(), Operation: unix.NFT_DYNSET_OP_ADD},
 	}
 }
 
@@ -422,8 +423,8 @@ func foreignRules() [][]expr.Any {
 			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
 			&expr.Verdict{Kind: expr.VerdictReturn},
 		},
-		append(ofFamily(true), note(true)...),
-		append(ofFamily(false), note(false)...),
+		append(ofFamily(service.V4), note(service.V4)...),
+		append(ofFamily(service.V6), note(service.V6)...),
 	}
 }
 
@@ -435,8 +436,8 @@ func postroutingRules() [][]expr.Any {
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
 		goTo(chainForeign),
 	}}
-	for _, v4 := range []bool{true, false} {
-		rules = append(rules, append(ofFamily(v4), goTo(byFamily(v4, chainSource4, chainSource6))))
+	for _, family := range service.EachFamily {
+		rules = append(rules, append(ofFamily(family), goTo(byFamily(family, chainSource4, chainSource6))))
 	}
 	return rules
 }
@@ -448,19 +449,19 @@ func lookupTo(in set, from, to uint32) *expr.Lookup {
 	return l
 }
 
-func sourceRules(v4 bool) [][]expr.Any {
+func sourceRules(family service.Family) [][]expr.Any {
 	return [][]expr.Any{
 		setMark(false),
-		note(v4),
-		{loadDestination(v4, reg(0)), lookup(set{setLocal, v4}, reg(0)), goTo(byFamily(v4, chainNear4, chainNear6))},
-		{loadSource(v4, reg(0)), lookup(set{setGuests, v4}, reg(0)), &expr.Verdict{Kind: expr.VerdictReturn}},
+		note(family),
+		{loadDestination(family, reg(0)), lookup(set{setLocal, family}, reg(0)), goTo(byFamily(family, chainNear4, chainNear6))},
+		{loadSource(family, reg(0)), lookup(set{setGuests, family}, reg(0)), &expr.Verdict{Kind: expr.VerdictReturn}},
 		{&expr.Masq{FullyRandom: true}},
 	}
 }
 
-func nearRules(v4 bool) [][]expr.Any {
+func nearRules(family service.Family) [][]expr.Any {
 	return [][]expr.Any{{
-		loadSource(v4, reg(0)), loadDestination(v4, reg(words(v4))), lookup(set{setHairpin, v4}, reg(0)), &expr.Masq{FullyRandom: true},
+		loadSource(family, reg(0)), loadDestination(family, reg(words(family))), lookup(set{setHairpin, family}, reg(0)), &expr.Masq{FullyRandom: true},
 	}}
 }
 
@@ -475,12 +476,12 @@ func refuseRules() [][]expr.Any {
 	}
 }
 
-func translate(v4 bool, n uint32) expr.Any {
+func translate(family service.Family, n uint32) expr.Any {
 	proto := uint32(unix.NFPROTO_IPV6)
-	if v4 {
+	if family == service.V4 {
 		proto = unix.NFPROTO_IPV4
 	}
-	return &expr.NAT{Type: expr.NATTypeDestNAT, Family: proto, RegAddrMin: reg(n), RegProtoMin: reg(n + words(v4)), Specified: true}
+	return &expr.NAT{Type: expr.NATTypeDestNAT, Family: proto, RegAddrMin: reg(n), RegProtoMin: reg(n + words(family)), Specified: true}
 }
 
 // rules returns what a chain of backends does.
@@ -493,10 +494,10 @@ func (c chain) rules() [][]expr.Any {
 	}
 	var rules [][]expr.Any
 	if c.guarded {
-		key, n := loadListener(c.v4, 0)
-		allowed := lookup(set{setSources, c.v4}, reg(0))
+		key, n := loadListener(c.family, 0)
+		allowed := lookup(set{setSources, c.family}, reg(0))
 		allowed.Invert = true
-		rules = append(rules, append(key, loadSource(c.v4, reg(n)), allowed, &expr.Verdict{Kind: expr.VerdictDrop}))
+		rules = append(rules, append(key, loadSource(c.family, reg(n)), allowed, &expr.Verdict{Kind: expr.VerdictDrop}))
 	}
 	rules = append(rules, setMark(true))
 	if c.affinity > 0 {
@@ -506,17 +507,17 @@ func (c chain) rules() [][]expr.Any {
 	if c.guests {
 		first = guestSlots
 	}
-	_, n := loadListener(c.v4, 0)
+	_, n := loadListener(c.family, 0)
 	for _, slot := range [][]expr.Any{
 		c.draw(n, first),
 		{&expr.Immediate{Register: reg(n), Data: []byte(native(first))}},
 	} {
-		key, n := loadListener(c.v4, 0)
+		key, n := loadListener(c.family, 0)
 		rule := append(key, slot...)
 		if c.affinity > 0 {
 			rule = append(rule, c.toNumber(setChoices, n+1)...)
 		} else {
-			rule = append(rule, lookupTo(set{setSlots, c.v4}, reg(0), reg(n+1)), translate(c.v4, n+1))
+			rule = append(rule, lookupTo(set{setSlots, c.family}, reg(0), reg(n+1)), translate(c.family, n+1))
 		}
 		rules = append(rules, rule)
 	}
@@ -533,8 +534,8 @@ func (c chain) draw(n, first uint32) []expr.Any {
 		return []expr.Any{&expr.Numgen{Register: reg(n), Modulus: uint32(c.slots), Type: unix.NFT_NG_RANDOM, Offset: first}}
 	}
 	return []expr.Any{
-		loadSource(c.v4, reg(n+1)),
-		&expr.Hash{SourceRegister: reg(n + 1), DestRegister: reg(n), Length: uint32(addressLength(c.v4)),
+		loadSource(c.family, reg(n+1)),
+		&expr.Hash{SourceRegister: reg(n + 1), DestRegister: reg(n), Length: uint32(c.family.Length()),
 			Modulus: uint32(c.slots), Seed: hashSeed, Offset: first, Type: expr.HashTypeJenkins},
 	}
 }
@@ -547,7 +548,7 @@ func (c chain) draw(n, first uint32) []expr.Any {
 // toNumber looks the number of a backend up with the key in the first registers
 // and goes on with it. It comes back if there is no such backend any more.
 func (c chain) toNumber(in setName, n uint32) []expr.Any {
-	return append([]expr.Any{lookupTo(set{in, c.v4}, reg(0), reg(n))}, c.goOn(n)...)
+	return append([]expr.Any{lookupTo(set{in, c.family}, reg(0), reg(n))}, c.goOn(n)...)
 }
 
 // goOn goes on with the number in a register.
@@ -562,9 +563,9 @@ func (c chain) goOn(n uint32) []expr.Any {
 // registers, and returns the next one.
 func (c chain) loadClient() ([]expr.Any, uint32) {
 	// Each field as long as it is without padding: nft(8) lists no other.
-	w, length := words(c.v4), addressLength(c.v4)
+	w, length := words(c.family), c.family.Length()
 	return []expr.Any{
-		loadSource(c.v4, reg(0)),
+		loadSource(c.family, reg(0)),
 		&expr.Immediate{Register: reg(w), Data: []byte(c.home[:length])},
 		&expr.Immediate{Register: reg(2 * w), Data: []byte(c.home[length : length+1])},
 		&expr.Immediate{Register: reg(2*w + 1), Data: []byte(c.home[length+4 : length+6])},
@@ -574,7 +575,7 @@ func (c chain) loadClient() ([]expr.Any, uint32) {
 // again leads a client where it went before, if that is still there.
 func (c chain) again() []expr.Any {
 	rule, n := c.loadClient()
-	rule = append(rule, lookupTo(set{setAffinity, c.v4}, reg(0), reg(n)))
+	rule = append(rule, lookupTo(set{setAffinity, c.family}, reg(0), reg(n)))
 	return append(rule, c.goOn(n)...)
 }
 
@@ -593,14 +594,14 @@ func (c chain) forget() []expr.Any {
 // when there is no room, and before it is known whether there is such a backend: if
 // not, the chain that led here has it forgotten.
 func (c chain) stick() [][]expr.Any {
-	rule, n := loadListener(c.v4, 0)
+	rule, n := loadListener(c.family, 0)
 	// The listener and the number in it are the key of the backend.
 	rule = append(rule,
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)},
-		lookupTo(set{setMembers, c.v4}, reg(0), reg(n+1)),
+		lookupTo(set{setMembers, c.family}, reg(0), reg(n+1)),
 		&expr.Immediate{Register: reg(n), Data: make([]byte, 4)},
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)},
-		translate(c.v4, n+1))
+		translate(c.family, n+1))
 	return [][]expr.Any{c.remembering(unix.NFT_DYNSET_OP_UPDATE, c.affinity), rule}
 }
 
@@ -608,6 +609,6 @@ func (c chain) stick() [][]expr.Any {
 func (c chain) remembering(operation uint32, timeout time.Duration) []expr.Any {
 	rule, n := c.loadClient()
 	return append(rule, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)}, &expr.Dynset{
-		SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.v4}.String(), Operation: operation, Timeout: timeout,
+		SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.family}.String(), Operation: operation, Timeout: timeout,
 	})
 }

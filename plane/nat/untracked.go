@@ -8,6 +8,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/ipam"
 )
 
 // Between untracked ranges only clients are tracked whose packets are translated. The
@@ -39,8 +41,8 @@ func (p *Plane) noting(k *kernel, c *change, commit func() error) error {
 }
 
 // rangesIn returns the untracked ranges among elements.
-func rangesIn(all []element) []Range {
-	var ranges []Range
+func rangesIn(all []element) []ipam.Range {
+	var ranges []ipam.Range
 	for _, e := range all {
 		if e.in.name == setUntracked {
 			ranges = append(ranges, rangeOf(e.key))
@@ -51,7 +53,7 @@ func rangesIn(all []element) []Range {
 
 // translatedClients returns, as elements, the clients in ranges that have connections
 // whose destination is translated.
-func translatedClients(ranges []Range) ([]element, error) {
+func translatedClients(ranges []ipam.Range) ([]element, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("conntrack: %w", err)
@@ -80,7 +82,7 @@ func translatedClients(ranges []Range) ([]element, error) {
 			if err != nil {
 				return nil, fmt.Errorf("conntrack: %w", err)
 			}
-			if _, in := Within(ranges, client); in && translated {
+			if _, in := ipam.Find(ranges, client); in && translated {
 				found[client] = true
 			}
 		}
@@ -169,7 +171,7 @@ func (p *Plane) review() error {
 }
 
 // untracked returns the ranges between which nothing is tracked now, if any.
-func (p *Plane) untracked() []Range {
+func (p *Plane) untracked() []ipam.Range {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.applied == nil {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pentad/pentad/ipam"
 	"github.com/pentad/pentad/service"
 )
 
@@ -18,9 +19,9 @@ var ErrNothingInstalled = errors.New("nothing is installed for packets from else
 
 // View is what the table does. Its zero value is that of no table.
 type View struct {
-	Mappings []Mapping // sorted by service and listener
-	Guests   []Range   // addresses of guests, sorted
-	Reserved []Range   // addresses that only services have, sorted
+	Mappings []Mapping    // sorted by service and listener
+	Guests   []ipam.Range // addresses of guests, sorted
+	Reserved []ipam.Range // addresses that only services have, sorted
 
 	taken   map[netip.Addr]bool
 	visits  map[string]string             // what is remembered: client and home of a service -> number
@@ -32,7 +33,7 @@ type View struct {
 type Mapping struct {
 	Service  string
 	Listener service.Listener // From says whose packets
-	Sources  []Range          // of guarded listeners: who may come
+	Sources  []ipam.Range     // of guarded listeners: who may come
 	Backends []Share          // in the order of their addresses
 	Hashed   bool             // the client's address chooses the backend; else a lot
 	Affinity time.Duration    // how long a client keeps its backend; 0: not at all
@@ -46,44 +47,16 @@ type Share struct {
 	Local   bool // on this host
 }
 
-// Range is a range of addresses, with both its ends.
-type Range struct{ First, Last netip.Addr }
-
-// Contains reports whether an address lies in the range.
-func (r Range) Contains(a netip.Addr) bool {
-	return a.BitLen() == r.First.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
-}
-
-// String writes the range as a prefix if it is one.
-func (r Range) String() string {
-	for bits := range r.First.BitLen() + 1 {
-		p := netip.PrefixFrom(r.First, bits)
-		if _, last := bounds(p); p.Masked() == p && last == string(r.Last.AsSlice()) {
-			return p.String()
-		}
-	}
-	return r.First.String() + "-" + r.Last.String()
-}
-
-// Within returns the range that contains an address, and false when none does.
-func Within(ranges []Range, a netip.Addr) (Range, bool) {
-	i := slices.IndexFunc(ranges, func(r Range) bool { return r.Contains(a) })
-	if i < 0 {
-		return Range{}, false
-	}
-	return ranges[i], true
-}
-
 // Taken reports whether a service has an address in a reserved range.
 func (v *View) Taken(a netip.Addr) bool { return v.taken[a] }
 
 // Remembered returns the backend to which affinity leads a client, and false when
 // it has not been at the listener lately.
 func (v *View) Remembered(client netip.Addr, listener service.Listener) (netip.AddrPort, bool) {
-	v4 := listener.Address.Addr().Is4()
+	family := service.FamilyOf(listener.Address.Addr())
 	key := listenerKey(listener)
 	for _, name := range v.named[listener.At()] {
-		number, known := v.visits[string(client.AsSlice())+homeOf(name, v4)]
+		number, known := v.visits[string(client.AsSlice())+homeOf(name, family)]
 		if b, there := v.members[key+number]; known && there {
 			return b, true
 		}
@@ -136,7 +109,7 @@ func newView(all, visits []element) *View {
 	v := &View{taken: make(map[netip.Addr]bool), visits: make(map[string]string), named: make(map[service.Listener][]string)}
 	r := reading{
 		members: make(map[string]netip.AddrPort), shares: make(map[string]map[netip.AddrPort]int),
-		sources: make(map[string][]Range), local: make(map[netip.Addr]bool),
+		sources: make(map[string][]ipam.Range), local: make(map[netip.Addr]bool),
 	}
 	for _, e := range all {
 		switch e.in.name {
@@ -149,10 +122,10 @@ func newView(all, visits []element) *View {
 		case setLocal:
 			r.local[addressOf(e.key)] = true
 		case setMembers:
-			r.members[e.key] = splitTarget(e.data, e.in.v4)
+			r.members[e.key] = splitTarget(e.data, e.in.family)
 		case setSources:
 			half := len(e.key) / 2
-			n := half - addressLength(e.in.v4)
+			n := half - e.in.family.Length()
 			r.sources[e.key[:n]] = append(r.sources[e.key[:n]], rangeOf(e.key[n:half]+e.key[half+n:]))
 		}
 	}
@@ -167,22 +140,20 @@ func newView(all, visits []element) *View {
 	for _, m := range v.Mappings {
 		v.named[m.Listener.At()] = append(v.named[m.Listener.At()], m.Service)
 	}
-	for _, ranges := range [][]Range{v.Guests, v.Reserved} {
-		slices.SortFunc(ranges, Range.compare)
+	for _, ranges := range [][]ipam.Range{v.Guests, v.Reserved} {
+		slices.SortFunc(ranges, ipam.Range.Compare)
 	}
 	return v
 }
-
-func (r Range) compare(o Range) int { return r.First.Compare(o.First) }
 
 func addressOf(key string) netip.Addr {
 	a, _ := netip.AddrFromSlice([]byte(key))
 	return a
 }
 
-func rangeOf(key string) Range {
+func rangeOf(key string) ipam.Range {
 	half := len(key) / 2
-	return Range{addressOf(key[:half]), addressOf(key[half:])}
+	return ipam.Range{First: addressOf(key[:half]), Last: addressOf(key[half:])}
 }
 
 // reading is what is known while a view is put together, by the listener as elements
@@ -190,7 +161,7 @@ func rangeOf(key string) Range {
 type reading struct {
 	members map[string]netip.AddrPort         // by listener and number
 	shares  map[string]map[netip.AddrPort]int // also by whether it is for guests
-	sources map[string][]Range
+	sources map[string][]ipam.Range
 	local   map[netip.Addr]bool
 }
 
@@ -203,7 +174,7 @@ func (r *reading) slot(e element) {
 	key := e.key[:n]
 	b, known := r.members[key+e.data]
 	if e.in.name == setSlots {
-		b, known = splitTarget(e.data, e.in.v4), true
+		b, known = splitTarget(e.data, e.in.family), true
 	}
 	if !known {
 		return
@@ -219,7 +190,7 @@ func (r *reading) slot(e element) {
 
 func (r *reading) mappings(all []element) []Mapping {
 	type place struct {
-		v4           bool
+		family       service.Family
 		key, verdict string
 		name         string
 	}
@@ -227,14 +198,14 @@ func (r *reading) mappings(all []element) []Mapping {
 	for _, e := range all {
 		switch e.in.name {
 		case setServices:
-			from[place{e.in.v4, e.key, e.data, e.note}] |= service.FromWorld
+			from[place{e.in.family, e.key, e.data, e.note}] |= service.FromWorld
 		case setGuestsTo:
-			from[place{e.in.v4, e.key, e.data, e.note}] |= service.FromGuests
+			from[place{e.in.family, e.key, e.data, e.note}] |= service.FromGuests
 		}
 	}
 	var out []Mapping
 	for p, f := range from {
-		l, _ := splitListener(p.key, p.v4)
+		l, _ := splitListener(p.key, p.family)
 		l.From, l.Guarded = f, strings.HasSuffix(p.verdict, guardedMark)
 		m := Mapping{
 			Service: p.name, Listener: l, Dropped: p.verdict == chainDrop,
@@ -242,7 +213,7 @@ func (r *reading) mappings(all []element) []Mapping {
 		}
 		if l.Guarded {
 			m.Sources = r.sources[p.key]
-			slices.SortFunc(m.Sources, Range.compare)
+			slices.SortFunc(m.Sources, ipam.Range.Compare)
 		}
 		key := p.key
 		if f == service.FromGuests {

@@ -68,7 +68,7 @@ type Event struct {
 var ErrFollowers = fmt.Errorf("%d processes follow flows already", followerPlaces)
 
 const (
-	followerPlaces = 8       // FOLLOWERS of bpf/layout.h
+	followerPlaces = int(kernelLimitFOLLOWERS)
 	ringSize       = 8 << 20 // bytes: 50,000 events
 	leaseTime      = 2 * time.Second
 	leaseEvery     = 500 * time.Millisecond

@@ -173,6 +173,15 @@ const (
 	kernelLifeLIFE_FRUITLESS   kernelLife = 128
 )
 
+type kernelLimit uint32
+
+const (
+	kernelLimitLOAD_CHUNK_BITS kernelLimit = 12
+	kernelLimitLOAD_CHUNK      kernelLimit = 4096
+	kernelLimitLOAD_CHUNKS     kernelLimit = 1024
+	kernelLimitFOLLOWERS       kernelLimit = 8
+)
+
 type kernelListener struct {
 	_         structs.HostLayout
 	Service   uint32
@@ -360,6 +369,7 @@ const (
 	kernelVarUnusedExpiry       = "unused_expiry"
 	kernelVarUnusedFilterSize   = "unused_filter_size"
 	kernelVarUnusedLife         = "unused_life"
+	kernelVarUnusedLimit        = "unused_limit"
 	kernelVarUnusedLoad         = "unused_load"
 	kernelVarUnusedResetScope   = "unused_reset_scope"
 	kernelVarUnusedTrait        = "unused_trait"
@@ -470,6 +480,7 @@ type kernelVariableSpecs struct {
 	UnusedExpiry       *ebpf.VariableSpec `ebpf:"unused_expiry"`
 	UnusedFilterSize   *ebpf.VariableSpec `ebpf:"unused_filter_size"`
 	UnusedLife         *ebpf.VariableSpec `ebpf:"unused_life"`
+	UnusedLimit        *ebpf.VariableSpec `ebpf:"unused_limit"`
 	UnusedLoad         *ebpf.VariableSpec `ebpf:"unused_load"`
 	UnusedResetScope   *ebpf.VariableSpec `ebpf:"unused_reset_scope"`
 	UnusedTrait        *ebpf.VariableSpec `ebpf:"unused_trait"`
@@ -564,6 +575,7 @@ type kernelVariables struct {
 	UnusedExpiry       *ebpf.Variable `ebpf:"unused_expiry"`
 	UnusedFilterSize   *ebpf.Variable `ebpf:"unused_filter_size"`
 	UnusedLife         *ebpf.Variable `ebpf:"unused_life"`
+	UnusedLimit        *ebpf.Variable `ebpf:"unused_limit"`
 	UnusedLoad         *ebpf.Variable `ebpf:"unused_load"`
 	UnusedResetScope   *ebpf.Variable `ebpf:"unused_reset_scope"`
 	UnusedTrait        *ebpf.Variable `ebpf:"unused_trait"`

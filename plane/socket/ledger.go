@@ -265,7 +265,7 @@ type tables [2]family
 
 type family [][]service.Slot
 
-func tablesOf(s *service.Service) *tables { return &tables{s.Tables(true), s.Tables(false)} }
+func tablesOf(s *service.Service) *tables { return &tables{s.Tables(service.V4), s.Tables(service.V6)} }
 
 // length returns how many slots the tables and the heads after them take.
 func (f family) length() uint32 {
@@ -481,10 +481,10 @@ func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *write
 	wanted := make(map[service.Listener]bool, len(s.Listeners))
 	for x, traits := range shownListeners(s) {
 		wanted[x] = true
-		v4 := x.Address.Addr().Is4()
-		at := e.tables[familyOf(v4)].extent
+		f := service.FamilyOf(x.Address.Addr()).Index()
+		at := e.tables[f].extent
 		value := kernelListener{
-			Service: e.id, Slots: at.start, Count: t[familyOf(v4)].first(), Length: at.length, Traits: e.traits() | traits,
+			Service: e.id, Slots: at.start, Count: t[f].first(), Length: at.length, Traits: e.traits() | traits,
 			Affinity: uint32(s.Affinity / time.Second), Balance: uint8(s.Balance), Keepalive: keepalive(s.Keepalive),
 		}
 		value.Sum = listenerSum(&value, x)
@@ -499,7 +499,7 @@ func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *write
 		}
 		l.owner[x] = e
 		e.shown[x] = value
-		if v4 {
+		if service.FamilyOf(x.Address.Addr()) == service.V4 {
 			w.set4.add(key4(x), value)
 		} else {
 			w.set6.add(key6(x), value)
@@ -756,13 +756,6 @@ func (l *ledger) reclaim(busy func(uint32) bool) []uint32 {
 	}
 	l.retired.services, l.retired.backends, l.retired.slots = nil, kept, nil
 	return freed
-}
-
-func familyOf(v4 bool) int {
-	if v4 {
-		return 0
-	}
-	return 1
 }
 
 // serviceInfo is the service as the programs obey it; the backends have their

@@ -12,10 +12,10 @@ import (
 // The map loads is an array of arrays, each with the loads of loadChunk
 // backends. The arrays are pinned beside it, as "loads-0", "loads-1", ...
 
-const loadChunk = 1 << 12 // LOAD_CHUNK of bpf/layout.h
+const loadChunk = uint32(kernelLimitLOAD_CHUNK)
 
 // maxBackends is how many backends the map loads has room for.
-const maxBackends = loadChunk << 10 // LOAD_CHUNK * LOAD_CHUNKS
+const maxBackends = loadChunk * uint32(kernelLimitLOAD_CHUNKS)
 
 var errTooMany = fmt.Errorf("a host has at most %d backends", maxBackends)
 
@@ -86,7 +86,7 @@ func isBusy(l *kernelLoad) bool { return l.Inflight > 0 || l.Datagrams > 0 }
 
 // readLoads returns the loads of all backends by index.
 func (s *mapSet) readLoads() ([]kernelLoad, error) {
-	all := make([]kernelLoad, 0, len(s.loads)*loadChunk)
+	all := make([]kernelLoad, 0, len(s.loads)*int(loadChunk))
 	for _, m := range s.loads {
 		chunk, err := dump[uint32, kernelLoad](m)
 		if err != nil {

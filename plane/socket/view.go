@@ -357,9 +357,8 @@ func adopt(s *mapSet) (*ledger, *writes, error) {
 		}
 		for x, value := range i.listeners {
 			l.owner[x] = e
-			v4 := x.Address.Addr().Is4()
 			l.countListener(x, 1, &w)
-			t := &e.tables[familyOf(v4)]
+			t := &e.tables[service.FamilyOf(x.Address.Addr()).Index()]
 			r := extent{value.Slots, value.Length}
 			ranges = append(ranges, r)
 			if t.extent.length > 0 && t.extent != r {

@@ -168,7 +168,7 @@ func (s *clusterService) listen(p servicePort, at *surroundings, cluster, intern
 			// The address of a pod's socket is not known yet when it connects:
 			// its packets are looked at instead. This node's own is.
 			from = service.FromGuests | service.FromWorld
-			if at.within(s.sources, a.Is4()) {
+			if at.within(s.sources, service.FamilyOf(a)) {
 				from |= service.FromHost
 			}
 		}
@@ -225,10 +225,10 @@ var loopbacks = []netip.Addr{
 func (s *clusterService) has(a netip.Addr) bool { return a.Is4() && s.v4 || a.Is6() && s.v6 }
 
 // within reports whether an address of this host lies in one of the ranges.
-func (at *surroundings) within(ranges []netip.Prefix, v4 bool) bool {
+func (at *surroundings) within(ranges []netip.Prefix, f service.Family) bool {
 	for _, r := range ranges {
 		for _, a := range at.nodePorts {
-			if a.Is4() == v4 && r.Contains(a) {
+			if service.FamilyOf(a) == f && r.Contains(a) {
 				return true
 			}
 		}
@@ -320,7 +320,7 @@ func elsewhere(all []candidate) (f service.Families) {
 // byFamily lets each family of addresses choose by itself: what is ready, or hinted,
 // in one of them says nothing of the other.
 func byFamily(all []candidate, at *surroundings, choose func([]candidate, *surroundings) func(candidate) bool) func(candidate) bool {
-	var families [2][]candidate // of IPv6 and of IPv4
+	var families [2][]candidate
 	for _, c := range all {
 		i := family(c)
 		families[i] = append(families[i], c)
@@ -329,12 +329,7 @@ func byFamily(all []candidate, at *surroundings, choose func([]candidate, *surro
 	return func(c candidate) bool { return chosen[family(c)](c) }
 }
 
-func family(c candidate) int {
-	if c.at.Addr().Is4() {
-		return 1
-	}
-	return 0
-}
+func family(c candidate) int { return service.FamilyOf(c.at.Addr()).Index() }
 
 // inCluster returns which endpoints the policy Cluster uses: ready ones, of these
 // those meant for this node or its zone if hints are complete and name any; only

@@ -56,13 +56,12 @@ enum balance {
 	BALANCE_LEAST_LATENCY = 3,
 };
 
-/* How many backends one map of loads holds; there are up to LOAD_CHUNKS of them. */
-#define LOAD_CHUNK_BITS 12
-#define LOAD_CHUNK (1 << LOAD_CHUNK_BITS)
-#define LOAD_CHUNKS 1024
-
-/* How many processes may follow flows at a time. */
-#define FOLLOWERS 8
+enum limit {
+	LOAD_CHUNK_BITS = 12,
+	LOAD_CHUNK = 1 << LOAD_CHUNK_BITS, /* how many backends one map of loads holds */
+	LOAD_CHUNKS = 1024,                /* how many of those maps there may be */
+	FOLLOWERS = 8,                     /* how many processes may follow flows at a time */
+};
 
 enum counter {
 	COUNTER_TRANSLATED = 0, /* connect() or first datagram sent to a backend */

@@ -1502,6 +1502,7 @@ const struct load unused_load __attribute__((unused));
 const struct event unused_event __attribute__((unused));
 const enum life unused_life __attribute__((unused));
 const enum event_kind unused_event_kind __attribute__((unused));
+const enum limit unused_limit __attribute__((unused));
 const enum trait unused_trait __attribute__((unused));
 const enum counter unused_counter __attribute__((unused));
 const enum filter_size unused_filter_size __attribute__((unused));
