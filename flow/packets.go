@@ -69,14 +69,14 @@ func (e *Explanation) nobody(v *nat.View, dest service.Listener) bool {
 				has = append(has, fmt.Sprintf("%s (%s)", m.Listener, m.Service))
 			}
 		}
-		e.step("reserved", "%s is for Services alone, and one has this address", reserved.Short())
+		e.step("reserved", "%s is for Services alone, and one has this address", reserved)
 		e.conclude(false, "The connection to %s is refused, because the Service with this address has no such port; it has %s.",
 			dest, strings.Join(slices.Compact(has), ", "))
 		return true
 	}
-	e.step("reserved", "%s is for Services alone, and none has this address", reserved.Short())
+	e.step("reserved", "%s is for Services alone, and none has this address", reserved)
 	e.conclude(false, "Packets to %s are dropped, because no Service has this address of the range %s, which the cluster keeps for Services: "+
-		"look for the address in `kubectl get services -A`; a client may remember that of a deleted Service.", dest, reserved.Short())
+		"look for the address in `kubectl get services -A`; a client may remember that of a deleted Service.", dest, reserved)
 	return true
 }
 
@@ -123,7 +123,7 @@ func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
 	dest := service.Listener{Address: q.Destination, Protocol: q.Protocol}
 	place, whose := service.FromWorld, "another host"
 	if r, guest := ipam.Find(v.Guests, from); guest {
-		place, whose = service.FromGuests, fmt.Sprintf("a guest of this host (%s)", r.Short())
+		place, whose = service.FromGuests, fmt.Sprintf("a guest of this host (%s)", r)
 	}
 	e.step("client", "%s, %s", from, whose)
 	if from.Is4() != dest.Address.Addr().Is4() {
@@ -151,7 +151,7 @@ func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
 			return e.conclude(false, "Packets from %s to %s are dropped, because the address is in none of the source ranges of the service %s: %s.",
 				from, dest, m.Service, ranges(m.Sources))
 		}
-		e.step("source ranges", "%s contains it", r.Short())
+		e.step("source ranges", "%s contains it", r)
 	}
 	return e.mapping(v, m, from)
 }
@@ -159,7 +159,7 @@ func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
 func ranges(all []ipam.Range) string {
 	words := make([]string, len(all))
 	for i, r := range all {
-		words[i] = r.Short()
+		words[i] = r.String()
 	}
 	return strings.Join(words, ", ")
 }

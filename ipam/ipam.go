@@ -74,17 +74,15 @@ func (r Range) Overlaps(o Range) bool {
 	return r.First.Is4() == o.First.Is4() && !r.Last.Less(o.First) && !o.Last.Less(r.First)
 }
 
-// String writes the range by its ends, as ParseRange reads it.
-func (r Range) String() string { return r.First.String() + "-" + r.Last.String() }
-
-// Short writes the range as a prefix if it is one, else by its ends.
-func (r Range) Short() string {
+// String writes the range as ParseRange reads it: as a prefix if it is one, else by its
+// ends.
+func (r Range) String() string {
 	for bits := range r.First.BitLen() + 1 {
 		if p := netip.PrefixFrom(r.First, bits); RangeOf(p) == r {
 			return p.String()
 		}
 	}
-	return r.String()
+	return r.First.String() + "-" + r.Last.String()
 }
 
 // Pool is addresses for those that it is meant for.

@@ -48,8 +48,11 @@ func TestParseRange(t *testing.T) {
 		"everything":                "",
 	} {
 		r, err := ParseRange(text)
-		if (err != nil) != (want == "") || err == nil && r.String() != want {
+		if (err != nil) != (want == "") || err == nil && r.First.String()+"-"+r.Last.String() != want {
 			t.Errorf("%q: %v, %v; want %q", text, r, err, want)
+		}
+		if again, err := ParseRange(r.String()); want != "" && (err != nil || again != r) {
+			t.Errorf("%q is written as %s, which is read as %v, %v", text, r, again, err)
 		}
 	}
 }
