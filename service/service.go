@@ -199,7 +199,7 @@ func (b Backend) Usable() bool { return !b.Down && !b.Drained && b.Weight > 0 }
 // State is what a backend does at the moment.
 type State uint8
 
-// The states of a backend.
+// The states of a backend. Those that depend on its load are told by Choose alone.
 const (
 	// Serving takes new connections.
 	Serving State = iota
@@ -209,19 +209,24 @@ const (
 	Drained
 	// Down failed its probe.
 	Down
+	// Ejected is avoided after failed connects.
+	Ejected
+	// Full has as many connections as its service's breaker allows.
+	Full
+	// WeightZero takes no new connections because its configuration says so. States
+	// counts it as Drained.
+	WeightZero
 )
+
+// EachState is all of them, in the order in which people want to see them.
+var EachState = []State{Serving, Standby, Ejected, Full, WeightZero, Drained, Down}
+
+var states = []string{"serving", "standby", "drained", "down", "ejected", "full", "weight 0"}
 
 // String returns the state in lower case.
 func (s State) String() string {
-	switch s {
-	case Serving:
-		return "serving"
-	case Standby:
-		return "standby"
-	case Drained:
-		return "drained"
-	case Down:
-		return "down"
+	if int(s) < len(states) {
+		return states[s]
 	}
 	return fmt.Sprintf("state %d", uint8(s))
 }
