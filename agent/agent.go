@@ -20,6 +20,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
+
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/health"
 	"github.com/pentad/pentad/host"
@@ -35,8 +37,12 @@ type Options struct {
 	ConfigFile string
 	Pins       string // directory on bpffs
 	RunDir     string // for the agent's socket
+	StateDir   string // for what outlives a restart of the host; empty: nothing does
 	Version    string
 	Log        *slog.Logger
+
+	// Reload has the file read again each time something comes from it; nil: never.
+	Reload <-chan os.Signal
 
 	MaxBackends int // see socket.Options
 }
@@ -54,6 +60,9 @@ type Agent struct {
 	updates  chan source.Update
 	changes  chan []health.Change
 	drains   chan drain
+	reloads  chan reload
+	pings    chan struct{} // is the loop alive?
+	pongs    chan struct{}
 	outcomes chan outcome
 
 	// Owned by the loop.
@@ -61,8 +70,11 @@ type Agent struct {
 	probes   probes
 	recalled []*service.Service // what an earlier agent left, until it was compared
 	pending  []pendingDrain
+	asked    []pendingReload
 	reached  map[string]outcome // what each driver said last
 	watch    publication
+
+	savedDrains string // as they stand in their file
 
 	mu      sync.Mutex // guards what follows, which the API reads
 	known   *known
@@ -90,16 +102,24 @@ func Run(ctx context.Context, opts Options) error {
 	}
 	defer from.Close()
 	first, err := from.Load()
-	if err != nil {
+	if err != nil && !mayWait(opts) {
 		return err
 	}
 	return newAgent(opts, roles).run(ctx, from, first)
 }
 
+// mayWait reports whether an agent waits for a file that is valid: what is in the kernel
+// goes on meanwhile, and a service manager need not start it again and again. A person at
+// a terminal is better served by an end with the reason.
+func mayWait(opts Options) bool {
+	_, err := socket.Read(opts.Pins)
+	return isManaged() || err == nil
+}
+
 func newAgent(opts Options, roles []role) *Agent {
 	a := &Agent{
 		opts: opts, log: opts.Log, started: time.Now(), states: make(states), reached: make(map[string]outcome),
-		updates: make(chan source.Update), changes: make(chan []health.Change), drains: make(chan drain), outcomes: make(chan outcome),
+		updates: make(chan source.Update), changes: make(chan []health.Change), drains: make(chan drain), reloads: make(chan reload), pings: make(chan struct{}), pongs: make(chan struct{}), outcomes: make(chan outcome),
 		known: &known{services: &service.Snapshot{}},
 	}
 	a.cluster = &cluster{log: a.log, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
@@ -110,7 +130,7 @@ func newAgent(opts Options, roles []role) *Agent {
 }
 
 func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update) error {
-	if err := a.recall(); err != nil {
+	if err := errors.Join(a.recall(), a.loadDrains()); err != nil {
 		return err
 	}
 	ctx, stop := context.WithCancel(ctx)
@@ -118,19 +138,25 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 	defer stop()
 	a.monitor = health.New(a.log, func(c []health.Change) { send(ctx, a.changes, c) })
 	a.probes.monitor = a.monitor
-	a.takeFile(ctx, first)
 	defer a.cluster.close()
 	for _, d := range a.drivers {
 		a.tasks.Go(func() { d.run(ctx) })
 	}
-	if err := a.awaitFirst(ctx); err != nil {
-		return err
+	if first.Err != nil {
+		a.rejectFile(first.Err)
+	} else {
+		a.takeFile(ctx, first)
+		if err := a.awaitFirst(ctx); err != nil {
+			return err
+		}
+		a.log.Info("services are in the kernel", "revision", a.known.services.Revision,
+			"services", len(a.known.services.Services), "took", time.Since(a.started).Round(time.Millisecond))
 	}
-	a.log.Info("services are in the kernel", "revision", a.known.services.Revision,
-		"services", len(a.known.services.Services), "took", time.Since(a.started).Round(time.Millisecond))
 	if err := a.serveSocket(ctx); err != nil {
 		return err
 	}
+	tellManager(daemon.SdNotifyReady)
+	a.tasks.Go(func() { a.watchdog(ctx) })
 	a.tasks.Go(func() { a.monitor.Run(ctx) })
 	failed := make(chan error, 1)
 	a.tasks.Go(func() {
@@ -193,7 +219,9 @@ func (a *Agent) recall() error {
 		for _, b := range s.Backends {
 			k := health.Key{Service: s.Name, Address: b.Address}
 			a.probes.known[k] = true
-			a.states.set(k, state{down: b.Down, drained: b.Drained, drainUntil: b.DrainUntil})
+			a.states.set(k, state{
+				down: b.Down, drained: b.Drained, drainUntil: b.DrainUntil, lasting: b.Drained && s.Source != service.SourceKubernetes,
+			})
 		}
 	}
 	return nil
@@ -210,19 +238,55 @@ func isPartial(err error) bool {
 }
 
 // Drain implements api.Agent.
-func (a *Agent) Drain(ctx context.Context, r api.DrainRequest) error {
-	d := drain{r, make(chan error, 1)}
+func (a *Agent) Drain(ctx context.Context, r api.DrainRequest) (api.DrainAnswer, error) {
+	d := drain{r, make(chan drainOutcome, 1)}
+	o, err := ask(ctx, a.drains, d, d.done)
+	if err != nil {
+		return api.DrainAnswer{}, err
+	}
+	return o.answer, o.err
+}
+
+// Reload implements api.Agent.
+func (a *Agent) Reload(ctx context.Context, r api.ReloadRequest) (api.ReloadAnswer, error) {
+	q := reload{r, make(chan reloadOutcome, 1)}
+	o, err := ask(ctx, a.reloads, q, q.done)
+	if err != nil {
+		return api.ReloadAnswer{}, err
+	}
+	return o.answer, o.err
+}
+
+// ask hands a question to the loop and waits for what it says.
+func ask[Q, A any](ctx context.Context, to chan<- Q, question Q, answer <-chan A) (A, error) {
+	var none A
 	select {
-	case a.drains <- d:
+	case to <- question:
 	case <-ctx.Done():
-		return ctx.Err()
+		return none, ctx.Err()
 	}
 	select {
-	case err := <-d.done:
-		return err
+	case a := <-answer:
+		return a, nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return none, ctx.Err()
 	}
+}
+
+// Probes implements api.Agent.
+func (a *Agent) Probes(service string) []api.ProbeRecord {
+	all := []api.ProbeRecord{}
+	for k, r := range a.monitor.Records(service) {
+		p := api.ProbeRecord{
+			Service: k.Service, Address: k.Address, Probe: r.Probe.String(), Up: r.Up, Last: r.At, TookSeconds: r.Took.Seconds(),
+			InARow: r.InARow, Next: r.Next, Succeeded: r.Succeeded, Failed: r.Failed,
+		}
+		if r.Err != nil {
+			p.Error = r.Err.Error()
+		}
+		all = append(all, p)
+	}
+	return all
 }
 
 // nodeState is what load balancers are told.
@@ -261,7 +325,7 @@ func (a *Agent) Status() api.Status {
 		Config: api.Config{File: a.opts.ConfigFile, Loaded: a.loaded},
 	}
 	st := a.monitor.Stats()
-	s.Probes = api.Probes{Targets: st.Targets, Done: st.Probes, Late: st.Late}
+	s.Probes = api.Probes{Targets: st.Targets, Done: st.Probes, Late: st.Late.Seconds()}
 	s.Problems = append(s.Problems, probing(st)...)
 	if a.invalid != nil {
 		s.Config.Error = a.invalid.Error()

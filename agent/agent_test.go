@@ -77,7 +77,7 @@ func TestRun(t *testing.T) {
 		if err != nil || len(v.Services) != 5 {
 			t.Errorf("round %d: the kernel has %d services: %v", round, len(v.Services), err)
 		}
-		if err := client.Drain(t.Context(), api.DrainRequest{Service: "s1", Address: netip.MustParseAddrPort("10.0.1.1:80"), Drained: true}); err != nil {
+		if _, err := client.Drain(t.Context(), api.DrainRequest{Service: "s1", Address: netip.MustParseAddrPort("10.0.1.1:80"), Drained: true}); err != nil {
 			t.Errorf("round %d: drain: %v", round, err)
 		}
 		// Two go: the two that did not fit take their places.
@@ -93,7 +93,7 @@ func TestRun(t *testing.T) {
 	if _, err := client.Status(t.Context()); !errors.Is(err, api.ErrNoAgent) {
 		t.Errorf("without an agent: %v", err)
 	}
-	if err := Down(t.Context(), opts.Pins, opts.RunDir); err != nil {
+	if err := Down(t.Context(), opts); err != nil {
 		t.Error(err)
 	}
 }

@@ -12,11 +12,15 @@ import (
 // state is what is known of a backend beyond its configuration.
 type state struct {
 	down, drained bool
-	drainUntil    uint32 // Unix seconds: when to close what a drained backend has left; 0: never
+	// lasting says of a drained backend that it stays so when its line is taken out of
+	// the file and comes back, because an operator has said so of what the file names.
+	lasting    bool
+	drainUntil uint32 // Unix seconds: when to close what a drained backend has left; 0: never
 }
 
 // states are those of all backends of which anything is known. They go with their
-// backend: who gets its address later is another one.
+// backend: who gets its address later is another one. Only what an operator has drained
+// of the file's services stays drained.
 type states map[health.Key]state
 
 func (all states) set(k health.Key, s state) {
@@ -53,7 +57,7 @@ func (all states) overOne(s *service.Service, now time.Time) *service.Service {
 	for i, b := range s.Backends {
 		st := all[health.Key{Service: s.Name, Address: b.Address}]
 		b.Down = st.down && s.Health.Probe != service.ProbeNone
-		b.Drained, b.DrainUntil = st.drained, st.drainUntil
+		b.Drained, b.DrainUntil = b.Drained || st.drained, st.drainUntil
 		b.DrainOver = st.drainUntil > 0 && uint32(now.Unix()) >= st.drainUntil
 		c.Backends[i] = b
 	}
@@ -85,7 +89,12 @@ func (all states) prune(snap *service.Snapshot, keeps func(name string) bool) {
 		if s == nil && keeps(k.Service) || s != nil && hasBackend(s, k.Address) {
 			continue
 		}
-		delete(all, k)
+		st := all[k]
+		st.down = false
+		if !st.lasting {
+			st = state{}
+		}
+		all.set(k, st)
 	}
 }
 

@@ -93,7 +93,7 @@ func TestChurn(t *testing.T) {
 		return err
 	})
 	forever(20*time.Millisecond, func(n int) error {
-		err := client.Drain(t.Context(), api.DrainRequest{
+		_, err := client.Drain(t.Context(), api.DrainRequest{
 			Service: "s2", Address: netip.MustParseAddrPort("127.0.10.9:1"), Drained: n%2 == 0, Timeout: time.Duration(n%2) * time.Second,
 		})
 		if errors.Is(err, api.ErrNotFound) {
@@ -131,7 +131,7 @@ func TestChurn(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("the agent ended with %v", err)
 	}
-	if err := Down(t.Context(), opts.Pins, opts.RunDir); err != nil {
+	if err := Down(t.Context(), opts); err != nil {
 		t.Error(err)
 	}
 }

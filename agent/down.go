@@ -21,10 +21,10 @@ const downPatience = 5 * time.Second
 
 // Down removes everything of pentad from the kernel, whatever state it is in: a
 // running agent is ended first, because it would put everything back.
-func Down(ctx context.Context, pins, runDir string) error {
-	opts := Options{Pins: pins, RunDir: runDir}
+func Down(ctx context.Context, opts Options) error {
+	pins, runDir := opts.Pins, opts.RunDir
 	if _, err := os.Stat(pins); errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(leaveAll(opts), removeRunDir(runDir))
+		return errors.Join(leaveAll(opts), forgetDrains(opts), removeRunDir(runDir))
 	}
 	lock, err := host.Lock(pins)
 	var held *host.LockedError
@@ -35,7 +35,7 @@ func Down(ctx context.Context, pins, runDir string) error {
 		return err
 	}
 	defer lock.Close()
-	return errors.Join(leaveAll(opts), host.RemovePins(pins), removeRunDir(runDir))
+	return errors.Join(leaveAll(opts), host.RemovePins(pins), forgetDrains(opts), removeRunDir(runDir))
 }
 
 // leaveAll takes every role out of the kernel, in the opposite order of the table.

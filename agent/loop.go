@@ -2,14 +2,11 @@ package agent
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
-	"math"
 	"time"
 
-	"github.com/pentad/pentad/api"
-	"github.com/pentad/pentad/config"
+	"github.com/coreos/go-systemd/v22/daemon"
+
 	"github.com/pentad/pentad/health"
 	"github.com/pentad/pentad/service"
 	"github.com/pentad/pentad/source"
@@ -23,7 +20,8 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		setDrainOver(drainOver, a.states.nextDrainOver(time.Now()))
 		select {
 		case <-ctx.Done():
-			a.log.Info("agent stops; the services stay in the kernel")
+			tellManager(daemon.SdNotifyStopping)
+			a.log.Info("agent stops; what it has put into the kernel stays there until `pentad down`", "reason", context.Cause(ctx))
 			return nil
 		case err := <-failed:
 			return err
@@ -33,6 +31,13 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			a.onHealth(c)
 		case d := <-a.drains:
 			a.onDrain(d)
+		case r := <-a.reloads:
+			a.onReload(ctx, r)
+		case <-a.opts.Reload:
+			a.log.Info("the configuration is read again, as a signal asks")
+			a.onReload(ctx, reload{})
+		case <-a.pings:
+			send(ctx, a.pongs, struct{}{})
 		case o := <-a.outcomes:
 			a.onOutcome(o)
 		case <-drainOver.C:
@@ -56,30 +61,22 @@ func (a *Agent) onUpdate(ctx context.Context, u source.Update) {
 	case u.Err != nil:
 		a.rejectFile(u.Err)
 	case u.From == service.SourceFile:
+		if err := a.guarded(u); err != nil {
+			a.rejectFile(err)
+			return
+		}
 		a.takeFile(ctx, u)
 	default:
 		a.takeCluster(u)
 	}
 }
 
-// rejectFile notes why the newest text of the file is not in force.
-func (a *Agent) rejectFile(err error) {
-	a.mu.Lock()
-	a.invalid = err
-	a.mu.Unlock()
-	var all config.Errors
-	if !errors.As(err, &all) {
-		a.log.Error("configuration is not in force", "source", "file", "error", err)
-		return
-	}
-	for _, e := range all {
-		a.log.Error("configuration is not valid and not in force", "source", "file", "error", e)
-	}
-}
-
 // takeFile puts a new text of the file in force.
 func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	u.Services = keep(a.inbox.file.Services, u.Services)
+	if a.invalid != nil {
+		a.log.Info("the configuration is valid again, and in force", "source", "file")
+	}
 	a.mu.Lock()
 	a.invalid, a.loaded = nil, time.Now()
 	a.inbox.file = u
@@ -146,90 +143,6 @@ func (a *Agent) onHealth(changes []health.Change) {
 		}
 	}
 	a.publish()
-}
-
-// drain is somebody who asks to drain a backend, or to end that, and waits.
-type drain struct {
-	api.DrainRequest
-	done chan error
-}
-
-// pendingDrain is a drain that the kernel does not have yet.
-type pendingDrain struct {
-	drain
-	key         health.Key
-	before, set state
-	number      uint64
-}
-
-// onDrain sets or ends the draining of a backend. Who asks is answered when the kernel
-// has it.
-func (a *Agent) onDrain(d drain) {
-	k := health.Key{Service: d.Service, Address: d.Address}
-	s := a.known.services.Find(d.Service)
-	if s == nil {
-		d.done <- fmt.Errorf("service %s: %w; `pentad service list` shows them", d.Service, api.ErrNotFound)
-		return
-	}
-	if !hasBackend(s, d.Address) {
-		d.done <- fmt.Errorf("service %s: backend %s: %w; `pentad service show %s` shows them",
-			d.Service, d.Address, api.ErrNotFound, d.Service)
-		return
-	}
-	before := a.states[k]
-	after, err := drained(before, d.DrainRequest, time.Now())
-	if err != nil {
-		d.done <- err
-		return
-	}
-	a.states.set(k, after)
-	a.publish()
-	a.pending = append(a.pending, pendingDrain{d, k, before, after, a.known.number})
-	a.answerDrains()
-}
-
-// drained returns the state of a backend after a request at a time.
-func drained(s state, r api.DrainRequest, now time.Time) (state, error) {
-	if r.Timeout < 0 {
-		return s, fmt.Errorf("timeout %s: %w: it is negative", r.Timeout, api.ErrRefused)
-	}
-	s.drained, s.drainUntil = r.Drained, 0
-	if !r.Drained || r.Timeout == 0 {
-		return s, nil
-	}
-	// The next second, and not by time.Add, which overflows.
-	part := time.Duration(now.Nanosecond()) + r.Timeout%time.Second
-	until := now.Unix() + int64(r.Timeout/time.Second) + int64((part+time.Second-1)/time.Second)
-	if until > math.MaxUint32 {
-		return s, fmt.Errorf("timeout %s: %w: it ends after the year 2106", r.Timeout, api.ErrRefused)
-	}
-	s.drainUntil = uint32(until)
-	return s, nil
-}
-
-// answerDrains answers those of whom it is known what became of it. Who is told that it
-// failed does not see it happen later.
-func (a *Agent) answerDrains() {
-	var left []pendingDrain
-	undone := false
-	for _, p := range a.pending {
-		done, err := a.outcomeOf(p.number)
-		switch {
-		case !done:
-			left = append(left, p)
-			continue
-		case err == nil:
-			a.log.Info("backend drain", "service", p.Service, "backend", p.Address, "drained", p.Drained)
-		case a.states[p.key] == p.set:
-			a.states.set(p.key, p.before)
-			undone = true
-		}
-		p.done <- err
-	}
-	a.pending = left
-	if undone {
-		a.publish()
-	}
 }
 
 // outcomeOf tells whether every role on which services depend has what was known then,
@@ -299,6 +212,7 @@ func (a *Agent) rename(services []*service.Service) map[string]string {
 func (a *Agent) onOutcome(o outcome) {
 	a.reached[o.role] = o
 	a.answerDrains()
+	a.answerReloads()
 	if o.verified {
 		a.giveBack()
 	}

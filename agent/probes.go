@@ -70,7 +70,9 @@ func (p *probes) setVIPs(next *service.Snapshot) []*service.Service {
 	}
 	var touched []*service.Service
 	for _, s := range next.Services {
-		if slices.ContainsFunc(s.Backends, func(b service.Backend) bool { return turned[b.Address] }) {
+		if slices.ContainsFunc(s.Backends, func(b service.Backend) bool {
+			return turned[health.Target{Key: health.Key{Address: b.Address}, Health: s.Health}.Probed()]
+		}) {
 			touched = append(touched, s)
 		}
 	}
@@ -91,7 +93,7 @@ func (p *probes) targets(last *service.Snapshot, changed, removed []*service.Ser
 			k := health.Key{Service: s.Name, Address: b.Address}
 			t := health.Target{Key: k, Health: s.Health, Down: b.Down}
 			t.Known = p.known[k] || old != "" && (p.known[health.Key{Service: old, Address: b.Address}] || wasProbed(last.Find(old), b.Address))
-			if p.vips[b.Address] {
+			if p.vips[t.Probed()] {
 				t.Mark = host.ProbeMark
 			}
 			add = append(add, t)

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"time"
@@ -28,6 +29,9 @@ const SocketName = "pentad.sock"
 
 // ErrNoAgent says that no agent answers on the socket.
 var ErrNoAgent = errors.New("no agent is running")
+
+// ErrDenied says that this user may not talk to the agent.
+var ErrDenied = errors.New("you may not talk to the agent")
 
 // Status is what the agent says of itself.
 type Status struct {
@@ -68,19 +72,64 @@ type Config struct {
 
 // Probes says how the probing of backends goes.
 type Probes struct {
-	Targets int           `json:"targets"`
-	Done    uint64        `json:"done"`
-	Late    time.Duration `json:"late"` // how late the last one started, ns
+	Targets int     `json:"targets"`
+	Done    uint64  `json:"done"`
+	Late    float64 `json:"lateSeconds"` // how late the last one started
 }
 
-// DrainRequest asks to drain a backend or to end that.
+// DrainRequest asks to drain backends or to end that.
 type DrainRequest struct {
-	Service string         `json:"service"`
-	Address netip.AddrPort `json:"address"`
+	Service string         `json:"service,omitempty"` // empty: every service that has the address
+	Address netip.AddrPort `json:"address,omitzero"`
+	Host    netip.Addr     `json:"host,omitzero"` // in place of an Address: every port of it
 	Drained bool           `json:"drained"`
 	// Timeout is after how long the connections that are left are closed,
 	// in ns; 0: never. The kernel remembers it in whole seconds.
 	Timeout time.Duration `json:"timeout,omitempty"`
+	// Force drains the last backend that takes connections, too.
+	Force bool `json:"force,omitempty"`
+}
+
+// DrainAnswer is what a DrainRequest has done.
+type DrainAnswer struct {
+	Backends []Drained `json:"backends"`
+	// Refusing are listeners that refuse connections from now on, because of it.
+	Refusing []string `json:"refusing,omitempty"`
+}
+
+// Drained is one backend that a DrainRequest was about.
+type Drained struct {
+	Service string         `json:"service"`
+	Address netip.AddrPort `json:"address"`
+	Was     bool           `json:"was"`            // it had been so before
+	Note    string         `json:"note,omitempty"` // why it takes nothing all the same
+}
+
+// ReloadRequest asks to read the configuration again and to put it in force.
+type ReloadRequest struct {
+	Force bool `json:"force,omitempty"` // whatever it removes; see guard in the configuration
+}
+
+// ReloadAnswer says what is in force.
+type ReloadAnswer struct {
+	Revision uint64 `json:"revision"`
+	Services int    `json:"services"`
+	Changed  bool   `json:"changed"` // the file had another text than before
+}
+
+// ProbeRecord is what the probes of one backend met with.
+type ProbeRecord struct {
+	Service     string         `json:"service"`
+	Address     netip.AddrPort `json:"address"`
+	Probe       string         `json:"probe"`
+	Up          bool           `json:"up"`
+	Last        time.Time      `json:"last,omitzero"` // when the last one ended; absent: none has
+	TookSeconds float64        `json:"tookSeconds,omitempty"`
+	Error       string         `json:"error,omitempty"` // of the last one; absent: a success
+	InARow      int            `json:"inARow,omitempty"`
+	Next        time.Time      `json:"next,omitzero"`
+	Succeeded   uint64         `json:"succeeded"`
+	Failed      uint64         `json:"failed"`
 }
 
 // Failure is the body of every answer that is not 200.
@@ -92,13 +141,18 @@ type Failure struct {
 type Agent interface {
 	Status() Status
 	// Drain returns once the kernel has it.
-	Drain(ctx context.Context, r DrainRequest) error
+	Drain(ctx context.Context, r DrainRequest) (DrainAnswer, error)
+	// Reload returns once the kernel has what the file says.
+	Reload(ctx context.Context, r ReloadRequest) (ReloadAnswer, error)
+	// Probes returns the records of a service, or of all with "".
+	Probes(service string) []ProbeRecord
 }
 
 // ErrNotFound is returned by an Agent for an object that does not exist.
 var ErrNotFound = errors.New("not found")
 
-// ErrRefused is returned by an Agent for what makes no sense.
+// ErrRefused is returned by an Agent for what makes no sense, or what it does only when
+// it is forced to.
 var ErrRefused = errors.New("not possible")
 
 // Handler serves the agent's API.
@@ -107,13 +161,24 @@ func Handler(a Agent) http.Handler {
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, a.Status())
 	})
-	mux.HandleFunc("POST /v1/drain", func(w http.ResponseWriter, r *http.Request) {
-		var req DrainRequest
+	mux.HandleFunc("GET /v1/probes", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, http.StatusOK, a.Probes(r.URL.Query().Get("service")))
+	})
+	mux.HandleFunc("POST /v1/drain", act(a.Drain))
+	mux.HandleFunc("POST /v1/reload", act(a.Reload))
+	return mux
+}
+
+// act serves what changes something.
+func act[Request, Answer any](do func(context.Context, Request) (Answer, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var req Request
 		if err := json.NewDecoder(io.LimitReader(r.Body, 1<<16)).Decode(&req); err != nil {
 			reply(w, http.StatusBadRequest, Failure{"the request is not valid: " + err.Error()})
 			return
 		}
-		switch err := a.Drain(r.Context(), req); {
+		answer, err := do(r.Context(), req)
+		switch {
 		case errors.Is(err, ErrNotFound):
 			reply(w, http.StatusNotFound, Failure{err.Error()})
 		case errors.Is(err, ErrRefused):
@@ -121,10 +186,9 @@ func Handler(a Agent) http.Handler {
 		case err != nil:
 			reply(w, http.StatusInternalServerError, Failure{err.Error()})
 		default:
-			reply(w, http.StatusOK, struct{}{})
+			reply(w, http.StatusOK, answer)
 		}
-	})
-	return mux
+	}
 }
 
 func reply(w http.ResponseWriter, code int, body any) {
@@ -178,9 +242,22 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return s, c.call(ctx, http.MethodGet, "/v1/status", nil, &s)
 }
 
-// Drain asks the agent to drain a backend or to end that.
-func (c *Client) Drain(ctx context.Context, r DrainRequest) error {
-	return c.call(ctx, http.MethodPost, "/v1/drain", r, &struct{}{})
+// Probes asks what the probes of a service, or of all with "", met with.
+func (c *Client) Probes(ctx context.Context, service string) ([]ProbeRecord, error) {
+	var all []ProbeRecord
+	return all, c.call(ctx, http.MethodGet, "/v1/probes?service="+url.QueryEscape(service), nil, &all)
+}
+
+// Drain asks the agent to drain backends or to end that.
+func (c *Client) Drain(ctx context.Context, r DrainRequest) (DrainAnswer, error) {
+	var a DrainAnswer
+	return a, c.call(ctx, http.MethodPost, "/v1/drain", r, &a)
+}
+
+// Reload asks the agent to read its file again.
+func (c *Client) Reload(ctx context.Context, r ReloadRequest) (ReloadAnswer, error) {
+	var a ReloadAnswer
+	return a, c.call(ctx, http.MethodPost, "/v1/reload", r, &a)
 }
 
 func (c *Client) call(ctx context.Context, method, path string, body, into any) error {
@@ -197,6 +274,9 @@ func (c *Client) call(ctx context.Context, method, path string, body, into any) 
 	resp, err := c.http.Do(req)
 	var refused *net.OpError
 	if errors.As(err, &refused) && refused.Op == "dial" {
+		if errors.Is(err, os.ErrPermission) {
+			return fmt.Errorf("%w: %s; run as root", ErrDenied, c.path)
+		}
 		return fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
 	}
 	if err != nil {

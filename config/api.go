@@ -3,7 +3,7 @@ package config
 import (
 	"net/netip"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
 )
 
 // API says where the agent listens for people and scrapers.

@@ -9,11 +9,10 @@ package config
 import (
 	"errors"
 	"fmt"
-	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
 
 	"github.com/pentad/pentad/service"
 )
@@ -27,16 +26,41 @@ type Config struct {
 	Scope    Scope
 	Source   Source
 	API      API
+	Guard    int // percent of the listeners that a new text may take away unless it is forced; GuardOff: all
+
+	// Warnings are what is valid and most likely not meant.
+	Warnings Errors
+
+	needs []need
 }
 
+// GuardOff is a guard that lets everything through.
+const GuardOff = 100
+
+const defaultGuard = 50
+
 // fileSchema lists the sections of the file.
-var fileSchema = schema[Config]{what: "the file", fields: []field[Config]{
+var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []field[Config]{
 	mappings("services", "list of services",
 		"The services of this host. May be `[]`, and may be missing where there is a `source`.",
 		&serviceSchema, (*decoder).services),
+	mapping("defaults", "mapping", "What every service of this file has that does not say otherwise, key by key.",
+		&defaultsSchema, (*decoder).checkDefaults),
 	section("scope", "Whose connections are translated.", &scopeSchema, func(c *Config) *Scope { return &c.Scope }),
 	section("source", "Where services come from besides this file.", &sourceSchema, func(c *Config) *Source { return &c.Source }),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
+	field[Config]{
+		key: "guard", kind: "percentage or off",
+		doc: "How much of the listeners a new text of this file may take away, 1% to 99%, while there are four or more: what takes away more is " +
+			"held back until `pentad reload --force`. `off`: everything is put in force.",
+		set: func(d *decoder, n *yaml.Node, to *Config) {
+			if n.Kind == yaml.ScalarNode && n.Value == "off" {
+				to.Guard = GuardOff
+				return
+			}
+			to.Guard = d.percentage(n)
+		},
+	}.or("50%"),
 }}
 
 // Error is one thing wrong with a file. Line and Column count from 1.
@@ -81,9 +105,10 @@ func Parse(name string, data []byte) (*Config, error) {
 	if root == nil {
 		return nil, d.failed()
 	}
-	c := &Config{Scope: defaultScope, API: defaultAPI}
+	c := &Config{Scope: defaultScope, API: defaultAPI, Guard: defaultGuard}
+	d.setDefaults(root)
 	seen := fileSchema.decode(d, root, c)
-	if seen != nil && seen["services"] == nil && seen["source"] == nil {
+	if seen != nil && seen["services"] == nil && seen["source"] == nil && !d.has("services") {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
 	}
 	d.checkUnique(c.Services)
@@ -93,35 +118,10 @@ func Parse(name string, data []byte) (*Config, error) {
 	for _, s := range c.Services {
 		s.Source = service.SourceFile
 	}
+	d.warn(c)
+	c.Services = slices.DeleteFunc(c.Services, func(s *service.Service) bool { return d.disabled[s] })
+	c.Warnings, c.needs = d.sorted(d.warnings), d.needs(c, seen["scope"])
 	return c, nil
-}
-
-var syntaxError = regexp.MustCompile(`^yaml: (?:line (\d+): )?(.*)$`)
-
-// document returns the top mapping, or nil with an error noted.
-func (d *decoder) document(data []byte) *yaml.Node {
-	var doc yaml.Node
-	if err := yaml.Unmarshal(data, &doc); err != nil {
-		at := &yaml.Node{Line: 1, Column: 1}
-		message := err.Error()
-		if m := syntaxError.FindStringSubmatch(strings.SplitN(message, "\n", 2)[0]); m != nil {
-			if n, err := strconv.Atoi(m[1]); err == nil {
-				at.Line = n
-			}
-			message = m[2]
-		}
-		d.errorf(at, "this is not YAML: %s", message)
-		return nil
-	}
-	if doc.Kind == 0 {
-		d.errorf(&yaml.Node{Line: 1, Column: 1},
-			"the file is empty; a host without services is written \"services: []\"")
-		return nil
-	}
-	if !d.bounded(doc.Content[0]) {
-		return nil
-	}
-	return doc.Content[0]
 }
 
 // checkUnique finds names and listeners that occur twice.

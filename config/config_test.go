@@ -43,6 +43,7 @@ func TestDefaults(t *testing.T) {
 		}},
 		Scope: Scope{Cgroup: "/"},
 		API:   API{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
+		Guard: 50,
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("have %+v, want %+v", c, want)
@@ -180,11 +181,11 @@ func TestErrors(t *testing.T) {
 	for _, c := range []struct{ name, text, want string }{
 		{"empty", "", `f:1:1: the file is empty; a host without services is written "services: []"`},
 		{"comment only", "# nothing\n", `f:1:1: the file is empty; a host without services is written "services: []"`},
-		{"not YAML", "services:\n\t- a\n", `f:2:1: this is not YAML: found character that cannot start any token`},
+		{"not YAML", "services:\n\t- a\n", `f:2:1: this is not YAML: a tab; YAML is indented with spaces`},
 		{"a list", "- a\n", `f:1:1: the file must be a mapping with keys such as "services", found a list`},
 		{"no services", "scope: {}\n", `f:1:1: the file needs the key "services" or "source"; a host without services is written "services: []"`},
-		{"unknown key", "servces: []\n", "f:1:1: unknown key \"servces\" in the file; did you mean \"services\"?\nf:1:1: the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\""},
-		{"unlike any key", one("xyzzy: 1\n"), `f:5:1: unknown key "xyzzy" in the file; known are services, scope, source, api`},
+		{"unknown key", "servces: []\n", "f:1:1: unknown key \"servces\" in the file; did you mean \"services\"?"},
+		{"unlike any key", one("xyzzy: 1\n"), `f:5:1: unknown key "xyzzy" in the file; known are services, defaults, scope, source, api, guard`},
 		{"twice", one("scope: {}\nscope: {}\n"), `f:6:1: key "scope" stands twice in the file; the first is at line 5`},
 		{"wrong types", "services:\n- 7\n- name: [x]\n  listen: 192.0.2.1:80\n  backends: {}\n",
 			"f:2:3: a service must be a mapping with keys such as \"name\", found \"7\"\n" +
@@ -218,7 +219,7 @@ func TestErrors(t *testing.T) {
 				"f:6:23: want whole seconds, found \"1.5s\"\n" +
 				"f:7:19: want none, tcp, tls, http, grpc, postgres, mysql, redis or exec, found \"tpc\"; did you mean \"tcp\"?\n" +
 				"f:7:34: want a duration from 100ms to 1h, such as 2s, found \"1ms\"\n" +
-				"f:7:48: want a duration from 10ms to 1h, such as 2s, found \"x\"\n" +
+				"f:7:48: want a duration from 10ms to 1h, such as 2s, found \"x\"; the units are ms, s, m and h, as in 500ms or 1h30m\n" +
 				"f:7:57: want a whole number from 1 to 100, found \"0\"\n" +
 				"f:7:66: want a whole number from 1 to 100, found \"two\""},
 		{"backend values", "services:\n- name: a\n  listen: [192.0.2.1:80]\n  backends:\n  - {address: 10.0.0.1:80, weight: -1, group: 256}\n  - {weight: 1}\n  - {address: 10.0.0.2:80, wieght: 5}\n  - {address: 10.0.0.3:80, weight: 65536, zone: " + strings.Repeat("z", 64) + "}\n",

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -8,43 +9,58 @@ import (
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
 
 	"github.com/pentad/pentad/service"
 )
 
 // decoder gathers errors while it walks the nodes of one file.
 type decoder struct {
-	file   string
-	errors Errors
-	at     map[*service.Service]*origin
+	file     string
+	errors   Errors
+	warnings Errors
+	meant    []string // keys that unknown ones were probably meant for
+	defaults *yaml.Node
+	at       map[*service.Service]*origin
+	disabled map[*service.Service]bool
 }
 
 // origin is where the parts of a service stand in the file.
 type origin struct {
+	node          *yaml.Node
 	name          *yaml.Node
+	health        *yaml.Node // nil: nothing is said of it
 	listeners     []service.Listener
 	listenerNodes []*yaml.Node
+	backendNodes  []*yaml.Node // of Backends
 }
 
 func (d *decoder) errorf(at *yaml.Node, format string, args ...any) {
-	d.errors = append(d.errors, Error{
-		File: d.file, Line: at.Line, Column: at.Column, Message: fmt.Sprintf(format, args...),
-	})
+	d.errors = append(d.errors, d.problem(at, format, args...))
 }
+
+func (d *decoder) warnf(at *yaml.Node, format string, args ...any) {
+	d.warnings = append(d.warnings, d.problem(at, format, args...))
+}
+
+func (d *decoder) problem(at *yaml.Node, format string, args ...any) Error {
+	return Error{File: d.file, Line: at.Line, Column: at.Column, Message: fmt.Sprintf(format, args...)}
+}
+
+// has reports whether a key was probably meant by another one.
+func (d *decoder) has(key string) bool { return slices.Contains(d.meant, key) }
 
 // failed returns the errors in the order of the file, or nil.
 func (d *decoder) failed() error {
 	if len(d.errors) == 0 {
 		return nil
 	}
-	slices.SortStableFunc(d.errors, func(a, b Error) int {
-		if a.Line != b.Line {
-			return a.Line - b.Line
-		}
-		return a.Column - b.Column
-	})
-	return d.errors
+	return d.sorted(d.errors)
+}
+
+func (d *decoder) sorted(all Errors) Errors {
+	slices.SortStableFunc(all, func(a, b Error) int { return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column)) })
+	return all
 }
 
 func resolve(n *yaml.Node) *yaml.Node {
@@ -65,7 +81,17 @@ func found(n *yaml.Node) string {
 	if n.Tag == "!!null" {
 		return "nothing"
 	}
-	return strconv.Quote(n.Value)
+	return strconv.Quote(shorten(n.Value))
+}
+
+// shorten leaves out what nobody would read of a value.
+func shorten(text string) string {
+	const most = 80
+	runes := []rune(text)
+	if len(runes) <= most {
+		return text
+	}
+	return string(runes[:most]) + "..."
 }
 
 func (d *decoder) text(n *yaml.Node, want string) (string, bool) {
@@ -89,7 +115,11 @@ func (d *decoder) list(n *yaml.Node, want string, each func(*yaml.Node)) {
 
 func (d *decoder) integer(n *yaml.Node, low, high int) (int, bool) {
 	v, err := strconv.Atoi(n.Value)
-	if n.Kind != yaml.ScalarNode || n.Tag != "!!int" || err != nil || v < low || v > high {
+	switch {
+	case n.Kind == yaml.ScalarNode && n.Tag == "!!str" && err == nil:
+		d.errorf(n, "want a whole number from %d to %d, found text in quotes; write %s without quotes", low, high, n.Value)
+		return 0, false
+	case n.Kind != yaml.ScalarNode || n.Tag != "!!int" || err != nil || v < low || v > high:
 		d.errorf(n, "want a whole number from %d to %d, found %s", low, high, found(n))
 		return 0, false
 	}
@@ -100,8 +130,8 @@ func (d *decoder) integer(n *yaml.Node, low, high int) (int, bool) {
 func (d *decoder) duration(n *yaml.Node, low, high, unit time.Duration) (time.Duration, bool) {
 	v, err := time.ParseDuration(n.Value)
 	if n.Kind != yaml.ScalarNode || err != nil || v < low || v > high {
-		d.errorf(n, "want a duration from %s to %s, such as %s, found %s",
-			short(low), short(high), short(max(low, min(high, 2*time.Second))), found(n))
+		d.errorf(n, "want a duration from %s to %s, such as %s, found %s%s",
+			short(low), short(high), short(max(low, min(high, 2*time.Second))), found(n), durationHint(n, err))
 		return 0, false
 	}
 	if v%unit != 0 {
@@ -111,6 +141,17 @@ func (d *decoder) duration(n *yaml.Node, low, high, unit time.Duration) (time.Du
 	return v, true
 }
 
+// durationHint says what is most likely wrong with a duration.
+func durationHint(n *yaml.Node, err error) string {
+	switch {
+	case n.Kind != yaml.ScalarNode || err == nil:
+		return ""
+	case n.Tag == "!!int" || n.Tag == "!!float":
+		return fmt.Sprintf("; the unit is missing: did you mean %ss?", n.Value)
+	}
+	return "; the units are ms, s, m and h, as in 500ms or 1h30m"
+}
+
 var units = map[time.Duration]string{time.Second: "second", time.Millisecond: "millisecond"}
 
 // percentage reads 1% to 100%.
@@ -118,7 +159,11 @@ func (d *decoder) percentage(n *yaml.Node) int {
 	text, isPercentage := strings.CutSuffix(n.Value, "%")
 	v, err := strconv.Atoi(text)
 	if n.Kind != yaml.ScalarNode || !isPercentage || err != nil || v < 1 || v > 100 {
-		d.errorf(n, "want a percentage from 1%% to 100%%, found %s", found(n))
+		hint := ""
+		if n.Kind == yaml.ScalarNode && n.Tag == "!!int" {
+			hint = fmt.Sprintf("; did you mean %s%%?", n.Value)
+		}
+		d.errorf(n, "want a percentage from 1%% to 100%%, found %s%s", found(n), hint)
 		return 0
 	}
 	return v
@@ -155,10 +200,32 @@ func (d *decoder) word(n *yaml.Node, words ...string) (int, bool) {
 	}
 	i := slices.Index(words, v)
 	if i < 0 {
-		d.errorf(n, "want %s, found %s%s", want, found(n), nearest(v, words))
+		d.errorf(n, "want %s, found %s%s", want, found(n), meant(v, words))
 		return 0, false
 	}
 	return i, true
+}
+
+// foreignWords are what others call what is called otherwise here.
+var foreignWords = map[string]string{
+	"master": "primary", "slave": "replica", "secondary": "replica", "leader": "primary", "follower": "replica",
+	"roundrobin": "random", "round-robin": "random", "rr": "random", "wrr": "random", "leastconn": "least-connections", "lc": "least-connections",
+	"wlc": "least-connections", "least_conn": "least-connections", "source": "source-hash", "ip_hash": "source-hash", "sh": "source-hash", "mh": "source-hash",
+	"maglev": "source-hash", "close": "reset", "shutdown-sessions": "reset", "mariadb": "mysql", "pgsql": "postgres", "postgresql": "postgres", "script": "exec",
+}
+
+// meant says which word was probably meant.
+func meant(word string, words []string) string {
+	if ours := foreignWords[strings.ToLower(word)]; slices.Contains(words, ours) {
+		return fmt.Sprintf("; that is called %q here", ours)
+	}
+	if (strings.EqualFold(word, "https") || strings.EqualFold(word, "ssl")) && slices.Contains(words, "http") {
+		if strings.EqualFold(word, "ssl") {
+			return "; that is called \"tls\" here"
+		}
+		return "; write \"probe: http\" and \"tls: true\""
+	}
+	return service.Nearest(word, words)
 }
 
 // prefixes reads a list of address prefixes.
@@ -196,6 +263,8 @@ func (d *decoder) address(n *yaml.Node, text, what string) (netip.AddrPort, bool
 		problem = "write it as IPv4: " + netip.AddrPortFrom(addr.Unmap(), ap.Port()).String()
 	case addr.Zone() != "":
 		problem = "an address with a zone is not supported"
+	case addr.Is6() && addr.IsLinkLocalUnicast():
+		problem = "a link-local address cannot be connected to without a zone, which is not supported"
 	case addr.IsUnspecified():
 		problem = "the unspecified address cannot be connected to"
 	case addr.IsMulticast() || addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
@@ -210,6 +279,19 @@ func (d *decoder) address(n *yaml.Node, text, what string) (netip.AddrPort, bool
 
 // addressHint says what is most likely wrong with an address.
 func addressHint(text string) string {
+	switch {
+	case strings.Contains(text, "://"):
+		return "; write the address without what stands before ://"
+	case strings.Contains(text, "${") || strings.HasPrefix(text, "$"):
+		return "; variables of the environment are not expanded"
+	case strings.ContainsAny(text, " \t"):
+		return "; there is a blank in it"
+	case strings.HasPrefix(text, ":"):
+		return fmt.Sprintf("; the address is missing: 0.0.0.0%s is every IPv4 address", text)
+	}
+	if hint := bracketHint(text); hint != "" {
+		return hint
+	}
 	if a, err := netip.ParseAddr(text); err == nil {
 		return fmt.Sprintf("; the port is missing: %s", netip.AddrPortFrom(a, 80))
 	}
@@ -221,72 +303,80 @@ func addressHint(text string) string {
 		return "; a port is a number from 1 to 65535"
 	}
 	if _, err := netip.ParseAddr(host); err != nil {
-		return "; names are not resolved, write the IP address"
+		return hostHint(host)
 	}
 	return ""
+}
+
+// bracketHint says how the IPv6 address is written that a text probably is.
+func bracketHint(text string) string {
+	if strings.Count(text, ":") < 2 || strings.HasPrefix(text, "[") {
+		return ""
+	}
+	at := strings.LastIndex(text, ":")
+	host, port := text[:at], text[at+1:]
+	if _, err := strconv.ParseUint(port, 10, 16); err == nil {
+		if a, err := netip.ParseAddr(host); err == nil && a.Is6() {
+			return fmt.Sprintf("; an IPv6 address is written in brackets: did you mean \"[%s]:%s\"?", host, port)
+		}
+	}
+	if a, err := netip.ParseAddr(text); err == nil && a.Is6() {
+		return fmt.Sprintf("; the port is missing, and an IPv6 address is written in brackets: \"[%s]:80\"", text)
+	}
+	return ""
+}
+
+// hostHint says why what looks like an IPv4 address is none.
+func hostHint(host string) string {
+	parts := strings.Split(host, ".")
+	for _, p := range parts {
+		n, err := strconv.Atoi(p)
+		switch {
+		case err != nil:
+			return "; names are not resolved, write the IP address"
+		case n > 255:
+			return fmt.Sprintf("; %d is more than 255", n)
+		case len(p) > 1 && p[0] == '0':
+			return fmt.Sprintf("; %s has a leading zero", p)
+		}
+	}
+	return fmt.Sprintf("; an IPv4 address has four numbers, this has %d", len(parts))
 }
 
 // listener reads VIP:port[/tcp|udp].
 func (d *decoder) listener(n *yaml.Node) (service.Listener, bool) {
 	const want = "a listener VIP:PORT[/tcp|udp], such as 10.96.0.10:3306 or [2001:db8::10]:53/udp"
 	l := service.Listener{Protocol: service.TCP}
+	if n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode {
+		d.errorf(n, "want %s, found %s; what begins with a bracket is written in quotes: \"[2001:db8::10]:53/udp\"", want, found(n))
+		return l, false
+	}
 	text, ok := d.text(n, want)
 	if !ok {
 		return l, false
 	}
 	address, protocol, named := strings.Cut(text, "/")
+	if strings.Contains(text, "://") {
+		address, named = text, false
+	}
 	switch {
 	case !named || protocol == "tcp":
 	case protocol == "udp":
 		l.Protocol = service.UDP
 	default:
-		d.errorf(n, "want protocol tcp or udp, found %q%s", protocol, nearest(protocol, []string{"tcp", "udp"}))
+		d.errorf(n, "want protocol tcp or udp, found %q%s", shorten(protocol), protocolHint(protocol))
 		return l, false
 	}
 	l.Address, ok = d.address(n, address, want)
 	return l, ok
 }
 
-// nearest suggests the word that was probably meant, or nothing.
-func nearest(word string, words []string) string {
-	const longest = 64 // no key is nearly as long
-	if len(word) > longest {
-		return "; known are " + strings.Join(words, ", ")
+func protocolHint(protocol string) string {
+	switch {
+	case strings.EqualFold(protocol, "sctp") || strings.EqualFold(protocol, "icmp"):
+		return "; other protocols are not served"
+	case protocol != "" && protocol[0] >= '0' && protocol[0] <= '9':
+		return "; a listener is one address, not a prefix"
 	}
-	best, distance := "", 1+len(word)/2
-	for _, w := range words {
-		if n := editDistance(strings.ToLower(word), strings.ToLower(w)); n < distance {
-			best, distance = w, n
-		}
-	}
-	if best == "" {
-		return "; known are " + strings.Join(words, ", ")
-	}
-	return fmt.Sprintf("; did you mean %q?", best)
-}
-
-// editDistance counts the letters to insert, remove, change or swap with their
-// neighbour to turn one word into the other (optimal string alignment).
-func editDistance(a, b string) int {
-	rows := make([][]int, len(a)+1)
-	for i := range rows {
-		rows[i] = make([]int, len(b)+1)
-		rows[i][0] = i
-	}
-	for j := range rows[0] {
-		rows[0][j] = j
-	}
-	for i := 1; i <= len(a); i++ {
-		for j := 1; j <= len(b); j++ {
-			cost := 1
-			if a[i-1] == b[j-1] {
-				cost = 0
-			}
-			rows[i][j] = min(rows[i-1][j]+1, rows[i][j-1]+1, rows[i-1][j-1]+cost)
-			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
-				rows[i][j] = min(rows[i][j], rows[i-2][j-2]+1)
-			}
-		}
-	}
-	return rows[len(a)][len(b)]
+	return service.Nearest(protocol, []string{"tcp", "udp"})
 }

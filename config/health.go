@@ -1,11 +1,12 @@
 package config
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
 
 	"github.com/pentad/pentad/service"
 )
@@ -34,6 +35,8 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 		1, 100, func(to *service.Health, v int) { to.Rise = v }).or("2"),
 	number("fall", "1 to 100", "Failures in a row that take a backend down. The first probe of a new backend decides alone.",
 		1, 100, func(to *service.Health, v int) { to.Fall = v }).or("2"),
+	number("port", "1 to 65535", "Another port to probe than that of the backend.",
+		1, 65535, func(to *service.Health, v int) { to.Port = uint16(v) }),
 	text("path", "text", "`http`: what is asked for, `/` by default. `grpc`: the service to ask about, the whole server by default.",
 		"a path such as /healthz", func(to *service.Health, v string) { to.Path = v }),
 	text("host", "text",
@@ -49,7 +52,11 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 				return
 			}
 			if _, err := service.ParseStatusCodes(v); err != nil {
-				d.errorf(n, "want status codes such as 200-399 or 200,204, found %q", v)
+				hint := ""
+				if len(v) == 3 && strings.EqualFold(v[1:], "xx") && v[0] >= '1' && v[0] <= '5' {
+					hint = fmt.Sprintf("; did you mean %c00-%c99?", v[0], v[0])
+				}
+				d.errorf(n, "want status codes such as 200-399 or 200,204, found %q%s", shorten(v), hint)
 				return
 			}
 			to.Expect = v
@@ -140,6 +147,9 @@ func (d *decoder) health(n *yaml.Node, s *service.Service) {
 // checkProbe finds keys that another probe has, keys that this one needs, and
 // contradictions; then it fills in the defaults of the probe.
 func (d *decoder) checkProbe(n *yaml.Node, seen map[string]*yaml.Node, h *service.Health) {
+	if seen["probe"] != nil && !slices.Contains(service.Probes, resolve(seen["probe"]).Value) {
+		return // nobody knows which keys belong to it
+	}
 	for key, probes := range probeKeys {
 		if seen[key] == nil || slices.Contains(probes, h.Probe) {
 			continue

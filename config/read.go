@@ -6,7 +6,7 @@ import (
 	"io"
 	"os"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
 	"golang.org/x/sys/unix"
 )
 
@@ -34,9 +34,21 @@ func Read(path string) ([]byte, error) {
 	if !st.Mode().IsRegular() {
 		return nil, &os.PathError{Op: "read", Path: path, Err: ErrNotFile}
 	}
-	data, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
+	data, err := ReadFrom(f)
+	if errors.Is(err, ErrLong) {
+		err = &os.PathError{Op: "read", Path: path, Err: err}
+	}
+	return data, err
+}
+
+// ErrLong says that a configuration is longer than MaxSize.
+var ErrLong = fmt.Errorf("it is longer than %d MiB", MaxSize>>20)
+
+// ReadFrom returns the text of a file that is open, up to MaxSize.
+func ReadFrom(r io.Reader) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(r, MaxSize+1))
 	if err == nil && len(data) > MaxSize {
-		err = &os.PathError{Op: "read", Path: path, Err: fmt.Errorf("it is longer than %d MiB", MaxSize>>20)}
+		err = ErrLong
 	}
 	return data, err
 }

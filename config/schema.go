@@ -5,7 +5,9 @@ import (
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
+
+	"github.com/pentad/pentad/service"
 )
 
 // A schema is the one definition of a part of pentad.yaml: the decoder reads with it,
@@ -14,19 +16,22 @@ import (
 
 // schema is the keys of one kind of mapping, in the order of the documentation.
 type schema[T any] struct {
-	what   string // "a service"
-	fields []field[T]
+	what       string // "a service"
+	fields     []field[T]
+	extensible bool // keys that begin with x- are passed over
 }
 
 // field is one key of a mapping: how it is read and what the documentation says.
 type field[T any] struct {
-	key      string
-	kind     string // for people: "duration", "list of addresses"
-	fallback string // the default, as written; empty: none
-	doc      string
-	required bool
-	set      func(d *decoder, n *yaml.Node, to *T)
-	nested   func(prefix string) []Key // keys of what it holds; nil: it holds no mapping
+	key       string
+	kind      string // for people: "duration", "list of addresses"
+	fallback  string // the default, as written; empty: none
+	doc       string
+	required  bool
+	words     []string // that it may be; nil: it is no word
+	low, high int      // of a whole number; both 0: it is none
+	set       func(d *decoder, n *yaml.Node, to *T)
+	nested    func(prefix string) []Key // keys of what it holds; nil: it holds no mapping
 }
 
 // must is the field as one that has to be there.
@@ -62,7 +67,7 @@ func mappings[T, S any](key, kind, doc string, of *schema[S], read func(*decoder
 
 // number is a key that holds a whole number.
 func number[T any](key, kind, doc string, low, high int, set func(*T, int)) field[T] {
-	return field[T]{key: key, kind: kind, doc: doc, set: func(d *decoder, n *yaml.Node, to *T) {
+	return field[T]{key: key, kind: kind, doc: doc, low: low, high: high, set: func(d *decoder, n *yaml.Node, to *T) {
 		if v, ok := d.integer(n, low, high); ok {
 			set(to, v)
 		}
@@ -80,7 +85,7 @@ func span[T any](key, doc string, low, high, unit time.Duration, set func(*T, ti
 
 // word is a key that holds one of a few words.
 func word[T any](key, doc string, words []string, set func(*T, int)) field[T] {
-	return field[T]{key: key, kind: "word", doc: doc, set: func(d *decoder, n *yaml.Node, to *T) {
+	return field[T]{key: key, kind: "word", doc: doc, words: words, set: func(d *decoder, n *yaml.Node, to *T) {
 		if i, ok := d.word(n, words...); ok {
 			set(to, i)
 		}
@@ -118,6 +123,9 @@ type Key struct {
 	Default  string // empty: none
 	Required bool
 	Doc      string
+
+	Words     []string // that it may be; nil: it is no word
+	Low, High int      // of a whole number; both 0: it is none
 }
 
 // Keys returns every key of pentad.yaml in the order of the documentation.
@@ -126,7 +134,9 @@ func Keys() []Key { return fileSchema.describe("") }
 func (s *schema[T]) describe(prefix string) []Key {
 	var keys []Key
 	for _, f := range s.fields {
-		keys = append(keys, Key{prefix + f.key, f.kind, f.fallback, f.required, f.doc})
+		keys = append(keys, Key{
+			Path: prefix + f.key, Kind: f.kind, Default: f.fallback, Required: f.required, Doc: f.doc, Words: f.words, Low: f.low, High: f.high,
+		})
 		if f.nested != nil {
 			keys = append(keys, f.nested(prefix+f.key+".")...)
 		}
@@ -145,24 +155,68 @@ func (s *schema[T]) decode(d *decoder, n *yaml.Node, to *T) map[string]*yaml.Nod
 	seen := make(map[string]*yaml.Node, len(n.Content)/2)
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
-		f := s.find(key.Value)
-		if f == nil {
-			d.errorf(key, "unknown key %q in %s%s", key.Value, s.what, nearest(key.Value, s.keys()))
-			continue
+		if key.Tag == "!!merge" || key.Value == "<<" {
+			continue // after what is written here
 		}
-		if first, ok := seen[f.key]; ok {
-			d.errorf(key, "key %q stands twice in %s; the first is at line %d", f.key, s.what, first.Line)
-			continue
-		}
-		seen[f.key] = value
-		f.set(d, resolve(value), to)
+		s.decodeOne(d, key, value, seen, to)
 	}
+	s.merge(d, n, seen, to, 0)
 	for _, f := range s.fields {
-		if f.required && seen[f.key] == nil {
+		if f.required && seen[f.key] == nil && !d.has(f.key) {
 			d.errorf(n, "%s needs the key %q: %s", s.what, f.key, f.kind)
 		}
 	}
 	return seen
+}
+
+func (s *schema[T]) decodeOne(d *decoder, key, value *yaml.Node, seen map[string]*yaml.Node, to *T) {
+	f := s.find(key.Value)
+	if f == nil {
+		if s.extensible && strings.HasPrefix(key.Value, "x-") {
+			return // a place for anchors
+		}
+		d.errorf(key, "unknown key %q in %s%s", shorten(key.Value), s.what, service.Nearest(key.Value, s.keys()))
+		if near := service.NearestWord(key.Value, s.keys()); near != "" {
+			d.meant = append(d.meant, near)
+		}
+		return
+	}
+	if first, ok := seen[f.key]; ok {
+		d.errorf(key, "key %q stands twice in %s; the first is at line %d", f.key, s.what, first.Line)
+		return
+	}
+	seen[f.key] = value
+	f.set(d, resolve(value), to)
+}
+
+// maxMerged bounds mappings that are merged into mappings that are merged.
+const maxMerged = 16
+
+// merge takes over, of the mappings that the key << of YAML names, what is not written
+// in this one (yaml.org/type/merge.html).
+func (s *schema[T]) merge(d *decoder, n *yaml.Node, seen map[string]*yaml.Node, to *T, depth int) {
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], resolve(n.Content[i+1])
+		if key.Tag != "!!merge" && key.Value != "<<" {
+			continue
+		}
+		sources := []*yaml.Node{value}
+		if value.Kind == yaml.SequenceNode {
+			sources = value.Content
+		}
+		for _, from := range sources {
+			if from = resolve(from); from.Kind != yaml.MappingNode || depth == maxMerged {
+				d.errorf(n.Content[i+1], "the key << merges mappings, found %s", found(from))
+				return
+			}
+			for j := 0; j+1 < len(from.Content); j += 2 {
+				if k := from.Content[j]; seen[k.Value] == nil && k.Value != "<<" {
+					s.decodeOne(d, k, from.Content[j+1], seen, to)
+				}
+			}
+			s.merge(d, from, seen, to, depth+1)
+		}
+	}
 }
 
 func (s *schema[T]) find(key string) *field[T] {

@@ -3,9 +3,10 @@ package config
 import (
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
 
 	"github.com/pentad/pentad/service"
 )
@@ -73,7 +74,89 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		"The real addresses, each `ADDRESS:PORT` or a mapping. With none, or none usable, connections are refused at once.",
 		&backendSchema, (*decoder).backends).must(),
 	mapping("health", "mapping", "How backends are probed.", &healthSchema, (*decoder).health),
+	{
+		key: "disabled", kind: "true or false", fallback: "false",
+		doc: "The service is checked, and is not there.",
+		set: func(d *decoder, n *yaml.Node, to *service.Service) {
+			if v, ok := d.truth(n); ok {
+				d.disabled[to] = v
+			}
+		},
+	},
 }}
+
+// sharedKeys are what services may have in common.
+var sharedKeys = []string{"balance", "affinity", "keepalive", "breaker", "connect", "onDown", "slowStart", "flows", "health"}
+
+// tcpKeys are those that make no sense of a service whose listeners are all UDP.
+var tcpKeys = []string{"keepalive", "breaker", "connect", "health"}
+
+var defaultsSchema = schema[service.Service]{what: "defaults", fields: sharedFields()}
+
+func sharedFields() []field[service.Service] {
+	var some []field[service.Service]
+	for _, f := range serviceSchema.fields {
+		if slices.Contains(sharedKeys, f.key) {
+			some = append(some, f)
+		}
+	}
+	return some
+}
+
+// checkDefaults reads the defaults as if they were a service's own: what is wrong with
+// them is said once.
+func (d *decoder) checkDefaults(n *yaml.Node, _ *Config) {
+	s := &service.Service{Balance: service.LeastLatency, Listeners: []service.Listener{{Protocol: service.TCP}}}
+	d.checkTogether(defaultsSchema.decode(d, n, s), s)
+}
+
+// setDefaults finds the defaults, wherever in the file they stand.
+func (d *decoder) setDefaults(root *yaml.Node) {
+	root = resolve(root)
+	for i := 0; root.Kind == yaml.MappingNode && i+1 < len(root.Content); i += 2 {
+		if root.Content[i].Value != "defaults" {
+			continue
+		}
+		// What is wrong with them is said where they are read.
+		if n := resolve(root.Content[i+1]); n.Kind == yaml.MappingNode {
+			d.defaults = n
+		}
+	}
+}
+
+// withDefaults returns the mapping of a service with what it does not say itself.
+func (d *decoder) withDefaults(n *yaml.Node) *yaml.Node {
+	if d.defaults == nil || n.Kind != yaml.MappingNode {
+		return n
+	}
+	has := make(map[string]bool)
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		has[n.Content[i].Value] = true
+	}
+	c := *n
+	c.Content = slices.Clone(n.Content)
+	udp := listensUDP(n)
+	for i := 0; i+1 < len(d.defaults.Content); i += 2 {
+		key := d.defaults.Content[i].Value
+		if has[key] || !slices.Contains(sharedKeys, key) || udp && slices.Contains(tcpKeys, key) {
+			continue
+		}
+		c.Content = append(c.Content, d.defaults.Content[i], d.defaults.Content[i+1])
+	}
+	return &c
+}
+
+// listensUDP reports whether all listeners of a service are of UDP.
+func listensUDP(n *yaml.Node) bool {
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value != "listen" {
+			continue
+		}
+		all := resolve(n.Content[i+1]).Content
+		return len(all) > 0 && !slices.ContainsFunc(all, func(l *yaml.Node) bool { return !strings.HasSuffix(resolve(l).Value, "/udp") })
+	}
+	return false
+}
 
 // itself is for sections that are a part of the service as it is.
 func itself(s *service.Service) *service.Service { return s }
@@ -122,30 +205,52 @@ var affinitySchema = schema[service.Service]{what: "affinity", fields: []field[s
 		time.Second, 24*time.Hour, time.Second, func(to *service.Service, v time.Duration) { to.Affinity = v }).must(),
 }}
 
-var backendSchema = schema[service.Backend]{what: "a backend", fields: []field[service.Backend]{
+// writtenBackend is a backend as it stands in the file.
+type writtenBackend struct {
+	service.Backend
+	disabled bool
+}
+
+var backendSchema = schema[writtenBackend]{what: "a backend", fields: []field[writtenBackend]{
 	{
 		key: "address", kind: "ADDRESS:PORT", required: true,
 		doc: "Where connections go.",
-		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+		set: func(d *decoder, n *yaml.Node, to *writtenBackend) {
 			if v, ok := d.text(n, wantBackend); ok {
 				to.Address, _ = d.address(n, v, wantBackend)
 			}
 		},
 	},
 	number("weight", "0 to 65535", "Share of new connections; 0 takes none.",
-		0, service.MaxWeight, func(to *service.Backend, v int) { to.Weight = uint32(v) }).or("100"),
+		0, service.MaxWeight, func(to *writtenBackend, v int) { to.Weight = uint32(v) }).or("100"),
 	number("group", "0 to 255", "Failover group: group 1 serves only when no backend of group 0 can.",
-		0, service.MaxGroup, func(to *service.Backend, v int) { to.Group = uint32(v) }).or("0"),
+		0, service.MaxGroup, func(to *writtenBackend, v int) { to.Group = uint32(v) }).or("0"),
 	{
 		key: "zone", kind: "text",
 		doc: "Where the backend stands; shown in lists. At most 63 bytes.",
-		set: func(d *decoder, n *yaml.Node, to *service.Backend) {
+		set: func(d *decoder, n *yaml.Node, to *writtenBackend) {
 			v, ok := d.text(n, "a zone such as b")
 			if ok && len(v) > service.MaxZone {
 				d.errorf(n, "a zone has at most %d bytes, found %d", service.MaxZone, len(v))
 				return
 			}
 			to.Zone = v
+		},
+	},
+	{
+		key: "admin", kind: "word", fallback: "up", words: []string{"up", "drain"},
+		doc: "`drain`: the backend takes no new connections, those that it has go on; `pentad backend enable` does not change that.",
+		set: func(d *decoder, n *yaml.Node, to *writtenBackend) {
+			if i, ok := d.word(n, "up", "drain"); ok {
+				to.Drained = i == 1
+			}
+		},
+	},
+	{
+		key: "disabled", kind: "true or false", fallback: "false",
+		doc: "The backend is checked, and is not there.",
+		set: func(d *decoder, n *yaml.Node, to *writtenBackend) {
+			to.disabled, _ = d.truth(n)
 		},
 	},
 }}
@@ -155,6 +260,7 @@ const wantBackend = "a backend ADDRESS:PORT, such as 192.0.2.11:3306"
 // services reads all services of a file.
 func (d *decoder) services(n *yaml.Node, to *Config) {
 	d.at = make(map[*service.Service]*origin, len(n.Content))
+	d.disabled = make(map[*service.Service]bool)
 	to.Services = make([]*service.Service, 0, len(n.Content))
 	d.list(n, "a list of services", func(e *yaml.Node) {
 		to.Services = append(to.Services, d.service(e))
@@ -164,16 +270,17 @@ func (d *decoder) services(n *yaml.Node, to *Config) {
 // service reads one service and checks what concerns several of its keys.
 func (d *decoder) service(n *yaml.Node) *service.Service {
 	s := &service.Service{Balance: service.LeastLatency}
-	at := &origin{name: n}
+	at := &origin{node: n, name: n}
 	d.at[s] = at
-	seen := serviceSchema.decode(d, n, s)
+	seen := serviceSchema.decode(d, d.withDefaults(resolve(n)), s)
 	if seen == nil {
 		return s
 	}
 	if seen["name"] != nil {
 		at.name = seen["name"]
 	}
-	if seen["health"] == nil {
+	at.health = seen["health"]
+	if at.health == nil {
 		s.Health = defaultHealth(s)
 	}
 	if seen["breaker"] == nil {
@@ -259,13 +366,31 @@ func (d *decoder) backends(n *yaml.Node, to *service.Service) {
 
 // backend reads the short or the long form and appends it to the service.
 func (d *decoder) backend(n *yaml.Node, to *service.Service) {
-	b := service.Backend{Weight: service.DefaultWeight}
-	if n.Kind == yaml.MappingNode {
+	b := writtenBackend{Backend: service.Backend{Weight: service.DefaultWeight}}
+	switch {
+	case n.Kind == yaml.MappingNode && isAddress(n):
+		d.errorf(n, "want %s, found a mapping; what begins with a bracket is written in quotes: \"[2001:db8::11]:3306\"", wantBackend)
+	case n.Kind == yaml.SequenceNode:
+		d.errorf(n, "want %s, found a list; what begins with a bracket is written in quotes: \"[2001:db8::11]:3306\"", wantBackend)
+	case n.Kind == yaml.MappingNode:
 		backendSchema.decode(d, n, &b)
-	} else if v, ok := d.text(n, wantBackend); ok {
-		b.Address, _ = d.address(n, v, wantBackend)
+	default:
+		if v, ok := d.text(n, wantBackend); ok {
+			b.Address, _ = d.address(n, v, wantBackend)
+		}
 	}
-	to.Backends = append(to.Backends, b)
+	if b.disabled {
+		return
+	}
+	to.Backends = append(to.Backends, b.Backend)
+	if at := d.at[to]; at != nil {
+		at.backendNodes = append(at.backendNodes, n)
+	}
+}
+
+// isAddress reports whether YAML has taken [ADDRESS]:PORT for a mapping.
+func isAddress(n *yaml.Node) bool {
+	return len(n.Content) == 2 && n.Content[0].Kind == yaml.SequenceNode
 }
 
 // checkFamilies finds backends that no listener can use, listeners that no
@@ -275,6 +400,7 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 		return
 	}
 	list = resolve(list)
+	nodes := d.at[s].backendNodes
 	var wanted, offered [2]bool
 	for _, l := range s.Listeners {
 		wanted[service.FamilyOf(l.Address.Addr()).Index()] = true
@@ -286,7 +412,7 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 		}
 		f := service.FamilyOf(b.Address.Addr()).Index()
 		offered[f] = true
-		at := list.Content[i]
+		at := nodes[i]
 		if !wanted[f] {
 			d.errorf(at, "service %s: backend %s is %s but no listener is; give it a listener of that family",
 				s.Name, b.Address, service.EachFamily[f])
@@ -294,7 +420,7 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 		key := b.Address.String()
 		if j, ok := first[key]; ok {
 			d.errorf(at, "service %s: backend %s already stands at line %d; give one of them the weight of both",
-				s.Name, b.Address, list.Content[j].Line)
+				s.Name, b.Address, nodes[j].Line)
 			continue
 		}
 		first[key] = i

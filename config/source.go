@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v4"
 )
 
 // Source says where services come from besides the file.

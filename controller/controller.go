@@ -41,6 +41,9 @@ import (
 	"github.com/pentad/pentad/ipam"
 )
 
+// DefaultLease is how long a controller that is silent stays the active one.
+const DefaultLease = 15 * time.Second
+
 // Options say how a controller runs.
 type Options struct {
 	Namespace    string // of the Lease
@@ -85,7 +88,7 @@ func Run(ctx context.Context, config *rest.Config, opts Options) error {
 		opts.Identity = fmt.Sprintf("%s-%d", host, os.Getpid())
 	}
 	if opts.LeaseDuration == 0 {
-		opts.LeaseDuration = 15 * time.Second
+		opts.LeaseDuration = DefaultLease
 	}
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {

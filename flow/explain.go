@@ -28,38 +28,69 @@ type Question struct {
 
 // Step is one step of the decision, in the order in which the kernel takes them.
 type Step struct {
-	What  string `json:"what" yaml:"what"`
-	Found string `json:"found" yaml:"found"`
+	Code  string `json:"code"` // "process", "hook", "listener", "group", "not-usable", ...
+	What  string `json:"what"`
+	Found string `json:"found"`
 }
+
+// Verdict says in one word what becomes of a connection.
+type Verdict string
+
+// The verdicts.
+const (
+	Reaches     Verdict = "reaches"      // a backend of a service
+	Refused     Verdict = "refused"      // at once: no backend is usable
+	NoService   Verdict = "no-service"   // the connection goes to the destination itself
+	OutOfScope  Verdict = "out-of-scope" // pentad does nothing for the process
+	NotAttached Verdict = "not-attached" // a hook is missing
+	Dropped     Verdict = "dropped"      // its packets are
+	Passes      Verdict = "passes"       // its packets go on as they are
+	NoRoute     Verdict = "no-route"     // the process has no way to a backend
+	Chained     Verdict = "chained"      // the backend is another virtual address, which is not translated again
+)
 
 // Explanation is the walk through a decision.
 type Explanation struct {
-	Steps      []Step `json:"steps" yaml:"steps"`
-	Conclusion string `json:"conclusion" yaml:"conclusion"` // one sentence: what happens, and if need be why and what to do
-	Works      bool   `json:"works" yaml:"works"`           // the connection reaches a backend of a service
+	Destination string    `json:"destination"`
+	Service     string    `json:"service,omitempty"` // to which the listener belongs
+	Verdict     Verdict   `json:"verdict"`
+	Works       bool      `json:"works"`      // the connection reaches a backend of a service
+	Conclusion  string    `json:"conclusion"` // one sentence: what happens, and if need be why and what to do
+	Steps       []Step    `json:"steps"`
+	Backends    []Backend `json:"backends,omitempty"`
+}
+
+// Backend is a backend that an explanation looked at.
+type Backend struct {
+	Address string `json:"address"`
+	Group   uint32 `json:"group"`
+	Weight  uint32 `json:"weight"`
+	State   string `json:"state"` // as lists show it
+	Takes   bool   `json:"takes"` // the next connection may go there
 }
 
 // ErrNoProcess says that the process of a question does not exist.
 var ErrNoProcess = errors.New("no such process")
 
 func (e *Explanation) step(what, format string, args ...any) {
-	e.Steps = append(e.Steps, Step{what, fmt.Sprintf(format, args...)})
+	code := strings.ReplaceAll(strings.TrimRight(what, " 0123456789"), " ", "-")
+	e.Steps = append(e.Steps, Step{code, what, fmt.Sprintf(format, args...)})
 }
 
-func (e *Explanation) conclude(works bool, format string, args ...any) *Explanation {
-	e.Conclusion, e.Works = fmt.Sprintf(format, args...), works
+func (e *Explanation) conclude(v Verdict, format string, args ...any) *Explanation {
+	e.Conclusion, e.Verdict, e.Works = fmt.Sprintf(format, args...), v, v == Reaches
 	return e
 }
 
 // Explain walks through the decision with what the kernel has now.
 func Explain(v *socket.View, q Question) (*Explanation, error) {
-	e := &Explanation{}
 	dest := service.Listener{Address: q.Destination, Protocol: q.Protocol}
+	e := &Explanation{Destination: dest.String()}
 	if outside, err := e.process(v, q); err != nil || outside {
 		return e, err
 	}
 	if detached := e.hooks(v, q); detached != "" {
-		return e.conclude(false, "Nothing is translated for %s, because the hook %s is not attached; start the agent, which puts it back: pentad run.",
+		return e.conclude(NotAttached, "Nothing is translated for %s, because the hook %s is not attached; start the agent, which puts it back: pentad run.",
 			dest, detached), nil
 	}
 	s := find(v, dest)
@@ -67,8 +98,13 @@ func Explain(v *socket.View, q Question) (*Explanation, error) {
 		e.step("listener", "none is %s", dest)
 		return e.notAService(v, dest), nil
 	}
+	e.Service = s.Name
 	e.step("listener", "%s belongs to the service %s", dest, s.Name)
-	return e.service(v, s, dest), nil
+	e.service(v, s, dest)
+	if e.Works {
+		e.way(v, q)
+	}
+	return e, nil
 }
 
 // process looks whether the process is one for which pentad translates.
@@ -88,7 +124,7 @@ func (e *Explanation) process(v *socket.View, q Question) (outside bool, err err
 		return false, nil
 	}
 	e.step("scope", "the cgroup %s does not contain it", scope.path)
-	e.conclude(false, "pentad does nothing for process %d, because it is not below the cgroup %s: start it there, or change scope.cgroup.", q.PID, scope.path)
+	e.conclude(OutOfScope, "pentad does nothing for process %d, because it is not below the cgroup %s: start it there, or change scope.cgroup.", q.PID, scope.path)
 	return true, nil
 }
 
@@ -183,16 +219,16 @@ func (e *Explanation) notAService(v *socket.View, dest service.Listener) *Explan
 		}
 		for _, b := range s.Backends {
 			if b.Address == dest.Address {
-				return e.conclude(false, "The connection goes to %s itself, which is a backend of the service %s: it is neither balanced nor "+
+				return e.conclude(NoService, "The connection goes to %s itself, which is a backend of the service %s: it is neither balanced nor "+
 					"kept from a dead server; connect to %s instead.", dest.Address, s.Name, s.Listeners[0])
 			}
 		}
 	}
 	if len(near) > 0 {
-		return e.conclude(false, "The connection goes to %s as it is, because no service listens there; the same address has %s.",
+		return e.conclude(NoService, "The connection goes to %s as it is, because no service listens there; the same address has %s.",
 			dest, strings.Join(near, ", "))
 	}
-	return e.conclude(false, "The connection goes to %s as it is: it is no address of a service; `pentad service list` shows those that are.", dest)
+	return e.conclude(NoService, "The connection goes to %s as it is: it is no address of a service; `pentad service list` shows those that are.", dest)
 }
 
 // service walks through the choice of a backend.
@@ -201,38 +237,77 @@ func (e *Explanation) service(v *socket.View, s *service.Service, dest service.L
 	if s.Affinity > 0 {
 		e.step("affinity", "a client (network namespace) that was here within %s goes where it went, if that backend is usable", s.Affinity)
 	}
-	groups, unusable := candidates(v, s, dest)
-	for _, g := range groups {
-		e.step(fmt.Sprintf("group %d", g.number), "%s", g.text)
-	}
-	for _, u := range unusable {
-		e.step("not usable", "%s", u)
-	}
-	if len(groups) == 0 {
-		why := "it has none of that family"
-		if len(unusable) > 0 {
-			why = strings.Join(unusable, "; ")
-		}
-		return e.conclude(false, "connect() to %s is refused at once (ECONNREFUSED), because no backend of the service %s is usable: %s.",
-			dest, s.Name, why)
-	}
-	chosen := pick(groups)
-	if chosen == nil {
-		return e.conclude(false, "connect() to %s is refused at once (ECONNREFUSED), because every backend of the service %s is ejected or has its "+
-			"maxConnections; see `pentad backend list`.", dest, s.Name)
+	family := service.FamilyOf(dest.Address.Addr())
+	choice := v.Choose(s, family)
+	e.candidates(v, s, choice)
+	takers := choice.Takers()
+	if len(takers) == 0 {
+		return e.conclude(Refused, "connect() to %s is refused at once (ECONNREFUSED), because %s; see `pentad backend list --service %s`.",
+			dest, whyNone(choice, s), s.Name)
 	}
 	verb := "goes to"
-	if len(chosen.usable) > 1 {
+	if len(takers) > 1 {
 		verb = "goes to one of"
 	}
 	note := ""
-	if chosen != &groups[0] {
-		note = fmt.Sprintf(", in group %d because none before it is usable", chosen.number)
+	if choice.Group != firstGroup(choice) {
+		note = fmt.Sprintf(", in group %d because none before it is usable", choice.Group)
 	}
-	if chosen.panics && !slices.ContainsFunc(groups, func(g group) bool { return len(g.usable) > 0 && !g.panics }) {
+	if choice.Panic {
 		note += fmt.Sprintf("; more than %d%% of the group is ejected, so that ejection does not count", s.Breaker.MaxEjected)
 	}
-	return e.conclude(true, "connect() to %s %s %s%s; the process goes on seeing %s.", dest, verb, strings.Join(chosen.usable, ", "), note, dest.Address)
+	names := make([]string, len(takers))
+	for i, b := range takers {
+		names[i] = b.Address.String()
+	}
+	return e.conclude(Reaches, "connect() to %s %s %s%s; the process goes on seeing %s.", dest, verb, strings.Join(names, ", "), note, dest.Address)
+}
+
+// candidates says of every backend what it is to the connection.
+func (e *Explanation) candidates(v *socket.View, s *service.Service, choice service.Choice) {
+	for _, b := range choice.Candidates {
+		e.Backends = append(e.Backends, Backend{b.Address.String(), b.Group, b.Weight, b.State.String(), b.Takes})
+		l := v.Loads[s.Name][b.Address]
+		switch b.State {
+		case service.Down, service.Drained, service.WeightZero:
+			e.step("not usable", "%s is %s", b.Address, stateWords[b.State])
+		case service.Ejected:
+			e.step(fmt.Sprintf("group %d", b.Group), "%s, ejected %s%s", describe(b.Backend, l), whom(l), left(l))
+		case service.Full:
+			e.step(fmt.Sprintf("group %d", b.Group), "%s, full", describe(b.Backend, l))
+		default:
+			e.step(fmt.Sprintf("group %d", b.Group), "%s", describe(b.Backend, l))
+		}
+	}
+}
+
+// stateWords say what a backend is that cannot be used.
+var stateWords = map[service.State]string{service.Down: "down", service.Drained: "drained", service.WeightZero: "of weight 0"}
+
+// whyNone says why no backend takes a connection.
+func whyNone(choice service.Choice, s *service.Service) string {
+	if len(choice.Candidates) == 0 {
+		return fmt.Sprintf("no backend of the service %s is usable: it has none of that family", s.Name)
+	}
+	var unusable []string
+	for _, b := range choice.Candidates {
+		if b.Usable() {
+			return fmt.Sprintf("every backend of the service %s is ejected or has its maxConnections", s.Name)
+		}
+		unusable = append(unusable, fmt.Sprintf("%s is %s", b.Address, stateWords[b.State]))
+	}
+	return fmt.Sprintf("no backend of the service %s is usable: %s", s.Name, strings.Join(unusable, "; "))
+}
+
+// firstGroup returns the lowest group that health and weights leave.
+func firstGroup(choice service.Choice) uint32 {
+	lowest, found := choice.Group, false
+	for _, b := range choice.Candidates {
+		if b.Usable() && (!found || b.Group < lowest) {
+			lowest, found = b.Group, true
+		}
+	}
+	return lowest
 }
 
 var balances = map[service.Balance]string{
@@ -240,66 +315,6 @@ var balances = map[service.Balance]string{
 	service.SourceHash:       "source-hash: the place of the client in a table",
 	service.LeastConnections: "least-connections: two backends by weight, and of these the one with fewer connections for its weight",
 	service.LeastLatency:     "least-latency: two backends by weight, and of these the one with fewer connections times latency",
-}
-
-// group is one failover group as a connect() would find it.
-type group struct {
-	number  uint32
-	members int
-	ejected int
-	usable  []string
-	panics  bool
-	text    string
-}
-
-// candidates returns the groups that health leaves, in order, and why other
-// backends are out.
-func candidates(v *socket.View, s *service.Service, dest service.Listener) (groups []group, unusable []string) {
-	byNumber := make(map[uint32]*group)
-	var texts = make(map[uint32][]string)
-	for i, state := range s.States() {
-		b := s.Backends[i]
-		if b.Address.Addr().Is4() != dest.Address.Addr().Is4() {
-			continue
-		}
-		if state == service.Down || state == service.Drained {
-			unusable = append(unusable, fmt.Sprintf("%s is %s", b.Address, state))
-			continue
-		}
-		g := byNumber[b.Group]
-		if g == nil {
-			g = &group{number: b.Group}
-			byNumber[b.Group] = g
-		}
-		l := v.Loads[s.Name][b.Address]
-		text := describe(b, l)
-		g.members++
-		switch {
-		case s.Breaker.MaxConnections > 0 && int(l.InFlight) >= s.Breaker.MaxConnections:
-			text += ", full"
-		case l.Ejected:
-			g.ejected++
-			text += ", ejected " + whom(l) + left(l)
-		default:
-			g.usable = append(g.usable, b.Address.String())
-		}
-		texts[b.Group] = append(texts[b.Group], text)
-	}
-	for _, g := range byNumber {
-		g.text = strings.Join(texts[g.number], "; ")
-		if g.panics = g.ejected*100 > s.Breaker.MaxEjected*g.members && s.Breaker.Failures > 0; g.panics {
-			g.usable = nil
-			for i, b := range s.Backends {
-				if st := s.States()[i]; b.Group == g.number && (st == service.Serving || st == service.Standby) &&
-					b.Address.Addr().Is4() == dest.Address.Addr().Is4() {
-					g.usable = append(g.usable, b.Address.String())
-				}
-			}
-		}
-		groups = append(groups, *g)
-	}
-	slices.SortFunc(groups, func(a, b group) int { return int(a.number) - int(b.number) })
-	return groups, unusable
 }
 
 func describe(b service.Backend, l socket.Load) string {
@@ -331,21 +346,5 @@ func left(l socket.Load) string {
 	case l.For > 0:
 		return ", for another " + l.For.Round(100*time.Millisecond).String()
 	}
-	return ", and the next connection tries it"
-}
-
-// pick returns the group that a connect() takes: the first that is not in panic,
-// else the first of all, or nil.
-func pick(groups []group) *group {
-	for i := range groups {
-		if len(groups[i].usable) > 0 && !groups[i].panics {
-			return &groups[i]
-		}
-	}
-	for i := range groups {
-		if len(groups[i].usable) > 0 {
-			return &groups[i]
-		}
-	}
-	return nil
+	return ", and one of the next connections tries it"
 }

@@ -22,6 +22,10 @@ type Flow struct {
 	Cookie   uint64 // of the socket; 0 when none was translated
 	PID      int    // 0: not known
 	Command  string
+	Cgroup   string         // of the process; empty: not known
+	Client   netip.AddrPort // the socket's own address; not valid: not known
+	UID      uint32         // of the socket, if HasOwner
+	HasOwner bool
 	Service  string // empty: gone since
 	VIP      netip.AddrPort
 	Backend  netip.AddrPort // not valid when there was none
@@ -29,6 +33,7 @@ type Flow struct {
 	Outcome  string        // in words
 	RTT      time.Duration // of the handshake, later smoothed; 0: not known
 	Duration time.Duration // since connect()
+	HasBytes bool          // Sent and Received are known
 	Sent     uint64        // bytes, of TCP
 	Received uint64
 }
@@ -36,6 +41,10 @@ type Flow struct {
 // Tracker puts events together. It remembers connections from their first event
 // to their last.
 type Tracker struct {
+	// Agent is the process of the agent, 0 when there is none: a connection that is
+	// closed while it runs is closed by it, and not by the process that has it.
+	Agent int
+
 	open map[uint64]begun
 }
 
@@ -59,7 +68,11 @@ func (t *Tracker) Note(e socket.Event) Flow {
 		Event: e.Kind.String(), Time: e.Time, Cookie: e.Cookie, PID: e.PID, Command: e.Command, Service: e.Service,
 		VIP: e.VIP, Backend: e.Backend, Protocol: e.Protocol, RTT: e.RTT, Duration: e.Duration, Sent: e.Sent, Received: e.Received,
 	}
+	f.HasBytes = e.Kind == socket.Closed && e.Protocol == service.TCP
 	f.Outcome = outcome(e)
+	if e.Kind == socket.Closed && e.PID != 0 && e.PID == t.Agent {
+		f.PID, f.Command, f.Outcome = 0, "", "reset by pentad: the backend is down, drained or gone"
+	}
 	switch e.Kind {
 	case socket.Connect:
 		if len(t.open) < maxOpen {

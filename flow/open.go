@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -33,15 +34,18 @@ func Open(ctx context.Context, pins string) ([]Flow, error) {
 	}
 	details, err := diagnose(ctx)
 	owners := findOwners(details)
-	now := time.Now()
 	flows := make([]Flow, len(connections))
 	for i, c := range connections {
 		d := details[c.Cookie]
 		o := owners[d.inode]
 		flows[i] = Flow{
-			Event: "open", Time: now.Add(-c.Age), Cookie: c.Cookie, PID: o.pid, Command: o.command, Service: c.Service,
-			VIP: c.VIP, Backend: c.Backend, Protocol: c.Protocol, Outcome: "open", RTT: d.rtt, Duration: c.Age,
-			Sent: d.sent, Received: d.received,
+			Event: "open", Time: c.Begun, Cookie: c.Cookie, PID: o.pid, Command: o.command, Service: c.Service,
+			VIP: c.VIP, Backend: c.Backend, Protocol: c.Protocol, Outcome: "open", RTT: d.rtt, Duration: time.Since(c.Begun),
+			Client: d.client, UID: d.uid, HasOwner: d.inode != 0, HasBytes: d.counted, Sent: d.sent, Received: d.received,
+		}
+		if o.pid != 0 {
+			// It may have ended.
+			flows[i].Cgroup, _ = cgroupOf(o.pid)
 		}
 		if !c.Established && c.Protocol != service.UDP {
 			flows[i].Outcome = "connecting"
@@ -56,8 +60,16 @@ func Open(ctx context.Context, pins string) ([]Flow, error) {
 // detail is what the kernel says of a socket (sock_diag(7)).
 type detail struct {
 	inode          uint32
+	uid            uint32
+	client         netip.AddrPort
 	rtt            time.Duration
+	counted        bool // sent and received are known
 	sent, received uint64
+}
+
+func newDetail(s *netlink.Socket) detail {
+	addr, _ := netip.AddrFromSlice(s.ID.Source)
+	return detail{inode: s.INode, uid: s.UID, client: netip.AddrPortFrom(addr.Unmap(), s.ID.SourcePort)}
 }
 
 // diagnose asks every network namespace for its sockets, by cookie.
@@ -72,17 +84,17 @@ func diagnose(ctx context.Context) (map[uint64]detail, error) {
 				if s.InetDiagMsg == nil {
 					continue
 				}
-				d := detail{inode: s.InetDiagMsg.INode}
+				d := newDetail(s.InetDiagMsg)
 				if i := s.TCPInfo; i != nil {
 					d.rtt = time.Duration(i.Rtt) * time.Microsecond
-					d.sent, d.received = i.Bytes_sent, i.Bytes_received
+					d.counted, d.sent, d.received = true, i.Bytes_sent, i.Bytes_received
 				}
 				found[cookie(s.InetDiagMsg)] = d
 			}
 			udp, err := netlink.SocketDiagUDP(family)
 			errs = append(errs, err)
 			for _, s := range udp {
-				found[cookie(s)] = detail{inode: s.INode}
+				found[cookie(s)] = newDetail(s)
 			}
 		}
 		return errors.Join(errs...)

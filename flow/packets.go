@@ -70,12 +70,12 @@ func (e *Explanation) nobody(v *nat.View, dest service.Listener) bool {
 			}
 		}
 		e.step("reserved", "%s is for Services alone, and one has this address", reserved)
-		e.conclude(false, "The connection to %s is refused, because the Service with this address has no such port; it has %s.",
+		e.conclude(Refused, "The connection to %s is refused, because the Service with this address has no such port; it has %s.",
 			dest, strings.Join(slices.Compact(has), ", "))
 		return true
 	}
 	e.step("reserved", "%s is for Services alone, and none has this address", reserved)
-	e.conclude(false, "Packets to %s are dropped, because no Service has this address of the range %s, which the cluster keeps for Services: "+
+	e.conclude(Dropped, "Packets to %s are dropped, because no Service has this address of the range %s, which the cluster keeps for Services: "+
 		"look for the address in `kubectl get services -A`; a client may remember that of a deleted Service.", dest, reserved)
 	return true
 }
@@ -119,15 +119,15 @@ func mentions(text string, dest netip.AddrPort) bool {
 // ExplainPackets walks through what the kernel does with a connection that arrives
 // as packets from an address: one of another host, or of a guest of this one.
 func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
-	e := &Explanation{}
 	dest := service.Listener{Address: q.Destination, Protocol: q.Protocol}
+	e := &Explanation{Destination: dest.String()}
 	place, whose := service.FromWorld, "another host"
 	if r, guest := ipam.Find(v.Guests, from); guest {
 		place, whose = service.FromGuests, fmt.Sprintf("a guest of this host (%s)", r)
 	}
 	e.step("client", "%s, %s", from, whose)
 	if from.Is4() != dest.Address.Addr().Is4() {
-		return e.conclude(false, "%s cannot reach %s, because one is IPv4 and the other IPv6.", from, dest)
+		return e.conclude(NoRoute, "%s cannot reach %s, because one is IPv4 and the other IPv6.", from, dest)
 	}
 	i := slices.IndexFunc(v.Mappings, func(m nat.Mapping) bool {
 		return m.Listener.Address == dest.Address && m.Listener.Protocol == dest.Protocol && m.Listener.From.Has(place)
@@ -136,19 +136,20 @@ func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
 		return e.noMapping(v, dest, place)
 	}
 	m := v.Mappings[i]
+	e.Service = m.Service
 	e.step("listener", "%s belongs to the service %s", dest, m.Service)
 	switch {
 	case len(m.Backends) == 0 && m.Dropped:
-		return e.conclude(false, "Packets from %s to %s are dropped, because this host has no backend of the service %s and others have "+
+		return e.conclude(Dropped, "Packets from %s to %s are dropped, because this host has no backend of the service %s and others have "+
 			"(externalTrafficPolicy Local): the load balancer should send them to a host that has one.", from, dest, m.Service)
 	case len(m.Backends) == 0:
-		return e.conclude(false, "%s is refused at %s, because no backend of the service %s is usable.", from, dest, m.Service)
+		return e.conclude(Refused, "%s is refused at %s, because no backend of the service %s is usable.", from, dest, m.Service)
 	}
 	if m.Listener.Guarded {
 		r, in := ipam.Find(m.Sources, from)
 		if !in {
 			e.step("source ranges", "none contains %s", from)
-			return e.conclude(false, "Packets from %s to %s are dropped, because the address is in none of the source ranges of the service %s: %s.",
+			return e.conclude(Dropped, "Packets from %s to %s are dropped, because the address is in none of the source ranges of the service %s: %s.",
 				from, dest, m.Service, ranges(m.Sources))
 		}
 		e.step("source ranges", "%s contains it", r)
@@ -176,10 +177,10 @@ func (e *Explanation) noMapping(v *nat.View, dest service.Listener, place servic
 	}
 	for _, m := range v.Mappings {
 		if m.Listener.At() == dest {
-			return e.conclude(false, "Packets to %s go on as they are: the service %s is there for those %s only.", dest, m.Service, others)
+			return e.conclude(Passes, "Packets to %s go on as they are: the service %s is there for those %s only.", dest, m.Service, others)
 		}
 	}
-	return e.conclude(false, "Packets to %s go on as they are: it is no address of a service for packets; `pentad service list` shows those that are.", dest)
+	return e.conclude(Passes, "Packets to %s go on as they are: it is no address of a service for packets; `pentad service list` shows those that are.", dest)
 }
 
 // mapping explains the choice of a backend and of the client's address.
@@ -228,7 +229,7 @@ func (e *Explanation) mapping(v *nat.View, m nat.Mapping, from netip.Addr) *Expl
 	for i, b := range among {
 		all[i] = b.Address.String()
 	}
-	return e.conclude(true, "A connection from %s to %s %s %s, %s.", from, dest, verb, strings.Join(all, ", "), seen)
+	return e.conclude(Reaches, "A connection from %s to %s %s %s, %s.", from, dest, verb, strings.Join(all, ", "), seen)
 }
 
 // sourceOf says whether a backend sees the client's address, and why.

@@ -41,6 +41,14 @@ type Target struct {
 	Known  bool // whether Down is worth anything
 }
 
+// Probed is the address that is probed.
+func (t Target) Probed() netip.AddrPort {
+	if t.Health.Port == 0 {
+		return t.Address
+	}
+	return netip.AddrPortFrom(t.Address.Addr(), t.Health.Port)
+}
+
 // firstWithin is how far the first probes of new targets are spread.
 const firstWithin = 500 * time.Millisecond
 
@@ -87,6 +95,20 @@ type target struct {
 	own     error     // why the last probe could not be made; nil: it could
 	spread  bool      // the second probe has its time
 	gone    bool
+	record  Record
+}
+
+// Record is what the probes of a backend met with.
+type Record struct {
+	Probe     service.Probe
+	Up        bool
+	At        time.Time     // when the last one ended; zero: none has
+	Took      time.Duration // of the last one
+	Err       error         // of the last one; nil: a success
+	InARow    int           // how many ended so, the last one included
+	Next      time.Time     // when the next one begins
+	Succeeded uint64        // since the agent runs
+	Failed    uint64
 }
 
 // New returns a monitor without targets. report is called from one goroutine at
@@ -145,7 +167,7 @@ func (m *Monitor) add(a Target, now time.Time) {
 	}
 	t := &target{Target: a, probe: f, machine: machine{up: !a.Down, known: a.Known}}
 	if old != nil {
-		t.machine = old.machine
+		t.machine, t.record = old.machine, old.record
 		m.retire(old)
 	}
 	t.at = now.Add(rand.N(min(a.Health.Interval, firstWithin)))
@@ -210,10 +232,43 @@ func (m *Monitor) Stats() Stats {
 	return s
 }
 
+// Records returns what the probes of all backends, or of the service of that name, met
+// with.
+func (m *Monitor) Records(service string) map[Key]Record {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := make(map[Key]Record)
+	for k, t := range m.targets {
+		if service != "" && k.Service != service {
+			continue
+		}
+		r := t.record
+		r.Probe, r.Up, r.Next = t.Health.Probe, t.machine.up, t.at
+		all[k] = r
+	}
+	return all
+}
+
+// note takes the outcome of one probe.
+func (r *Record) note(o outcome) {
+	if r.At.IsZero() || (r.Err == nil) != (o.err == nil) {
+		r.InARow = 0
+	}
+	r.At, r.Took, r.Err = o.ended, o.took, o.err
+	r.InARow++
+	if o.err == nil {
+		r.Succeeded++
+	} else {
+		r.Failed++
+	}
+}
+
 // outcome is the end of one probe.
 type outcome struct {
 	target *target
 	err    error
+	ended  time.Time
+	took   time.Duration
 }
 
 // Run probes until the context ends, and returns when the last probe has ended.
@@ -235,9 +290,11 @@ func (m *Monitor) Run(ctx context.Context) {
 		}
 		for _, t := range m.ready(time.Now()) {
 			probes.Go(func() {
+				began := time.Now()
 				err := t.run(ctx)
+				ended := time.Now()
 				m.finish(t)
-				outcomes <- outcome{t, err}
+				outcomes <- outcome{t, err, ended, ended.Sub(began)}
 			})
 		}
 		timer.Reset(m.untilNext(time.Now()))
@@ -260,7 +317,7 @@ func (m *Monitor) finish(t *target) {
 func (t *target) run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, t.Health.Timeout)
 	defer cancel()
-	return t.probe(ctx, t.Address)
+	return t.probe(ctx, t.Probed())
 }
 
 // next returns when to probe again: an interval after this time was due, give or
@@ -343,6 +400,7 @@ func (m *Monitor) observe(o outcome) (Change, bool) {
 		t.own = o.err
 		return Change{}, false
 	}
+	t.record.note(o)
 	if t.gone || !t.machine.observe(o.err == nil, t.Health.Rise, t.Health.Fall) {
 		return Change{}, false
 	}

@@ -379,6 +379,7 @@ type Health struct {
 	Rise     int           // successes in a row that bring a backend up
 	Fall     int           // failures in a row that take it down
 
+	Port   uint16 // another one than that of the backend; 0: the same
 	Path   string // http: request target; grpc: service, empty for the whole server
 	Host   string // http: Host header, empty for the backend's address; TLS: the name that the certificate must have
 	Expect string // http: status codes, "200-399" or "200,204"

@@ -1,8 +1,7 @@
 package main
 
 import (
-	"log/slog"
-	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -12,7 +11,8 @@ import (
 
 func newController() *cobra.Command {
 	var kubeconfig string
-	var verbose bool
+	var log logFlags
+	lease := durationValue(controller.DefaultLease)
 	var opts controller.Options
 	cmd := &cobra.Command{
 		Use:   "controller",
@@ -21,14 +21,9 @@ func newController() *cobra.Command {
 			"AddressPools. Several may run; one of them is active, by a Lease, and another takes over when it is gone.\n" +
 			"Which address a Service has stands in its status and changes only when the Service asks for another.",
 		Example: "  pentad controller --kubeconfig /etc/kubernetes/admin.conf",
-		Args:    cobra.NoArgs,
+		Args:    wants(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			level := slog.LevelInfo
-			if verbose {
-				level = slog.LevelDebug
-			}
-			opts.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
-			quietClient(opts.Log)
+			opts.Log, opts.LeaseDuration = log.logger(), time.Duration(lease)
 			config, err := kube.Connect(kubeconfig)
 			if err != nil {
 				return err
@@ -40,7 +35,7 @@ func newController() *cobra.Command {
 	cmd.Flags().StringVar(&opts.Namespace, "namespace", "kube-system", "namespace of the Lease by which one controller is active")
 	cmd.Flags().BoolVar(&opts.RequireClass, "require-class", false,
 		"leave Services without a loadBalancerClass to others; ours is "+controller.LoadBalancerClass)
-	cmd.Flags().DurationVar(&opts.LeaseDuration, "lease", 0, "how long a controller that is silent stays the active one (default 15s)")
-	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log more")
+	cmd.Flags().Var(&lease, "lease", "how long a controller that is silent stays the active one")
+	log.add(cmd)
 	return cmd
 }

@@ -14,18 +14,18 @@ func newDemo() *cobra.Command {
 			"against real servers through a VIP, kill a server, bring it back, kill the agent, and count what the clients\n" +
 			"saw. Takes under 30 seconds and leaves nothing behind, also when interrupted. Needs root.",
 		Example: "  sudo pentad demo",
-		Args:    cobra.NoArgs,
+		Args:    wants(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return demo.Run(cmd.Context(), cmd.OutOrStdout())
 		},
 	}
 	cmd.AddCommand(
 		&cobra.Command{
-			Use: "server NAME ADDRESS", Hidden: true, Args: cobra.ExactArgs(2), Short: "A server of the demo",
+			Use: "server NAME ADDRESS", Hidden: true, Args: wants("NAME", "ADDRESS"), Short: "A server of the demo",
 			RunE: func(_ *cobra.Command, args []string) error { return demo.Serve(args[0], args[1]) },
 		},
 		&cobra.Command{
-			Use: "client URL", Hidden: true, Args: cobra.ExactArgs(1), Short: "A client of the demo",
+			Use: "client URL", Hidden: true, Args: wants("URL"), Short: "A client of the demo",
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return demo.Request(cmd.Context(), args[0], cmd.OutOrStdout())
 			},

@@ -58,7 +58,7 @@ func describe(b *strings.Builder, parent *cobra.Command) {
 		if c.Hidden || c.Name() == "help" || c.Name() == "completion" {
 			continue
 		}
-		if c.Runnable() {
+		if c.Runnable() && !c.HasAvailableSubCommands() {
 			long := c.Long
 			if long == "" {
 				long = c.Short + "."
@@ -133,7 +133,7 @@ func TestHelp(t *testing.T) {
 		for _, sub := range c.Commands() {
 			walk(sub)
 		}
-		if c.Runnable() && !c.Hidden && (c.Short == "" || c.Example == "") {
+		if c.Runnable() && !c.Hidden && !c.HasAvailableSubCommands() && (c.Short == "" || c.Example == "") {
 			t.Errorf("%s has no summary or no example", c.CommandPath())
 		}
 	}

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"fmt"
+
 	"github.com/spf13/cobra"
 
 	"github.com/pentad/pentad/agent"
+	"github.com/pentad/pentad/view"
 )
 
 func newDown(at *places) *cobra.Command {
@@ -12,11 +15,20 @@ func newDown(at *places) *cobra.Command {
 		Short: "Remove everything of pentad from this kernel",
 		Long: "Remove everything that pentad ever put into this kernel. A running agent is ended first. Needs no agent and\n" +
 			"no configuration, works in any state, and may be repeated. VIPs are not translated any more; connections that\n" +
-			"exist go on.",
+			"exist go on. Which backends are drained is forgotten.",
 		Example: "  pentad down",
-		Args:    cobra.NoArgs,
+		Args:    wants(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return agent.Down(cmd.Context(), at.pins, at.runDir)
+			before, err := view.ReadKernel(at.view())
+			if err := agent.Down(cmd.Context(), agent.Options{Pins: at.pins, RunDir: at.runDir, StateDir: at.state()}); err != nil {
+				return err
+			}
+			text := "nothing was installed"
+			if err == nil {
+				text = fmt.Sprintf("%s removed; connections that exist go on", view.Count(len(before.Kernel.Services), "service"))
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), text)
+			return err
 		},
 	}
 }

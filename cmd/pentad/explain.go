@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -10,14 +11,13 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/flow"
-	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/view"
 )
 
 func newExplain(at *places) *cobra.Command {
-	var pid int
+	var pid pidValue
 	var from string
 	cmd := &cobra.Command{
 		Use:   "explain DEST[:PORT][/tcp|udp]",
@@ -25,70 +25,46 @@ func newExplain(at *places) *cobra.Command {
 		Long: "Walk through the decision for a destination, and with --pid a process, as the kernel would take it now, and end\n" +
 			"with one sentence that says what happens and, when it is not what people expect, why and what to do. With --from the\n" +
 			"connection is one whose packets arrive from an address: that of another host, or of a guest of this one. Without a\n" +
-			"port every listener of the address is explained. Exit code 0: the connection reaches a backend; 1: it does not.",
-		Example: "  pentad explain 10.96.0.10:3306\n  pentad explain --pid 4711 10.96.0.53:53/udp\n  pentad explain --from 198.51.100.7 203.0.113.10:443",
-		Args:    cobra.ExactArgs(1),
+			"port every listener of the address is explained, and of a service, by its name, every listener that it has.\n" +
+			"Exit code 0: the connection reaches a backend; 1: it does not; 2: the question makes no sense.",
+		Example: "  pentad explain 10.96.0.10:3306\n  pentad explain orders-db\n  pentad explain --pid 4711 10.96.0.53:53/udp\n" +
+			"  pentad explain --from 198.51.100.7 203.0.113.10:443",
+		Args:              wants("DEST[:PORT][/tcp|udp]"),
+		ValidArgsFunction: completeServices(at),
 	}
-	cmd.Flags().IntVar(&pid, "pid", 0, "the process that connects")
+	cmd.Flags().Var(&pid, "pid", "the process that connects")
 	cmd.Flags().StringVar(&from, "from", "", "the address from which packets arrive")
 	cmd.MarkFlagsMutuallyExclusive("pid", "from")
-	f := addFormat(cmd)
+	o := addFormat(cmd, plainFormats)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		packets, err := readPackets()
+		var client netip.Addr
+		if cmd.Flags().Changed("from") {
+			a, err := netip.ParseAddr(from)
+			if err != nil {
+				return misused(cmd, "--from: %q is no address; want one such as 198.51.100.7", from)
+			}
+			client = a.Unmap()
+		}
+		e, err := view.NewExplainer(cmd.Context(), at.view(), client)
 		if err != nil {
 			return err
 		}
-		var explain func(flow.Question) (*flow.Explanation, error)
-		owners := make(map[service.Listener][]string)
-		for _, m := range packets.Mappings {
-			owners[m.Listener.At()] = append(owners[m.Listener.At()], m.Service)
-		}
-		if from != "" {
-			client, err := netip.ParseAddr(from)
-			if err != nil {
-				return fmt.Errorf("--from %q is no address; want one such as 198.51.100.7", from)
-			}
-			explain = func(q flow.Question) (*flow.Explanation, error) {
-				return flow.ExplainPackets(packets, client.Unmap(), q), nil
-			}
-		} else {
-			v, err := socket.Read(at.pins)
-			if err != nil {
-				return err
-			}
-			for _, s := range v.Services {
-				for _, l := range s.Listeners {
-					owners[l.At()] = append(owners[l.At()], s.Name)
-				}
-			}
-			explain = func(q flow.Question) (*flow.Explanation, error) {
-				q.PID = pid
-				e, err := flow.Explain(v, q)
-				if err == nil {
-					e.AddPackets(packets, q)
-				}
-				return e, err
-			}
-		}
-		questions, err := parseDestination(slices.Collect(maps.Keys(owners)), args[0])
+		questions, err := parseDestination(cmd, e.Listeners(), args[0])
 		if err != nil {
 			return err
-		}
-		var warnings []string
-		// With the agent dead what the kernel does can be explained all the same.
-		if running, err := api.NewClient(at.runDir).Status(cmd.Context()); err == nil {
-			warnings = running.Warnings
 		}
 		all := make([]*flow.Explanation, len(questions))
 		works := true
 		for i, q := range questions {
-			if all[i], err = explain(q); err != nil {
+			q.PID = int(pid)
+			if all[i], err = e.Explain(q); errors.Is(err, flow.ErrNoProcess) {
+				return misused(cmd, "--pid: there is no process %d", pid)
+			} else if err != nil {
 				return err
 			}
-			all[i].AddWarnings(q, owners[service.Listener{Address: q.Destination, Protocol: q.Protocol}], warnings)
 			works = works && all[i].Works
 		}
-		done, err := f.structured(cmd.OutOrStdout(), all)
+		done, err := o.structured(cmd.OutOrStdout(), all)
 		if !done {
 			err = printExplanations(cmd.OutOrStdout(), all)
 		}
@@ -101,16 +77,30 @@ func newExplain(at *places) *cobra.Command {
 }
 
 // parseDestination reads a destination. An address alone asks for each of its
-// listeners.
-func parseDestination(listeners []service.Listener, text string) ([]flow.Question, error) {
+// listeners, the name of a service for each of its.
+func parseDestination(cmd *cobra.Command, owners map[service.Listener][]string, text string) ([]flow.Question, error) {
+	listeners := slices.SortedFunc(maps.Keys(owners), service.Listener.Compare)
+	questions := func(wanted func(service.Listener) bool) (all []flow.Question) {
+		for _, l := range listeners {
+			if wanted(l) {
+				all = append(all, flow.Question{Destination: l.Address, Protocol: l.Protocol})
+			}
+		}
+		return all
+	}
+	if all := questions(func(l service.Listener) bool { return slices.Contains(owners[l], text) }); all != nil {
+		return all, nil
+	}
 	dest, protocol, named := strings.Cut(text, "/")
 	q := flow.Question{Protocol: service.TCP}
 	switch {
 	case !named || protocol == "tcp":
 	case protocol == "udp":
 		q.Protocol = service.UDP
+	case strings.Contains(text, "://"):
+		return nil, misused(cmd, "%q: write the address without what stands before ://", text)
 	default:
-		return nil, fmt.Errorf("%q: want protocol tcp or udp, found %q", text, protocol)
+		return nil, misused(cmd, "%q: want protocol tcp or udp, found %q", text, protocol)
 	}
 	var err error
 	if q.Destination, err = netip.ParseAddrPort(dest); err == nil {
@@ -119,19 +109,28 @@ func parseDestination(listeners []service.Listener, text string) ([]flow.Questio
 	}
 	addr, err := netip.ParseAddr(strings.Trim(dest, "[]"))
 	if err != nil {
-		return nil, fmt.Errorf("%q is no destination; want ADDRESS:PORT, such as 10.96.0.10:3306 or [2001:db8::10]:53/udp; names are not resolved", text)
+		return nil, misused(cmd, "%q is no destination; want ADDRESS:PORT, such as 10.96.0.10:3306 or [2001:db8::10]:53/udp, or the name of a service; "+
+			"names of hosts are not resolved", text)
 	}
-	slices.SortFunc(listeners, service.Listener.Compare)
-	var all []flow.Question
-	for _, l := range listeners {
-		if l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol) {
-			all = append(all, flow.Question{Destination: l.Address, Protocol: l.Protocol})
-		}
-	}
+	all := questions(func(l service.Listener) bool {
+		return l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol)
+	})
 	if all == nil {
-		return nil, fmt.Errorf("no service listens on %s; name a port to have a connection explained all the same", addr)
+		hint := ""
+		if host, port, ok := cutLast(dest, ":"); ok && addr.Is6() && !strings.HasPrefix(dest, "[") {
+			hint = fmt.Sprintf("; did you mean [%s]:%s?", host, port)
+		}
+		return nil, misused(cmd, "no service listens on %s; name a port to have a connection explained all the same%s", addr, hint)
 	}
 	return all, nil
+}
+
+func cutLast(text, sep string) (before, after string, found bool) {
+	i := strings.LastIndex(text, sep)
+	if i < 0 {
+		return text, "", false
+	}
+	return text[:i], text[i+len(sep):], true
 }
 
 func printExplanations(w io.Writer, all []*flow.Explanation) error {
@@ -143,7 +142,7 @@ func printExplanations(w io.Writer, all []*flow.Explanation) error {
 		for i, s := range e.Steps {
 			rows[i] = []string{s.What, s.Found}
 		}
-		if err := table(w, rows); err != nil {
+		if err := wrapped(w, rows); err != nil {
 			return err
 		}
 		if _, err := fmt.Fprintf(w, "=> %s\n", e.Conclusion); err != nil {

@@ -7,39 +7,46 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"slices"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
-	"go.yaml.in/yaml/v3"
 
 	"github.com/pentad/pentad/flow"
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/view"
 )
 
 func newFlow(at *places) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "flow",
-		Short: "Show which process is connected where, or follow connections as they come and go",
+		Use:     "flow",
+		Aliases: []string{"flows"},
+		Short:   "Show which process is connected where, or follow connections as they come and go",
 		Long: "Show the connections through VIPs that are open now: process, VIP, backend, round trip time, age and bytes.\n" +
 			"With -f: follow connections as they begin, succeed, fail and end. Both read the kernel and work with the agent\n" +
 			"dead. Events that come faster than they can be shown are counted, and the count is shown.",
 		Example: "  pentad flow\n  pentad flow -f --service orders-db\n  pentad flow -f -o json",
-		Args:    cobra.NoArgs,
+		Args:    wants(),
 	}
 	var follow bool
 	var want filter
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "follow connections until interrupted")
 	cmd.Flags().StringVar(&want.service, "service", "", "only of this service")
-	cmd.Flags().IntVar(&want.pid, "pid", 0, "only of this process")
+	cmd.Flags().Var(&want.pid, "pid", "only of this process")
 	// The flag was just defined: this cannot fail.
 	_ = cmd.RegisterFlagCompletionFunc("service", completeServices(at))
-	f := addFormat(cmd)
+	o := addList(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if follow {
-			return followFlows(cmd.Context(), at.pins, want, *f, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		if err := want.check(cmd, at); err != nil {
+			return err
 		}
-		return listFlows(cmd.Context(), at.pins, want, *f, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		if follow {
+			return followFlows(cmd.Context(), at.pins, want, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		}
+		return listFlows(cmd.Context(), at.pins, want, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 	}
 	return cmd
 }
@@ -47,45 +54,34 @@ func newFlow(at *places) *cobra.Command {
 // filter says which flows are wanted; zero fields say nothing.
 type filter struct {
 	service string
-	pid     int
+	pid     pidValue
 }
 
 func (w filter) wants(f flow.Flow) bool {
-	return (w.service == "" || f.Service == w.service) && (w.pid == 0 || f.PID == w.pid)
+	return (w.service == "" || f.Service == w.service) && (w.pid == 0 || f.PID == int(w.pid))
 }
 
-// flowOut is a flow for programs.
-type flowOut struct {
-	Time     time.Time `json:"time" yaml:"time"`
-	Event    string    `json:"event" yaml:"event"`
-	PID      int       `json:"pid,omitempty" yaml:"pid,omitempty"`
-	Command  string    `json:"command,omitempty" yaml:"command,omitempty"`
-	Service  string    `json:"service,omitempty" yaml:"service,omitempty"`
-	Protocol string    `json:"protocol" yaml:"protocol"`
-	VIP      string    `json:"vip" yaml:"vip"`
-	Backend  string    `json:"backend,omitempty" yaml:"backend,omitempty"`
-	Outcome  string    `json:"outcome" yaml:"outcome"`
-	RTT      string    `json:"rtt,omitempty" yaml:"rtt,omitempty"`
-	Duration string    `json:"duration,omitempty" yaml:"duration,omitempty"`
-	Sent     uint64    `json:"sent" yaml:"sent"`
-	Received uint64    `json:"received" yaml:"received"`
+// check refuses what no flow can be of.
+func (w filter) check(cmd *cobra.Command, at *places) error {
+	if w.pid != 0 {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d", w.pid)); errors.Is(err, os.ErrNotExist) {
+			return misused(cmd, "--pid: there is no process %d", w.pid)
+		}
+	}
+	if w.service == "" {
+		return nil
+	}
+	h, err := view.ReadKernel(at.view())
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(h.Names(), w.service) {
+		return noService(h, w.service)
+	}
+	return nil
 }
 
-func newFlowOut(f flow.Flow) flowOut {
-	out := flowOut{
-		Time: f.Time.UTC(), Event: f.Event, PID: f.PID, Command: f.Command, Service: f.Service, Protocol: f.Protocol.String(),
-		VIP: f.VIP.String(), Outcome: f.Outcome, RTT: latency(f.RTT), Sent: f.Sent, Received: f.Received,
-	}
-	if f.Backend.IsValid() {
-		out.Backend = f.Backend.String()
-	}
-	if f.Duration > 0 {
-		out.Duration = f.Duration.Round(time.Microsecond).String()
-	}
-	return out
-}
-
-func listFlows(ctx context.Context, pins string, want filter, f format, out, errOut io.Writer) error {
+func listFlows(ctx context.Context, pins string, want filter, o *output, out, errOut io.Writer) error {
 	flows, err := flow.Open(ctx, pins)
 	if flows == nil && err != nil {
 		return err
@@ -93,42 +89,71 @@ func listFlows(ctx context.Context, pins string, want filter, f format, out, err
 	if err != nil {
 		fmt.Fprintf(errOut, "pentad: %v\n", err)
 	}
-	all := []flowOut{}
+	all := []view.Flow{}
 	for _, x := range flows {
 		if want.wants(x) {
-			all = append(all, newFlowOut(x))
+			all = append(all, view.NewFlow(x))
 		}
 	}
-	if done, err := f.structured(out, all); done {
+	if done, err := o.structured(out, all); done {
 		return err
 	}
-	rows := [][]string{{"PROCESS", "SERVICE", "VIP", "BACKEND", "RTT", "AGE", "SENT", "RECEIVED", "OUTCOME"}}
-	for _, x := range all {
-		rows = append(rows, []string{
-			process(x), or(x.Service, "-"), x.VIP, x.Backend, or(x.RTT, "-"), ago(x.Time), bytesText(x.Sent), bytesText(x.Received), x.Outcome,
-		})
+	head := []string{"PROCESS", "CLIENT", "SERVICE", "VIP", "BACKEND", "RTT", "AGE", "SENT", "RECEIVED", "OUTCOME"}
+	if o.wide() {
+		head = append(head, "UID", "CGROUP", "BEGAN")
 	}
-	return table(out, rows)
+	var rows [][]string
+	for _, x := range all {
+		row := []string{
+			process(x), or(x.Client, "-"), or(x.Service, "-"), address(x.VIP, x.Protocol), x.Backend, or(view.Latency(x.RTTSeconds), "-"), view.Ago(x.Time),
+			bytesOr(x.Sent), bytesOr(x.Received), x.Outcome,
+		}
+		if o.wide() {
+			uid := "-"
+			if x.UID != nil {
+				uid = number(*x.UID)
+			}
+			row = append(row, uid, or(x.Cgroup, "-"), x.Time.Local().Format("2006-01-02T15:04:05.000Z07:00"))
+		}
+		rows = append(rows, row)
+	}
+	return o.print(out, head, rows)
 }
 
-func process(f flowOut) string {
+func process(f view.Flow) string {
 	if f.PID == 0 {
 		return "-"
 	}
 	return f.Command + "/" + strconv.Itoa(f.PID)
 }
 
+// address tells an address of UDP from one of TCP.
+func address(text, protocol string) string {
+	if protocol == "tcp" {
+		return text
+	}
+	return text + "/" + protocol
+}
+
+func bytesOr(n *uint64) string {
+	if n == nil {
+		return "-"
+	}
+	return view.Bytes(*n)
+}
+
 // lostEvery is how often it is said that events were lost.
 const lostEvery = time.Second
 
-func followFlows(ctx context.Context, pins string, want filter, f format, out, errOut io.Writer) error {
+func followFlows(ctx context.Context, pins string, want filter, o *output, out, errOut io.Writer) error {
 	follower, err := socket.Follow(pins)
 	if err != nil {
 		return err
 	}
 	defer follower.Close()
-	show := f.flowPrinter(out)
+	show := flowPrinter(o, out)
 	tracker := flow.NewTracker()
+	tracker.Agent = host.Holder(pins)
 	var told uint64
 	var lapsed time.Duration
 	var failed error
@@ -154,7 +179,7 @@ func followFlows(ctx context.Context, pins string, want filter, f format, out, e
 		}
 		if e.Time.Sub(checked) > lostEvery {
 			tellLost()
-			checked = e.Time
+			checked, tracker.Agent = e.Time, host.Holder(pins)
 		}
 	})
 	tellLost()
@@ -166,25 +191,32 @@ func followFlows(ctx context.Context, pins string, want filter, f format, out, e
 
 // flowPrinter returns a function that prints one flow. What programs read is one
 // document a flow.
-func (f format) flowPrinter(out io.Writer) func(flow.Flow) error {
-	switch f {
+func flowPrinter(o *output, out io.Writer) func(flow.Flow) error {
+	switch o.format {
 	case "json":
 		e := json.NewEncoder(out)
-		return func(x flow.Flow) error { return e.Encode(newFlowOut(x)) }
+		e.SetEscapeHTML(false)
+		return func(x flow.Flow) error { return e.Encode(view.NewFlow(x)) }
 	case "yaml":
-		e := yaml.NewEncoder(out)
-		return func(x flow.Flow) error { return e.Encode(newFlowOut(x)) }
+		return func(x flow.Flow) error {
+			if _, err := io.WriteString(out, "---\n"); err != nil {
+				return err
+			}
+			return writeYAML(out, view.NewFlow(x))
+		}
 	}
 	const line = "%-12s  %-11s  %-20s  %-20s  %-21s  %-21s  %-8s  %-10s  %-9s  %-9s  %s\n"
-	fmt.Fprintf(out, line, "TIME", "EVENT", "PROCESS", "SERVICE", "VIP", "BACKEND", "RTT", "DURATION", "SENT", "RECEIVED", "OUTCOME")
+	if !o.noHeaders {
+		fmt.Fprintf(out, line, "TIME", "EVENT", "PROCESS", "SERVICE", "VIP", "BACKEND", "RTT", "DURATION", "SENT", "RECEIVED", "OUTCOME")
+	}
 	return func(x flow.Flow) error {
-		o := newFlowOut(x)
-		sent, received := "-", "-"
-		if x.Event == socket.Closed.String() && o.Protocol == "tcp" {
-			sent, received = bytesText(o.Sent), bytesText(o.Received)
+		f := view.NewFlow(x)
+		outcome := f.Outcome
+		if outcome == f.Event {
+			outcome = "-"
 		}
-		_, err := fmt.Fprintf(out, line, x.Time.Local().Format("15:04:05.000"), o.Event, process(o), or(o.Service, "-"), o.VIP,
-			or(o.Backend, "-"), or(o.RTT, "-"), or(latency(x.Duration), "-"), sent, received, o.Outcome)
+		_, err := fmt.Fprintf(out, line, x.Time.Local().Format("15:04:05.000"), f.Event, process(f), or(f.Service, "-"), address(f.VIP, f.Protocol),
+			or(f.Backend, "-"), or(view.Latency(f.RTTSeconds), "-"), or(view.Latency(f.DurationSeconds), "-"), bytesOr(f.Sent), bytesOr(f.Received), outcome)
 		return err
 	}
 }

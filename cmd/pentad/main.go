@@ -16,6 +16,7 @@ import (
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/view"
 )
 
 // Exit codes.
@@ -29,25 +30,79 @@ var errNo = errors.New("no")
 
 // places are where a command finds pentad on this host.
 type places struct {
-	pins, runDir string
+	pins, runDir, stateDir string
 }
 
+// defaultStateDir is where it stands what outlives a restart of the host.
+const defaultStateDir = "/var/lib/pentad"
+
+// state returns the directory for what outlives a restart of the host. A second agent,
+// which has a directory of its own for its socket, keeps it there.
+func (p *places) state() string {
+	switch {
+	case p.stateDir != "":
+		return p.stateDir
+	case p.runDir != api.DefaultRunDir:
+		return p.runDir
+	}
+	return defaultStateDir
+}
+
+func (p *places) view() view.Places { return view.Places{Pins: p.pins, RunDir: p.runDir} }
+
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	root, started := newRoot()
-	err := root.ExecuteContext(ctx)
+	ctx, stop := notified(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := execute(ctx, os.Args[1:])
 	stop()
+	os.Exit(err)
+}
+
+// notified returns a context that ends with a signal, which is its cause.
+func notified(ctx context.Context, signals ...os.Signal) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, signals...)
+	go func() {
+		select {
+		case s := <-c:
+			cancel(fmt.Errorf("signal: %v", s))
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(c)
+		cancel(context.Canceled)
+	}
+}
+
+// execute runs a command line and returns its exit code.
+func execute(ctx context.Context, args []string) int {
+	root, started := newRoot()
+	root.SetArgs(args)
+	cmd, err := root.ExecuteContextC(ctx)
+	var usage *usageError
 	switch {
 	case err == nil:
+		return 0
 	case errors.Is(err, errNo):
-		os.Exit(exitFailed)
+		return exitFailed
+	case errors.As(err, &usage):
+		fmt.Fprintf(os.Stderr, "pentad: %v\n%s\n", err, hint(usage.cmd))
+		return exitUsage
 	case !*started:
-		fmt.Fprintf(os.Stderr, "pentad: %v; see `pentad --help`\n", err)
-		os.Exit(exitUsage)
-	default:
-		fmt.Fprintf(os.Stderr, "pentad: %v\n", err)
-		os.Exit(exitFailed)
+		fmt.Fprintf(os.Stderr, "pentad: %v\n%s\n", err, hint(cmd))
+		return exitUsage
 	}
+	fmt.Fprintf(os.Stderr, "pentad: %v\n", explained(err))
+	return exitFailed
+}
+
+// explained says what to do about what happens to those who are not root.
+func explained(err error) error {
+	if os.Geteuid() != 0 && (errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.EPERM)) && !errors.Is(err, api.ErrDenied) {
+		return fmt.Errorf("%w; run as root", err)
+	}
+	return err
 }
 
 // newRoot builds the command tree. started becomes true once a command line was
@@ -62,12 +117,19 @@ func newRoot() (root *cobra.Command, started *bool) {
 			"No packet is rewritten, nothing stands in the data path, and it keeps working when its agent is dead.",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		Version:       version,
 		PersistentPreRun: func(*cobra.Command, []string) {
 			*started = true
 		},
 	}
+	root.SetVersionTemplate("pentad {{.Version}}\n")
 	root.PersistentFlags().StringVar(&at.pins, "pins", host.DefaultPins, "directory of the bpf filesystem that holds everything of pentad")
 	root.PersistentFlags().StringVar(&at.runDir, "run-dir", api.DefaultRunDir, "directory of the agent's socket")
-	root.AddCommand(newRun(at), newController(), newCheck(), newStatus(at), newService(at), newBackend(at), newFlow(at), newExplain(at), newDown(at), newDemo(), newVersion())
+	root.PersistentFlags().StringVar(&at.stateDir, "state-dir", "",
+		"directory of what outlives a restart of the host: which backends are drained; without it "+defaultStateDir+", or --run-dir where that is given")
+	root.AddCommand(newRun(at), newController(), newCheck(), newSchema(), newDiff(at), newReload(at), newStatus(at), newService(at), newBackend(at), newFlow(at),
+		newExplain(at), newDown(at), newDemo(), newVersion())
+	root.InitDefaultCompletionCmd()
+	finish(root)
 	return root, started
 }

@@ -1,268 +1,218 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
-	"go.yaml.in/yaml/v3"
-
-	"github.com/pentad/pentad/plane/socket"
-	"github.com/pentad/pentad/service"
+	"go.yaml.in/yaml/v4"
+	"golang.org/x/term"
 )
 
-// format is how a list is printed.
-type format string
+// output is how a command prints.
+type output struct {
+	format    string
+	noHeaders bool
+	formats   []string
+}
 
-var formats = []string{"table", "json", "yaml", "wide"}
+// The formats of what is more in a wide table, and of the others.
+var (
+	plainFormats = []string{"table", "json", "yaml"}
+	wideFormats  = []string{"table", "wide", "json", "yaml"}
+)
 
 // String, Set and Type implement pflag.Value.
-func (f *format) String() string { return string(*f) }
+func (o *output) String() string { return o.format }
 
 // Set takes one of the known formats.
-func (f *format) Set(v string) error {
-	if !slices.Contains(formats, v) {
-		return fmt.Errorf("want one of %s", strings.Join(formats, ", "))
+func (o *output) Set(v string) error {
+	if !slices.Contains(o.formats, v) {
+		return fmt.Errorf("want one of %s", strings.Join(o.formats, ", "))
 	}
-	*f = format(v)
+	o.format = v
 	return nil
 }
 
 // Type names the value in --help.
-func (f *format) Type() string { return "FORMAT" }
+func (*output) Type() string { return "FORMAT" }
 
 // addFormat gives a command the flag -o.
-func addFormat(cmd *cobra.Command) *format {
-	f := format("table")
-	cmd.Flags().VarP(&f, "output", "o", "table, json, yaml or wide")
+func addFormat(cmd *cobra.Command, formats []string) *output {
+	o := &output{format: "table", formats: formats}
+	cmd.Flags().VarP(o, "output", "o", strings.Join(formats, ", "))
 	// The flag was just defined: this cannot fail.
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
-	return &f
+	return o
 }
 
+// addList gives a command the flags of a list.
+func addList(cmd *cobra.Command) *output {
+	o := addFormat(cmd, wideFormats)
+	cmd.Flags().BoolVar(&o.noHeaders, "no-headers", false, "leave out the names of the columns")
+	return o
+}
+
+func (o *output) wide() bool { return o.format == "wide" }
+
 // structured prints v as JSON or YAML, and reports whether the format was one
-// of them.
-func (f format) structured(w io.Writer, v any) (bool, error) {
-	switch f {
+// of them. Both have the same keys.
+func (o *output) structured(w io.Writer, v any) (bool, error) {
+	switch o.format {
 	case "json":
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return true, e.Encode(v)
+		return true, writeJSON(w, v)
 	case "yaml":
-		e := yaml.NewEncoder(w)
-		e.SetIndent(2)
-		return true, e.Encode(v)
+		return true, writeYAML(w, v)
 	}
 	return false, nil
 }
 
-// table prints rows in aligned columns.
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+// writeYAML writes what JSON has in the style of YAML: one list of names will do.
+func writeYAML(w io.Writer, v any) error {
+	var raw bytes.Buffer
+	if err := writeJSON(&raw, v); err != nil {
+		return err
+	}
+	var doc yaml.Node
+	if err := yaml.Unmarshal(raw.Bytes(), &doc); err != nil {
+		return err
+	}
+	unquote(&doc)
+	e := yaml.NewEncoder(w)
+	e.SetIndent(2)
+	return e.Encode(&doc)
+}
+
+// unquote lets the encoder choose how each node is written.
+func unquote(n *yaml.Node) {
+	n.Style = 0
+	for _, c := range n.Content {
+		unquote(c)
+	}
+}
+
+// print prints a table: the names of its columns, and rows.
+func (o *output) print(w io.Writer, head []string, rows [][]string) error {
+	if !o.noHeaders {
+		rows = append([][]string{head}, rows...)
+	}
+	return table(w, rows)
+}
+
+// table prints rows in aligned columns. On a terminal the last one is cut where the
+// line would not fit, and states have colours.
 func table(w io.Writer, rows [][]string) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	var text bytes.Buffer
+	t := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	for _, r := range rows {
 		fmt.Fprintln(t, strings.TrimRight(strings.Join(r, "\t"), "\t "))
 	}
-	return t.Flush()
-}
-
-// serviceOut and backendOut are what is printed of a service and of a backend;
-// the names are those of the configuration.
-type serviceOut struct {
-	Name      string        `json:"name" yaml:"name"`
-	Listen    []string      `json:"listen" yaml:"listen"`
-	Balance   string        `json:"balance" yaml:"balance"`
-	Affinity  *affinityOut  `json:"affinity,omitempty" yaml:"affinity,omitempty"`
-	Keepalive *keepaliveOut `json:"keepalive,omitempty" yaml:"keepalive,omitempty"`
-	Breaker   *breakerOut   `json:"breaker,omitempty" yaml:"breaker,omitempty"`
-	Connect   *connectOut   `json:"connect,omitempty" yaml:"connect,omitempty"`
-	OnDown    string        `json:"onDown" yaml:"onDown"`
-	SlowStart string        `json:"slowStart,omitempty" yaml:"slowStart,omitempty"`
-	Flows     bool          `json:"flows" yaml:"flows"`
-	Backends  []backendOut  `json:"backends" yaml:"backends"`
-
-	// What packets find that arrive from other hosts and from guests of this one.
-	Packets []packetsOut `json:"packets,omitempty" yaml:"packets,omitempty"`
-}
-
-type keepaliveOut struct {
-	Idle     string `json:"idle" yaml:"idle"`
-	Interval string `json:"interval,omitempty" yaml:"interval,omitempty"`
-	Probes   int    `json:"probes,omitempty" yaml:"probes,omitempty"`
-}
-
-func newKeepaliveOut(k service.Keepalive) *keepaliveOut {
-	if k.Idle == 0 {
-		return nil
+	if err := t.Flush(); err != nil {
+		return err
 	}
-	out := &keepaliveOut{Idle: k.Idle.String(), Probes: k.Probes}
-	if k.Interval > 0 {
-		out.Interval = k.Interval.String()
+	width, isTerminal := terminal(w)
+	if !isTerminal {
+		_, err := w.Write(text.Bytes())
+		return err
 	}
-	return out
-}
-
-type breakerOut struct {
-	MaxConnections int    `json:"maxConnections,omitempty" yaml:"maxConnections,omitempty"`
-	Failures       int    `json:"failures,omitempty" yaml:"failures,omitempty"`
-	Ejection       string `json:"ejection,omitempty" yaml:"ejection,omitempty"`
-	MaxEjected     string `json:"maxEjected,omitempty" yaml:"maxEjected,omitempty"`
-}
-
-func newBreakerOut(b service.Breaker) *breakerOut {
-	if b == (service.Breaker{}) {
-		return nil
-	}
-	out := &breakerOut{MaxConnections: b.MaxConnections, Failures: b.Failures}
-	if b.Failures > 0 {
-		out.Ejection, out.MaxEjected = b.Ejection.String(), fmt.Sprintf("%d%%", b.MaxEjected)
-	}
-	return out
-}
-
-type connectOut struct {
-	Timeout string `json:"timeout" yaml:"timeout"`
-}
-
-type affinityOut struct {
-	Timeout string `json:"timeout" yaml:"timeout"`
-}
-
-type backendOut struct {
-	Service string    `json:"service,omitempty" yaml:"service,omitempty"`
-	Address string    `json:"address" yaml:"address"`
-	Weight  uint32    `json:"weight" yaml:"weight"`
-	Group   uint32    `json:"group" yaml:"group"`
-	Zone    string    `json:"zone,omitempty" yaml:"zone,omitempty"`
-	State   string    `json:"state" yaml:"state"`
-	Why     string    `json:"why,omitempty" yaml:"why,omitempty"`
-	Since   time.Time `json:"since" yaml:"since"`
-
-	InFlight    uint32 `json:"inFlight" yaml:"inFlight"`
-	EjectedFor  int    `json:"ejectedFor,omitempty" yaml:"ejectedFor,omitempty"` // how many clients do not use it
-	RTT         string `json:"rtt,omitempty" yaml:"rtt,omitempty"`               // of handshakes; absent: unknown
-	Response    string `json:"response,omitempty" yaml:"response,omitempty"`     // from request to first byte; absent: unknown
-	Failures    uint32 `json:"failures" yaml:"failures"`                         // failed connects in a row, of the client with most
-	Connections uint64 `json:"connections" yaml:"connections"`
-	Failed      uint64 `json:"failed" yaml:"failed"`
-	Ejections   uint64 `json:"ejections" yaml:"ejections"`
-}
-
-func newServiceOut(v *socket.View, s *service.Service) serviceOut {
-	out := serviceOut{Name: s.Name, Balance: s.Balance.String(), Listen: []string{}}
-	if s.Affinity > 0 {
-		out.Affinity = &affinityOut{s.Affinity.String()}
-	}
-	out.Keepalive = newKeepaliveOut(s.Keepalive)
-	out.Breaker = newBreakerOut(s.Breaker)
-	if s.ConnectTimeout > 0 {
-		out.Connect = &connectOut{s.ConnectTimeout.String()}
-	}
-	out.OnDown, out.Flows = s.OnDown.String(), !s.Silent
-	if s.SlowStart > 0 {
-		out.SlowStart = s.SlowStart.String()
-	}
-	for _, l := range s.Listeners {
-		out.Listen = append(out.Listen, l.String())
-	}
-	out.Backends = newBackendsOut(v, s)
-	return out
-}
-
-// ejectedState is what is shown of a backend that could serve, but for its failures.
-const ejectedState = "ejected"
-
-func newBackendsOut(v *socket.View, s *service.Service) []backendOut {
-	out := make([]backendOut, len(s.Backends))
-	for i, state := range s.States() {
-		b := s.Backends[i]
-		l := v.Loads[s.Name][b.Address]
-		out[i] = backendOut{
-			Address: b.Address.String(), Weight: b.Weight, Group: b.Group, Zone: b.Zone,
-			State: state.String(), Why: why(b, state, l), Since: v.Since[s.Name][b.Address].UTC(),
-			InFlight: l.InFlight, EjectedFor: l.Clients, RTT: latency(l.RTT), Response: latency(l.Response), Failures: l.Failures,
-			Connections: l.Connections, Failed: l.Failed, Ejections: l.Ejections,
-		}
-		if l.Ejected && (state == service.Serving || state == service.Standby) {
-			out[i].State = ejectedState
+	for line := range strings.Lines(text.String()) {
+		if _, err := io.WriteString(w, paint(fit(strings.TrimSuffix(line, "\n"), width))+"\n"); err != nil {
+			return err
 		}
 	}
-	return out
+	return nil
 }
 
-// why says in a few words what keeps a backend from taking connections, or nothing.
-func why(b service.Backend, state service.State, l socket.Load) string {
-	switch {
-	case state == service.Down:
-		return "its probe fails"
-	case b.Drained && b.DrainUntil > 0 && !b.DrainOver:
-		if left := time.Until(time.Unix(int64(b.DrainUntil), 0)); left > 0 {
-			return fmt.Sprintf("drained; what is left is closed in %s", left.Round(time.Second))
+// terminal returns how wide the terminal is that is written to, if it is one.
+func terminal(w io.Writer) (width int, is bool) {
+	f, ok := w.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return 0, false
+	}
+	width, _, err := term.GetSize(int(f.Fd()))
+	return width, err == nil && width > 0
+}
+
+// fit cuts a line that is longer than the terminal is wide.
+func fit(line string, width int) string {
+	if runes := []rune(line); len(runes) > width {
+		return string(runes[:width-1]) + "…"
+	}
+	return line
+}
+
+// colours are those of words that stand alone in a line.
+var colours = map[string]string{
+	"down": "31", "refused": "31", "PROBLEM": "31", "ejected": "33", "full": "33", "drained": "33", "panic": "33", "warning": "33", "serving": "32",
+}
+
+// paint gives states their colours, unless NO_COLOR (no-color.org) asks for none.
+func paint(line string) string {
+	if os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return line
+	}
+	for word, colour := range colours {
+		for _, at := range []string{"  " + word + "  ", word + "  "} {
+			if strings.HasPrefix(at, word) && !strings.HasPrefix(line, at) {
+				continue
+			}
+			line = strings.Replace(line, at, strings.Replace(at, word, "\x1b["+colour+"m"+word+"\x1b[0m", 1), 1)
 		}
-		return "drained"
-	case b.Drained:
-		return "drained"
-	case b.Weight == 0:
-		return "weight 0"
-	case l.Ejected:
-		return blamed(l)
-	case state == service.Standby:
-		return "a lower group serves"
 	}
-	return ""
+	return line
 }
 
-// blamed says for whom a backend is ejected, and until when.
-func blamed(l socket.Load) string {
-	of := "failed connects of " + count(l.Clients, "client")
-	if l.Shunned {
-		of = "failed connects of several clients, and others avoid it"
+// wrapped prints rows of two columns; on a terminal what is long goes on below itself.
+func wrapped(w io.Writer, rows [][]string) error {
+	width, isTerminal := terminal(w)
+	if !isTerminal {
+		return table(w, rows)
 	}
-	switch {
-	case l.Trial:
-		return of + "; a connection is trying it"
-	case l.For > 0:
-		return fmt.Sprintf("%s; tried again in %s", of, l.For.Round(100*time.Millisecond))
+	first := 0
+	for _, r := range rows {
+		first = max(first, len([]rune(r[0])))
 	}
-	return of + "; the next connection tries it"
+	var out [][]string
+	for _, r := range rows {
+		for i, line := range breakText(strings.ReplaceAll(r[1], "\n\t", "\n"), max(20, width-first-2)) {
+			name := r[0]
+			if i > 0 {
+				name = ""
+			}
+			out = append(out, []string{name, line})
+		}
+	}
+	return table(w, out)
 }
 
-// latency writes a latency in microseconds or milliseconds, nothing for 0.
-func latency(d time.Duration) string {
-	switch {
-	case d == 0:
-		return ""
-	case d >= 10*time.Millisecond:
-		return d.Round(time.Millisecond).String()
+// breakText breaks a text between words, so that no line is longer than it may be if
+// that can be had.
+func breakText(text string, most int) []string {
+	var lines []string
+	for line := range strings.SplitSeq(text, "\n") {
+		for len([]rune(line)) > most {
+			runes := []rune(line)
+			at := strings.LastIndex(string(runes[:most+1]), " ")
+			if at <= 0 {
+				break
+			}
+			lines = append(lines, line[:at])
+			line = line[at+1:]
+		}
+		lines = append(lines, line)
 	}
-	return d.Round(time.Microsecond).String()
-}
-
-// ago writes how long ago something was, in one or two units.
-func ago(t time.Time) string {
-	d := time.Since(t)
-	switch {
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", max(0, int(d.Seconds())))
-	case d < time.Hour:
-		return fmt.Sprintf("%dm%ds", int(d.Minutes()), int(d.Seconds())%60)
-	case d < 24*time.Hour:
-		return fmt.Sprintf("%dh%dm", int(d.Hours()), int(d.Minutes())%60)
-	}
-	return fmt.Sprintf("%dd%dh", int(d.Hours())/24, int(d.Hours())%24)
-}
-
-// bytesText writes a size for people.
-func bytesText(n uint64) string {
-	switch {
-	case n >= 1<<30:
-		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
-	case n >= 1<<20:
-		return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
-	}
-	return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
+	return lines
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"slices"
@@ -8,16 +9,17 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
+	"github.com/pentad/pentad/view"
 )
 
 func newService(at *places) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "service",
-		Short: "Show the mapping as the kernel has it",
-		Long:  "Show the mapping as the kernel has it now, read from its maps. This works with the agent dead.",
+		Use:     "service",
+		Aliases: []string{"services", "svc"},
+		Short:   "Show the mapping as the kernel has it",
+		Long:    "Show the mapping as the kernel has it now, read from its maps. This works with the agent dead.",
 	}
 	cmd.AddCommand(newServiceList(at), newServiceShow(at))
 	return cmd
@@ -25,163 +27,211 @@ func newService(at *places) *cobra.Command {
 
 func newServiceList(at *places) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "list",
+		Use:     "list [SERVICE]",
+		Aliases: []string{"ls"},
 		Short:   "List every listener and what it maps to now",
-		Example: "  pentad service list\n  pentad service list -o json",
-		Args:    cobra.NoArgs,
+		Long: "List every listener and what it maps to now. BACKENDS says how many of its backends take the next connection,\n" +
+			"and how many there are; FROM, where there is a table for packets, whose connections the line is about.",
+		Example: "  pentad service list\n  pentad service list --refusing\n  pentad service list -o json",
+		Args:    wants("[SERVICE]"),
 	}
-	f := addFormat(cmd)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		v, err := socket.Read(at.pins)
-		if err != nil {
-			return err
-		}
-		view, err := readPackets()
-		if err != nil {
-			return err
-		}
-		packets := view.Mappings
-		all := make([]serviceOut, len(v.Services))
-		for i, s := range v.Services {
-			all[i] = newServiceOut(v, s)
-		}
-		all = addPackets(all, packets)
-		if done, err := f.structured(cmd.OutOrStdout(), all); done {
-			return err
-		}
-		header := []string{"SERVICE", "LISTENER", "BALANCE", "BACKENDS", "MAPS TO"}
-		var rows [][]string
-		for _, s := range v.Services {
-			rows = append(rows, listenerRows(s, *f == "wide")...)
-		}
-		if packets != nil {
-			header = append(header, "")
-			copy(header[3:], []string{"FROM", "BACKENDS", "MAPS TO"})
-			rows = withPackets(rows, packets, *f == "wide")
-		}
-		return table(cmd.OutOrStdout(), append([][]string{header}, rows...))
+	o := addList(cmd)
+	only := addService(cmd, at)
+	refusing := cmd.Flags().Bool("refusing", false, "only listeners that refuse connections")
+	watch := addWatch(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return watch.run(cmd, func(w io.Writer) error {
+			h, err := view.ReadKernel(at.view())
+			if err != nil {
+				return err
+			}
+			all, err := only.of(h, args)
+			if err != nil {
+				return err
+			}
+			if *refusing {
+				all = refusingOnly(all)
+			}
+			if done, err := o.structured(w, all); done {
+				return err
+			}
+			head, rows := serviceRows(all, o.wide())
+			return o.print(w, head, rows)
+		})
 	}
 	return cmd
+}
+
+// refusingOnly leaves the listeners that refuse connections.
+func refusingOnly(all []view.Service) []view.Service {
+	var some []view.Service
+	for _, s := range all {
+		s.Packets = nil
+		s.Listeners = slices.DeleteFunc(slices.Clone(s.Listeners), func(l view.Listener) bool { return l.Verdict != view.Refused })
+		if len(s.Listeners) > 0 {
+			some = append(some, s)
+		}
+	}
+	return some
+}
+
+// serviceRows is a row for each listener, as sockets and as packets find it. Where all
+// find the same there is one row.
+func serviceRows(all []view.Service, wide bool) (head []string, rows [][]string) {
+	packets := slices.ContainsFunc(all, func(s view.Service) bool { return len(s.Packets) > 0 })
+	head = []string{"SERVICE", "LISTENER", "BALANCE", "FROM", "BACKENDS", "MAPS TO"}
+	for _, s := range all {
+		first := len(rows)
+		for _, l := range s.Listeners {
+			rows = append(rows, []string{s.Name, l.Listen, s.Balance, "sockets", fmt.Sprintf("%d/%d", len(l.To), l.Total), leadsTo(l, wide)})
+		}
+		for _, p := range s.Packets {
+			from, to := packetsText(p, wide)
+			same := slices.IndexFunc(rows[first:], func(r []string) bool { return r[1] == p.Listen && r[5] == to })
+			if same >= 0 {
+				rows[first+same][3] += ", " + from
+				continue
+			}
+			rows = append(rows, []string{s.Name, p.Listen, p.Balance, from, fmt.Sprint(len(p.Backends)), to})
+		}
+		slices.SortStableFunc(rows[first:], func(a, b []string) int { return cmp.Compare(a[1], b[1]) })
+	}
+	if packets {
+		return head, rows
+	}
+	for i, r := range rows {
+		rows[i] = slices.Delete(r, 3, 4)
+	}
+	return slices.Delete(head, 3, 4), rows
 }
 
 // shownBackends is how many backends a row of the plain table names.
 const shownBackends = 3
 
-func listenerRows(s *service.Service, wide bool) [][]string {
-	var rows [][]string
-	states := s.States()
-	for _, l := range s.Listeners {
-		var serving []string
-		total := 0
-		for i, b := range s.Backends {
-			if b.Address.Addr().Is4() != l.Address.Addr().Is4() {
-				continue
-			}
-			total++
-			if states[i] == service.Serving {
-				serving = append(serving, b.Address.String())
-			}
-		}
-		to := leadsTo(serving, wide)
-		rows = append(rows, []string{s.Name, l.String(), s.Balance.String(), fmt.Sprintf("%d/%d", len(serving), total), to})
+func leadsTo(l view.Listener, wide bool) string {
+	switch {
+	case l.Verdict == view.Refused:
+		return "nothing: refused (" + l.Why + ")"
+	case l.Verdict == view.Panic:
+		return firstOf(l.To, wide) + " (" + l.Why + ")"
 	}
-	return rows
+	return firstOf(l.To, wide)
 }
 
-// leadsTo names the backends that take connections.
-func leadsTo(serving []string, wide bool) string {
-	if len(serving) == 0 {
-		return "nothing: refused"
+func firstOf(names []string, wide bool) string {
+	if n := len(names); n > shownBackends && !wide {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:shownBackends], ", "), n-shownBackends)
 	}
-	if n := len(serving); n > shownBackends && !wide {
-		return fmt.Sprintf("%s and %d more", strings.Join(serving[:shownBackends], ", "), n-shownBackends)
+	return strings.Join(names, ", ")
+}
+
+func packetsText(p view.Packets, wide bool) (from, to string) {
+	from = strings.Join(p.From, ", ")
+	if p.Guarded {
+		from += " in the source ranges"
 	}
-	return strings.Join(serving, ", ")
+	switch {
+	case len(p.Backends) > 0:
+		return from, firstOf(p.Backends, wide)
+	case p.Dropped:
+		return from, "nothing: dropped"
+	}
+	return from, "nothing: refused"
 }
 
 func newServiceShow(at *places) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:               "show NAME",
+		Use:               "show SERVICE",
 		Short:             "Show one service and the state of its backends",
 		Example:           "  pentad service show orders-db",
-		Args:              cobra.ExactArgs(1),
+		Args:              wants("SERVICE"),
 		ValidArgsFunction: completeServices(at),
 	}
-	f := addFormat(cmd)
+	o := addFormat(cmd, wideFormats)
+	watch := addWatch(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		v, err := socket.Read(at.pins)
-		if err != nil {
-			return err
-		}
-		view, err := readPackets()
-		if err != nil {
-			return err
-		}
-		packets := slices.DeleteFunc(view.Mappings, func(m nat.Mapping) bool { return m.Service != args[0] })
-		s := (&service.Snapshot{Services: v.Services}).Find(args[0])
-		if s == nil && len(packets) == 0 {
-			return fmt.Errorf("the kernel has no service %s; `pentad service list` shows those that it has", args[0])
-		}
-		var all []serviceOut
-		if s != nil {
-			all = append(all, newServiceOut(v, s))
-		}
-		if done, err := f.structured(cmd.OutOrStdout(), addPackets(all, packets)[0]); done {
-			return err
-		}
-		if s != nil {
-			if err := showService(cmd.OutOrStdout(), v, s); err != nil || len(packets) == 0 {
+		return watch.run(cmd, func(w io.Writer) error {
+			h, err := view.Read(cmd.Context(), at.view(), args[0])
+			if err != nil {
 				return err
 			}
-			fmt.Fprintln(cmd.OutOrStdout())
-		}
-		return table(cmd.OutOrStdout(), append([][]string{{"PACKETS TO", "FROM", "MAP TO"}}, packetRows(packets, true)...))
+			s, ok := h.Find(args[0])
+			if !ok {
+				return noService(h, args[0])
+			}
+			if done, err := o.structured(w, s); done {
+				return err
+			}
+			return showService(w, o, s)
+		})
 	}
 	return cmd
 }
 
-func showService(w io.Writer, v *socket.View, s *service.Service) error {
-	out := newServiceOut(v, s)
-	rows := [][]string{{"service", out.Name}, {"listen", strings.Join(out.Listen, ", ")}, {"balance", out.Balance}}
-	if out.Affinity != nil {
-		rows = append(rows, []string{"affinity", out.Affinity.Timeout})
+func noService(h *view.Host, name string) error {
+	return fmt.Errorf("the kernel has no service %s%s; `pentad service list` shows those that it has", name, service.Nearest(name, h.Names()))
+}
+
+func showService(w io.Writer, o *output, s view.Service) error {
+	if len(s.Listeners) > 0 {
+		if err := table(w, settings(s)); err != nil {
+			return err
+		}
+		fmt.Fprintln(w)
+		head, rows := backendRows(s.Backends, o.wide(), false)
+		if err := o.print(w, head, rows); err != nil {
+			return err
+		}
 	}
-	if k := s.Keepalive; k.Idle > 0 {
-		text := "after " + k.Idle.String()
-		if k.Interval > 0 {
-			text += ", every " + k.Interval.String()
+	if len(s.Packets) == 0 {
+		return nil
+	}
+	fmt.Fprintln(w)
+	var rows [][]string
+	for _, p := range s.Packets {
+		from, to := packetsText(p, true)
+		rows = append(rows, []string{p.Listen, from, to})
+	}
+	return o.print(w, []string{"PACKETS TO", "FROM", "MAP TO"}, rows)
+}
+
+// settings says what a service is and what the kernel does by itself for it.
+func settings(s view.Service) [][]string {
+	rows := [][]string{{"service", s.Name}, {"listen", strings.Join(s.Listen, ", ")}}
+	for _, l := range s.Listeners {
+		if l.Verdict != view.Serving {
+			rows = append(rows, []string{l.Verdict, l.Listen + ": " + l.Why})
+		}
+	}
+	rows = append(rows, []string{"from", s.Source}, []string{"balance", s.Balance})
+	if s.Affinity != nil {
+		rows = append(rows, []string{"affinity", s.Affinity.Timeout})
+	}
+	if k := s.Keepalive; k != nil {
+		text := "after " + k.Idle
+		if k.Interval != "" {
+			text += ", every " + k.Interval
 		}
 		if k.Probes > 0 {
 			text += fmt.Sprintf(", %d probes", k.Probes)
 		}
 		rows = append(rows, []string{"keepalive", text})
 	}
-	rows = append(rows, healingRows(s)...)
-	if err := table(w, rows); err != nil {
-		return err
+	if b := s.Breaker; b != nil && b.MaxConnections > 0 {
+		rows = append(rows, []string{"limit", fmt.Sprintf("%d connections per backend", b.MaxConnections)})
 	}
-	fmt.Fprintln(w)
-	return table(w, backendRows(out.Backends, false))
-}
-
-// healingRows say what the kernel does by itself for a service.
-func healingRows(s *service.Service) [][]string {
-	var rows [][]string
-	if n := s.Breaker.MaxConnections; n > 0 {
-		rows = append(rows, []string{"limit", fmt.Sprintf("%d connections per backend", n)})
+	if b := s.Breaker; b != nil && b.Failures > 0 {
+		rows = append(rows, []string{"ejection", fmt.Sprintf("after %s in a row, for the client that met them, for %s at first, at most %s of a group",
+			view.Count(b.Failures, "failed connect"), b.Ejection, b.MaxEjected)})
 	}
-	if n := s.Breaker.Failures; n > 0 {
-		rows = append(rows, []string{"ejection", fmt.Sprintf("after %s in a row, for the client that met them, for %s at first, at most %d%% of a group",
-			count(n, "failed connect"), s.Breaker.Ejection, s.Breaker.MaxEjected)})
+	if s.Connect != nil {
+		rows = append(rows, []string{"connect timeout", s.Connect.Timeout})
 	}
-	if s.ConnectTimeout > 0 {
-		rows = append(rows, []string{"connect timeout", s.ConnectTimeout.String()})
+	if s.SlowStart != "" {
+		rows = append(rows, []string{"slow start", s.SlowStart})
 	}
-	if s.SlowStart > 0 {
-		rows = append(rows, []string{"slow start", s.SlowStart.String()})
-	}
-	rows = append(rows, []string{"on down", s.OnDown.String()})
-	if s.Silent {
+	rows = append(rows, []string{"on down", s.OnDown})
+	if !s.Flows {
 		rows = append(rows, []string{"flows", "not told"})
 	}
 	return rows

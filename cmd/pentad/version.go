@@ -22,9 +22,9 @@ func newVersion() *cobra.Command {
 		Use:     "version",
 		Short:   "Show the version, the commit, and the kernel features found",
 		Example: "  pentad version",
-		Args:    cobra.NoArgs,
+		Args:    wants(),
 	}
-	f := addFormat(cmd)
+	f := addFormat(cmd, plainFormats)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		out := versionOut{Version: version, Commit: commit, Kernel: kernelRelease()}
 		for _, x := range socket.Features {
@@ -44,16 +44,16 @@ func newVersion() *cobra.Command {
 }
 
 type versionOut struct {
-	Version  string       `json:"version" yaml:"version"`
-	Commit   string       `json:"commit" yaml:"commit"`
-	Kernel   string       `json:"kernel" yaml:"kernel"`
-	Features []featureOut `json:"features" yaml:"features"`
+	Version  string       `json:"version"`
+	Commit   string       `json:"commit"`
+	Kernel   string       `json:"kernel"`
+	Features []featureOut `json:"features"`
 }
 
 type featureOut struct {
-	Name  string `json:"name" yaml:"name"`
-	Found string `json:"found" yaml:"found"`
-	Since string `json:"since" yaml:"since"`
+	Name  string `json:"name"`
+	Found string `json:"found"`
+	Since string `json:"since"`
 }
 
 // found turns the outcome of a feature test into a word.

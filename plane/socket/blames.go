@@ -50,8 +50,11 @@ func (p *place) reference() uint64 { return uint64(p.hot.generation)<<32 | uint6
 func (b *blames) load(l *kernelLoad, policy *kernelServiceInfo, ref uint64) Load {
 	load := Load{
 		InFlight: l.Inflight + l.Datagrams,
-		RTT:      time.Duration(l.Rtt) * time.Microsecond, Response: time.Duration(l.Response) * time.Microsecond,
+		RTT:      time.Duration(l.Rtt) * time.Microsecond, Response: time.Duration(l.LastResponse) * time.Microsecond,
 		Connections: l.Connections, Failed: uint64(l.Failed), Ejections: uint64(l.EjectedEver),
+	}
+	if l.Rtt != 0 || l.LastResponse != 0 {
+		load.Measured = b.clock.Duration(uint64(uint32(b.now) - l.Measured))
 	}
 	if l.Blamed == 0 || int32(l.Blamed-uint32(b.now)) <= 0 {
 		return load

@@ -17,7 +17,7 @@ type Connection struct {
 	VIP         netip.AddrPort
 	Backend     netip.AddrPort
 	Protocol    service.Protocol
-	Age         time.Duration // since connect(), to a tick of the kernel
+	Begun       time.Time     // of connect(), to a tick of the kernel
 	Established bool          // always false for UDP
 }
 
@@ -42,6 +42,7 @@ func Connections(dir string) ([]Connection, error) {
 	if err != nil {
 		return nil, err
 	}
+	wall := time.Now()
 	places, err := dump[uint32, kernelSocket](set.maps[kernelMapSockets])
 	if err != nil {
 		return nil, fmt.Errorf("map sockets: %w", err)
@@ -61,7 +62,7 @@ func Connections(dir string) ([]Connection, error) {
 				Cookie: s.Cookie, Service: in.serviceOf(uint32(s.Backend)), Protocol: service.Protocol(s.Protocol),
 				VIP:         netip.AddrPortFrom(address(s.Vip), bigEndian(s.VipPort)),
 				Backend:     netip.AddrPortFrom(address(s.Addr), bigEndian(s.Port)),
-				Age:         c.Duration(uint64(uint32(now) - uint32(s.Life>>32))),
+				Begun:       wall.Add(-c.Duration(uint64(uint32(now) - uint32(s.Life>>32)))),
 				Established: s.Life&uint64(kernelLifeLIFE_ESTABLISHED) != 0,
 			})
 		}

@@ -33,11 +33,22 @@ type View struct {
 	Usage
 }
 
+// Choose returns what becomes of connections of a family to a service. Whom one client
+// has ejected counts as ejected: for others it may serve.
+func (v *View) Choose(s *service.Service, f service.Family) service.Choice {
+	loads := v.Loads[s.Name]
+	return s.Choose(f, func(b service.Backend) service.Load {
+		l := loads[b.Address]
+		return service.Load{InFlight: l.InFlight, Ejected: l.Ejected}
+	})
+}
+
 // Load is what the programs know of one backend.
 type Load struct {
 	InFlight    uint32        // TCP connections from their SYN to their end, and connected UDP sockets
 	RTT         time.Duration // smoothed, of handshakes; 0: unknown
-	Response    time.Duration // smoothed, from a request to its first byte; 0: unknown
+	Response    time.Duration // from a request to its first byte, as measured last; 0: unknown
+	Measured    time.Duration // how long ago one of them was measured
 	Failures    uint32        // failed connects in a row, of the client that had most
 	Connections uint64        // all that were ever begun
 	Failed      uint64        // of these, how many failed

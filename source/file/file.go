@@ -92,15 +92,25 @@ func (s *Source) Load() (source.Update, error) {
 	s.seen = s.look()
 	data, err := config.Read(s.path)
 	if err != nil {
-		return source.Update{}, fmt.Errorf("configuration cannot be read: %w", err)
+		err = fmt.Errorf("configuration cannot be read: %w", err)
+		return source.Update{From: service.SourceFile, Err: err}, err
 	}
 	s.last = data
-	u := s.parse(data)
+	u := parse(s.path, data)
 	return u, u.Err
 }
 
-func (s *Source) parse(data []byte) source.Update {
-	c, err := config.Parse(s.path, data)
+// Read returns what a file says now, whoever watches it.
+func Read(path string) source.Update {
+	data, err := config.Read(path)
+	if err != nil {
+		return source.Update{From: service.SourceFile, Err: fmt.Errorf("configuration cannot be read: %w", err)}
+	}
+	return parse(path, data)
+}
+
+func parse(path string, data []byte) source.Update {
+	c, err := config.Parse(path, data)
 	if err != nil {
 		return source.Update{From: service.SourceFile, Err: err}
 	}
@@ -221,5 +231,5 @@ func (s *Source) read(emit func(source.Update)) {
 		return
 	}
 	s.last = data
-	emit(s.parse(data))
+	emit(parse(s.path, data))
 }

@@ -1,0 +1,227 @@
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/service"
+)
+
+// drain is somebody who asks to drain backends, or to end that, and waits.
+type drain struct {
+	api.DrainRequest
+	done chan drainOutcome
+}
+
+type drainOutcome struct {
+	answer api.DrainAnswer
+	err    error
+}
+
+// pendingDrain is a drain that the kernel does not have yet.
+type pendingDrain struct {
+	drain
+	answer      api.DrainAnswer
+	before, set states
+	number      uint64
+}
+
+// onDrain sets or ends the draining of backends. Who asks is answered when the kernel
+// has it.
+func (a *Agent) onDrain(d drain) {
+	p, err := a.prepareDrain(d, time.Now())
+	if err != nil {
+		d.done <- drainOutcome{err: err}
+		return
+	}
+	for k, st := range p.set {
+		a.states.set(k, st)
+	}
+	a.publish()
+	p.number = a.known.number
+	a.pending = append(a.pending, p)
+	a.answerDrains()
+}
+
+// prepareDrain finds out what a request changes, and refuses what makes no sense.
+func (a *Agent) prepareDrain(d drain, now time.Time) (pendingDrain, error) {
+	p := pendingDrain{drain: d, before: make(states), set: make(states)}
+	targets, err := a.drainTargets(d.DrainRequest)
+	if err != nil {
+		return p, err
+	}
+	for k, b := range targets {
+		before := a.states[k]
+		after, err := drained(before, d.DrainRequest, now)
+		if err != nil {
+			return p, err
+		}
+		s := a.known.services.Find(k.Service)
+		after.lasting = after.drained && (s == nil || s.Source == service.SourceFile)
+		p.before[k], p.set[k] = before, after
+		p.answer.Backends = append(p.answer.Backends, api.Drained{
+			Service: k.Service, Address: k.Address, Was: before.drained == d.Drained, Note: stillOut(b, d.Drained),
+		})
+	}
+	slices.SortFunc(p.answer.Backends, func(x, y api.Drained) int {
+		return cmp.Or(cmp.Compare(x.Service, y.Service), x.Address.Compare(y.Address))
+	})
+	if d.Drained {
+		p.answer.Refusing = a.refusingWith(p.set, now)
+	}
+	if len(p.answer.Refusing) > 0 && !d.Force {
+		return p, fmt.Errorf("%w: then %s would refuse every connection, because no other backend takes any; --force drains all the same",
+			api.ErrRefused, strings.Join(p.answer.Refusing, ", "))
+	}
+	return p, nil
+}
+
+// stillOut says why a backend takes nothing though it is not drained any more.
+func stillOut(b *service.Backend, drained bool) string {
+	switch {
+	case drained || b == nil:
+		return ""
+	case b.Weight == 0:
+		return "its weight is 0, so that it takes no connections all the same"
+	case b.Down:
+		return "its probe fails, so that it takes no connections all the same"
+	}
+	return ""
+}
+
+// drainTargets returns the backends that a request is about. Those that are drained
+// though they are not in the file now are nil.
+func (a *Agent) drainTargets(r api.DrainRequest) (map[health.Key]*service.Backend, error) {
+	found := make(map[health.Key]*service.Backend)
+	isMeant := func(b netip.AddrPort) bool { return b == r.Address || r.Host.IsValid() && b.Addr() == r.Host }
+	for _, s := range a.known.services.Services {
+		if r.Service != "" && s.Name != r.Service {
+			continue
+		}
+		for i := range s.Backends {
+			if b := &s.Backends[i]; isMeant(b.Address) {
+				found[health.Key{Service: s.Name, Address: b.Address}] = b
+			}
+		}
+	}
+	for k, st := range a.states {
+		if _, known := found[k]; !known && st.lasting && !r.Drained && (r.Service == "" || r.Service == k.Service) && isMeant(k.Address) {
+			found[k] = nil
+		}
+	}
+	what := r.Address.String()
+	if r.Host.IsValid() {
+		what = r.Host.String()
+	}
+	switch {
+	case len(found) > 0:
+		return found, nil
+	case r.Service == "":
+		return nil, fmt.Errorf("no service has the backend %s: %w; `pentad backend list` shows all", what, api.ErrNotFound)
+	case a.known.services.Find(r.Service) == nil:
+		return nil, fmt.Errorf("service %s: %w%s; `pentad service list` shows them", r.Service, api.ErrNotFound, a.nearestService(r.Service))
+	}
+	return nil, fmt.Errorf("service %s: backend %s: %w; `pentad service show %s` shows them", r.Service, what, api.ErrNotFound, r.Service)
+}
+
+func (a *Agent) nearestService(name string) string {
+	names := make([]string, len(a.known.services.Services))
+	for i, s := range a.known.services.Services {
+		names[i] = s.Name
+	}
+	return service.Nearest(name, names)
+}
+
+// refusingWith returns the listeners that take connections now and would not with other
+// states of backends. What is ejected or full for the moment does not count.
+func (a *Agent) refusingWith(changed states, now time.Time) []string {
+	with := maps.Clone(a.states)
+	for k, st := range changed {
+		with.set(k, st)
+	}
+	noLoad := func(service.Backend) service.Load { return service.Load{} }
+	var refusing []string
+	touched := make(map[string]bool)
+	for k := range changed {
+		touched[k.Service] = true
+	}
+	for _, name := range slices.Sorted(maps.Keys(touched)) {
+		before := a.known.services.Find(name)
+		if before == nil {
+			continue
+		}
+		after := with.overOne(before, now)
+		for _, l := range before.Listeners {
+			f := service.FamilyOf(l.Address.Addr())
+			if len(before.Choose(f, noLoad).Takers()) > 0 && len(after.Choose(f, noLoad).Takers()) == 0 {
+				refusing = append(refusing, fmt.Sprintf("%s (%s)", l, name))
+			}
+		}
+	}
+	return refusing
+}
+
+// drained returns the state of a backend after a request at a time.
+func drained(s state, r api.DrainRequest, now time.Time) (state, error) {
+	if r.Timeout < 0 {
+		return s, fmt.Errorf("timeout %s: %w: it is negative", r.Timeout, api.ErrRefused)
+	}
+	s.drained, s.drainUntil = r.Drained, 0
+	if !r.Drained || r.Timeout == 0 {
+		return s, nil
+	}
+	// The next second, and not by time.Add, which overflows.
+	part := time.Duration(now.Nanosecond()) + r.Timeout%time.Second
+	until := now.Unix() + int64(r.Timeout/time.Second) + int64((part+time.Second-1)/time.Second)
+	if until > math.MaxUint32 {
+		return s, fmt.Errorf("timeout %s: %w: it ends after the year 2106", r.Timeout, api.ErrRefused)
+	}
+	s.drainUntil = uint32(until)
+	return s, nil
+}
+
+// answerDrains answers those of whom it is known what became of it. Who is told that it
+// failed does not see it happen later.
+func (a *Agent) answerDrains() {
+	var left []pendingDrain
+	undone := false
+	for _, p := range a.pending {
+		done, err := a.outcomeOf(p.number)
+		if !done {
+			left = append(left, p)
+			continue
+		}
+		if err == nil {
+			for _, b := range p.answer.Backends {
+				a.log.Info("backend drain", "service", b.Service, "backend", b.Address, "drained", p.Drained)
+			}
+			a.saveDrains()
+		} else {
+			undone = a.undo(p) || undone
+		}
+		p.done <- drainOutcome{p.answer, err}
+	}
+	a.pending = left
+	if undone {
+		a.publish()
+	}
+}
+
+// undo takes back what a drain has set, unless it was set anew since.
+func (a *Agent) undo(p pendingDrain) (changed bool) {
+	for k, set := range p.set {
+		if a.states[k] == set {
+			a.states.set(k, p.before[k])
+			changed = true
+		}
+	}
+	return changed
+}

@@ -1,0 +1,119 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/pentad/pentad/health"
+)
+
+// drainsFile is where it stands in the state directory which backends of the file's
+// services are drained: that outlives a restart of the host, which the kernel's maps do
+// not.
+const drainsFile = "drained.json"
+
+// drainMemo is one of them.
+type drainMemo struct {
+	Service string         `json:"service"`
+	Address netip.AddrPort `json:"address"`
+	Until   uint32         `json:"until,omitempty"` // Unix seconds: when to close what is left
+}
+
+// loadDrains takes the drains that were saved. Those that the kernel knows, too, are
+// what the kernel says.
+func (a *Agent) loadDrains() error {
+	if a.opts.StateDir == "" {
+		return nil
+	}
+	path := filepath.Join(a.opts.StateDir, drainsFile)
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var memos []drainMemo
+	if err == nil {
+		err = json.Unmarshal(raw, &memos)
+	}
+	if err != nil {
+		return fmt.Errorf("which backends are drained: %s: %w", path, err)
+	}
+	for _, m := range memos {
+		k := health.Key{Service: m.Service, Address: m.Address}
+		if s := a.states[k]; !s.drained && !a.probes.known[k] {
+			s.drained, s.lasting, s.drainUntil = true, true, m.Until
+			a.states.set(k, s)
+		}
+	}
+	return nil
+}
+
+// saveDrains saves the drains. Where that fails they hold all the same, but not after a
+// restart of the host.
+func (a *Agent) saveDrains() {
+	if a.opts.StateDir == "" {
+		return
+	}
+	memos := []drainMemo{}
+	for k, s := range a.states {
+		if s.lasting {
+			memos = append(memos, drainMemo{k.Service, k.Address, s.drainUntil})
+		}
+	}
+	slices.SortFunc(memos, func(x, y drainMemo) int {
+		if c := strings.Compare(x.Service, y.Service); c != 0 {
+			return c
+		}
+		return x.Address.Compare(y.Address)
+	})
+	raw, err := json.MarshalIndent(memos, "", "  ")
+	if err == nil && string(raw) == a.savedDrains {
+		return
+	}
+	if err == nil {
+		err = replaceFile(filepath.Join(a.opts.StateDir, drainsFile), raw)
+	}
+	if err != nil {
+		a.log.Warn("that backends are drained will not outlive a restart of the host", "error", err)
+		return
+	}
+	a.savedDrains = string(raw)
+}
+
+// forgetDrains removes what was saved, and its directory if nothing else is there.
+func forgetDrains(opts Options) error {
+	if opts.StateDir == "" {
+		return nil
+	}
+	if err := os.Remove(filepath.Join(opts.StateDir, drainsFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	// Somebody else may have something there.
+	_ = os.Remove(opts.StateDir)
+	return nil
+}
+
+// replaceFile writes a file beside and renames it into place: it is there whole or not
+// at all.
+func replaceFile(path string, raw []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	next := path + ".next"
+	f, err := os.OpenFile(next, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(raw)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err != nil {
+		return err
+	}
+	return os.Rename(next, path)
+}

@@ -1,0 +1,73 @@
+package view
+
+import (
+	"context"
+	"net/netip"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/flow"
+	"github.com/pentad/pentad/plane/nat"
+	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
+)
+
+// Explainer answers questions with one look at the kernel.
+type Explainer struct {
+	kernel   *socket.View // nil: packets are asked for
+	packets  *nat.View
+	client   netip.Addr
+	warnings []string
+	owners   map[service.Listener][]string
+}
+
+// NewExplainer looks at the kernel. With a valid client it explains packets from that
+// address, else connections of sockets.
+func NewExplainer(ctx context.Context, at Places, client netip.Addr) (*Explainer, error) {
+	e := &Explainer{client: client, owners: make(map[service.Listener][]string)}
+	var err error
+	if e.packets, err = readPackets(); err != nil {
+		return nil, err
+	}
+	for _, m := range e.packets.Mappings {
+		e.owners[m.Listener.At()] = append(e.owners[m.Listener.At()], m.Service)
+	}
+	if !client.IsValid() {
+		if e.kernel, err = socket.Read(at.Pins); err != nil {
+			return nil, err
+		}
+		for _, s := range e.kernel.Services {
+			for _, l := range s.Listeners {
+				e.owners[l.At()] = append(e.owners[l.At()], s.Name)
+			}
+		}
+	}
+	// With the agent dead what the kernel does can be explained all the same.
+	if running, err := api.NewClient(at.RunDir).Status(ctx); err == nil {
+		e.warnings = running.Warnings
+	}
+	return e, nil
+}
+
+// Listeners returns the services that listen at each address.
+func (e *Explainer) Listeners() map[service.Listener][]string { return e.owners }
+
+// Explain answers one question.
+func (e *Explainer) Explain(q flow.Question) (*flow.Explanation, error) {
+	x, err := e.walk(q)
+	if err != nil {
+		return nil, err
+	}
+	x.AddWarnings(q, e.owners[service.Listener{Address: q.Destination, Protocol: q.Protocol}], e.warnings)
+	return x, nil
+}
+
+func (e *Explainer) walk(q flow.Question) (*flow.Explanation, error) {
+	if e.client.IsValid() {
+		return flow.ExplainPackets(e.packets, e.client, q), nil
+	}
+	x, err := flow.Explain(e.kernel, q)
+	if err == nil {
+		x.AddPackets(e.packets, q)
+	}
+	return x, err
+}

@@ -1,0 +1,48 @@
+package view
+
+import (
+	"time"
+
+	"github.com/pentad/pentad/flow"
+)
+
+// Flow is one connection.
+type Flow struct {
+	Time            time.Time `json:"time"`
+	Event           string    `json:"event"`
+	PID             int       `json:"pid,omitempty"`
+	Command         string    `json:"command,omitempty"`
+	Cgroup          string    `json:"cgroup,omitempty"` // of the process
+	UID             *uint32   `json:"uid,omitempty"`    // of the socket
+	Client          string    `json:"client,omitempty"` // the socket's own address and port
+	Service         string    `json:"service,omitempty"`
+	Protocol        string    `json:"protocol"`
+	VIP             string    `json:"vip"`
+	Backend         string    `json:"backend,omitempty"`
+	Outcome         string    `json:"outcome"`
+	RTTSeconds      float64   `json:"rttSeconds,omitempty"`
+	DurationSeconds float64   `json:"durationSeconds,omitempty"`
+	Sent            *uint64   `json:"sent,omitempty"` // bytes; absent: not known
+	Received        *uint64   `json:"received,omitempty"`
+}
+
+// NewFlow returns what is shown of a flow.
+func NewFlow(f flow.Flow) Flow {
+	out := Flow{
+		Time: f.Time.UTC(), Event: f.Event, PID: f.PID, Command: f.Command, Cgroup: f.Cgroup, Service: f.Service, Protocol: f.Protocol.String(),
+		VIP: f.VIP.String(), Outcome: f.Outcome, RTTSeconds: f.RTT.Seconds(), DurationSeconds: f.Duration.Seconds(),
+	}
+	if f.HasOwner {
+		out.UID = &f.UID
+	}
+	if f.Client.IsValid() {
+		out.Client = f.Client.String()
+	}
+	if f.Backend.IsValid() {
+		out.Backend = f.Backend.String()
+	}
+	if f.HasBytes {
+		out.Sent, out.Received = &f.Sent, &f.Received
+	}
+	return out
+}
