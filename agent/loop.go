@@ -84,6 +84,7 @@ func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	a.mu.Unlock()
 	a.publish()
 	a.states.prune(a.known.services, a.mayComeBack)
+	a.saveDrains() // a service may have another name
 	a.watch.tidy = true
 	a.cluster.follow(ctx, u.Config.Source.Kubernetes)
 }

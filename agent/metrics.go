@@ -3,7 +3,9 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"html"
 	"net/http"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -21,9 +23,14 @@ import (
 var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_build_info", "gauge", "version", "Always 1."},
 	{"pentad_config_valid", "gauge", "", "1 when the newest text of the file is in force, else 0."},
+	{"pentad_config_last_reload_successful", "gauge", "", "1 when the file could be put in force when it was read last, else 0; the same as pentad_config_valid."},
+	{"pentad_config_last_reload_success_timestamp_seconds", "gauge", "", "When a text of the file was put in force last, in Unix seconds."},
 	{"pentad_config_revision", "gauge", "", "Revision of the snapshot in force; it grows with every change."},
 	{"pentad_services", "gauge", "", "Services of the snapshot."},
 	{"pentad_services_without_room", "gauge", "", "Services that did not fit into the kernel."},
+	{"pentad_service_usable_backends", "gauge", "service,family", "Backends to which the next connection may go; 0: connections are refused."},
+	{"pentad_service_metrics_omitted", "gauge", "", "1 when there are more than 10,000 services, for which there are no metrics each, else 0."},
+	{"pentad_role_up", "gauge", "role", "1 when the role does what it should, else 0."},
 	{"pentad_kernel_in_sync", "gauge", "", "1 when the kernel has the whole snapshot, else 0."},
 	{"pentad_backends", "gauge", "state", "Backends of the snapshot by state."},
 	{"pentad_hook_attached", "gauge", "hook", "1 when the program is attached, else 0."},
@@ -34,20 +41,23 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_connections_despite_ejection_total", "counter", "", "Connections that went to an ejected backend because too many are ejected."},
 	{"pentad_connections_reset_total", "counter", "", "Connections closed because their backend was down or gone."},
 	{"pentad_binds_refused_total", "counter", "", "Sockets of the host that wanted a port that is held for a service."},
+	{"pentad_backend_up", "gauge", "service,backend", "1 when the next connection may go to the backend or could if a lower group did not serve, else 0."},
 	{"pentad_backend_connections_in_flight", "gauge", "service,backend", "TCP connections from their SYN to their end, and connected UDP sockets."},
 	{"pentad_backend_connections_total", "counter", "service,backend", "Connections that were begun."},
 	{"pentad_backend_connect_failures_total", "counter", "service,backend", "Connects whose SYN was refused, found no way, or got no answer in time."},
 	{"pentad_backend_ejections_total", "counter", "service,backend", "How often a client ejected the backend."},
 	{"pentad_backend_ejected", "gauge", "service,backend", "1 while any client does not use the backend, else 0."},
 	{"pentad_backend_rtt_seconds", "gauge", "service,backend", "Smoothed round trip time of handshakes; absent while unknown."},
-	{"pentad_backend_response_seconds", "gauge", "service,backend", "Smoothed time from a request to the first byte of its answer; absent while unknown."},
+	{"pentad_backend_response_seconds", "gauge", "service,backend", "Time from a request to the first byte of its answer, as measured last; absent while unknown."},
 	{"pentad_backend_metrics_omitted", "gauge", "", "1 when there are more than 10,000 backends, for which there are no metrics each, else 0."},
 	{"pentad_cluster_services", "gauge", "", "Ports of Services of the Kubernetes cluster, by traffic policy. This and the next ones: on its nodes only."},
 	{"pentad_cluster_updates_total", "counter", "", "Changes that came from the cluster."},
 	{"pentad_cluster_warnings", "gauge", "", "Things in the cluster that make no sense; `pentad status` names them."},
 	{"pentad_cluster_ports_unserved", "gauge", "", "Ports of Services whose protocol is not served: SCTP."},
 	{"pentad_cluster_away_seconds", "gauge", "", "For how long the API server has not answered; 0 while it does."},
-	{"pentad_probes_total", "counter", "", "Probes that ended."},
+	{"pentad_probes_total", "counter", "service,result", "Probes that ended, by success and failure."},
+	{"pentad_probe_duration_seconds", "gauge", "service,backend", "How long the last probe of a backend took."},
+	{"pentad_probe_failures_in_a_row", "gauge", "service,backend", "Probes in a row that failed; 0 after a success."},
 	{"pentad_probe_delay_seconds", "gauge", "", "How late the last probe started, or one that still waits."},
 	{"pentad_probes_unmade", "gauge", "", "Backends whose last probe could not be made, by a fault of this host: they count as what they were."},
 }
@@ -79,8 +89,9 @@ func (c *collector) Describe(out chan<- *prometheus.Desc) {
 
 // meter takes what is measured. It is good for one scrape.
 type meter struct {
-	descs map[string]*prometheus.Desc
-	out   chan<- prometheus.Metric
+	descs    map[string]*prometheus.Desc
+	out      chan<- prometheus.Metric
+	services *service.Snapshot
 }
 
 func (m meter) gauge(name string, v float64, labels ...string) {
@@ -97,16 +108,23 @@ func (m meter) failed(name string, err error) {
 
 // Collect implements prometheus.Collector.
 func (c *collector) Collect(out chan<- prometheus.Metric) {
-	m := meter{c.descs, out}
 	a := c.agent
 	a.mu.Lock()
-	snap, invalid := a.known.services, a.invalid
+	snap, invalid, loaded := a.known.services, a.invalid, a.loaded
 	a.mu.Unlock()
+	m := meter{c.descs, out, snap}
 	var failed error
 	for _, r := range a.roles() {
 		if !r.minor {
 			failed = errors.Join(failed, r.err)
 		}
+		if r.mode != off {
+			m.gauge("pentad_role_up", truth(r.isSound()), r.name)
+		}
+	}
+	m.gauge("pentad_config_last_reload_successful", truth(invalid == nil))
+	if !loaded.IsZero() {
+		m.gauge("pentad_config_last_reload_success_timestamp_seconds", float64(loaded.Unix()))
 	}
 	m.gauge("pentad_build_info", 1, a.opts.Version)
 	m.gauge("pentad_config_valid", truth(invalid == nil))
@@ -124,14 +142,45 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		m.gauge("pentad_backends", float64(states[st]), st.String())
 	}
 	st := a.monitor.Stats()
-	m.counter("pentad_probes_total", st.Probes)
 	m.gauge("pentad_probe_delay_seconds", st.Late.Seconds())
 	m.gauge("pentad_probes_unmade", float64(st.Unmade))
+	a.measureProbes(m)
 	if s := a.Status(); s.Cluster != nil {
 		measureCluster(s, m)
 	}
 	for _, d := range a.drivers {
 		d.measure(m)
+	}
+}
+
+// measureProbes says how the probes of every backend end, if there are not too many.
+func (a *Agent) measureProbes(m meter) {
+	records := a.monitor.Records("")
+	type counts struct{ succeeded, failed uint64 }
+	byService := make(map[string]counts)
+	for k, r := range records {
+		c := byService[k.Service]
+		byService[k.Service] = counts{c.succeeded + r.Succeeded, c.failed + r.Failed}
+	}
+	if len(byService) <= maxServiceMetrics {
+		for name, c := range byService {
+			m.counter("pentad_probes_total", c.succeeded, name, "success")
+			m.counter("pentad_probes_total", c.failed, name, "failure")
+		}
+	}
+	if len(records) > maxBackendMetrics {
+		return
+	}
+	for k, r := range records {
+		if r.At.IsZero() {
+			continue
+		}
+		failures := 0
+		if r.Err != nil {
+			failures = r.InARow
+		}
+		m.gauge("pentad_probe_duration_seconds", r.Took.Seconds(), k.Service, k.Address.String())
+		m.gauge("pentad_probe_failures_in_a_row", float64(failures), k.Service, k.Address.String())
 	}
 }
 
@@ -170,11 +219,41 @@ func measureSocket(p *socket.Plane, m meter) {
 	m.counter("pentad_binds_refused_total", usage.Counters.Held)
 	loads, err := p.Loads(maxBackendMetrics)
 	m.gauge("pentad_backend_metrics_omitted", truth(errors.Is(err, socket.ErrMany)))
+	m.gauge("pentad_service_metrics_omitted", truth(len(m.services.Services) > maxServiceMetrics))
 	if err != nil {
 		return
 	}
+	type key struct {
+		service string
+		address netip.AddrPort
+	}
+	known := make(map[key]service.Load, len(loads))
 	for _, l := range loads {
 		measureBackend(l, m)
+		known[key{l.Service, l.Address}] = service.Load{InFlight: l.InFlight, Ejected: l.Ejected}
+	}
+	for _, s := range m.services.Services {
+		measureService(s, m, func(b service.Backend) service.Load { return known[key{s.Name, b.Address}] })
+	}
+}
+
+// measureService says how many backends take connections, and which.
+func measureService(s *service.Service, m meter, load func(service.Backend) service.Load) {
+	listens := make(map[service.Family]bool)
+	for _, l := range s.Listeners {
+		listens[service.FamilyOf(l.Address.Addr())] = true
+	}
+	for _, f := range service.EachFamily {
+		if !listens[f] {
+			continue
+		}
+		c := s.Choose(f, load)
+		if len(m.services.Services) <= maxServiceMetrics {
+			m.gauge("pentad_service_usable_backends", float64(len(c.Takers())), s.Name, f.String())
+		}
+		for _, b := range c.Candidates {
+			m.gauge("pentad_backend_up", truth(b.Takes || b.State == service.Standby || b.State == service.Full), s.Name, b.Address.String())
+		}
 	}
 }
 
@@ -192,6 +271,9 @@ func measureBackend(l socket.BackendLoad, m meter) {
 		m.gauge("pentad_backend_response_seconds", l.Response.Seconds(), labels...)
 	}
 }
+
+// maxServiceMetrics is for how many services there are metrics each.
+const maxServiceMetrics = 10_000
 
 // maxBackendMetrics is for how many backends there are metrics each. Beyond it a
 // scrape would cost more than the connections.
@@ -219,6 +301,11 @@ func (a *Agent) metricsHandler() http.Handler {
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		fmt.Fprintf(w, "<!doctype html><title>pentad</title><h1>pentad %s</h1><p><a href=/metrics>metrics</a>, <a href=/healthz>health</a></p>\n",
+			html.EscapeString(a.opts.Version))
+	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		status := a.Status()
 		if len(status.Problems) > 0 {

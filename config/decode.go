@@ -60,7 +60,8 @@ func (d *decoder) failed() error {
 
 func (d *decoder) sorted(all Errors) Errors {
 	slices.SortStableFunc(all, func(a, b Error) int { return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column)) })
-	return all
+	// What is wrong with something that stands for several is said once.
+	return slices.Compact(all)
 }
 
 func resolve(n *yaml.Node) *yaml.Node {

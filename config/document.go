@@ -38,6 +38,7 @@ func (d *decoder) document(data []byte) *yaml.Node {
 	case err != nil:
 		d.syntax(data, err)
 		return nil
+	case isEmpty(&next):
 	default:
 		d.errorf(&next, "a second document begins here, and only one is read; remove the line with ---, or write the services below the first \"services:\"")
 		return nil
@@ -46,6 +47,11 @@ func (d *decoder) document(data []byte) *yaml.Node {
 		return nil
 	}
 	return doc.Content[0]
+}
+
+// isEmpty reports whether nothing stands in a document, as after a last line with ---.
+func isEmpty(doc *yaml.Node) bool {
+	return len(doc.Content) == 0 || doc.Content[0].Kind == yaml.ScalarNode && doc.Content[0].Tag == "!!null" && doc.Content[0].Value == ""
 }
 
 // invalidUTF8 returns where the first byte is that is no UTF-8, or nil.
@@ -78,6 +84,9 @@ func (d *decoder) syntax(data []byte, err error) {
 	var load *yaml.LoadError
 	if errors.As(err, &load) {
 		message = load.Message
+		if strings.Contains(message, "<document start>") {
+			message = "text stands after the end of the document"
+		}
 		if load.Mark.Line > 0 {
 			at.Line, at.Column = load.Mark.Line, max(1, load.Mark.Column)
 		}

@@ -130,9 +130,7 @@ func (d *decoder) withDefaults(n *yaml.Node) *yaml.Node {
 		return n
 	}
 	has := make(map[string]bool)
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		has[n.Content[i].Value] = true
-	}
+	noteKeys(n, has, 0)
 	c := *n
 	c.Content = slices.Clone(n.Content)
 	udp := listensUDP(n)
@@ -144,6 +142,24 @@ func (d *decoder) withDefaults(n *yaml.Node) *yaml.Node {
 		c.Content = append(c.Content, d.defaults.Content[i], d.defaults.Content[i+1])
 	}
 	return &c
+}
+
+// noteKeys notes the keys of a mapping, and of those that it merges.
+func noteKeys(n *yaml.Node, has map[string]bool, depth int) {
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], resolve(n.Content[i+1])
+		has[key.Value] = true
+		if key.Value != "<<" || depth == maxMerged {
+			continue
+		}
+		if value.Kind == yaml.SequenceNode {
+			for _, one := range value.Content {
+				noteKeys(resolve(one), has, depth+1)
+			}
+			continue
+		}
+		noteKeys(value, has, depth+1)
+	}
 }
 
 // listensUDP reports whether all listeners of a service are of UDP.

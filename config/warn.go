@@ -76,7 +76,9 @@ func (d *decoder) needs(c *Config, scope *yaml.Node) (all []need) {
 			need{d.problem(scope, "scope.cgroup: %s is written with the place where cgroups are mounted; write the path below it", c.Scope.Cgroup),
 				func(cgroups string) bool { return !strings.HasPrefix(c.Scope.Cgroup+"/", cgroups+"/") }},
 			need{d.problem(scope, "scope.cgroup: there is no cgroup %s on this host now; nothing is translated until there is", c.Scope.Cgroup),
-				func(cgroups string) bool { return isThere(filepath.Join(cgroups, c.Scope.Cgroup)) }})
+				func(cgroups string) bool {
+					return strings.HasPrefix(c.Scope.Cgroup+"/", cgroups+"/") || isThere(filepath.Join(cgroups, c.Scope.Cgroup))
+				}})
 	}
 	for _, s := range c.Services {
 		at := d.at[s].health

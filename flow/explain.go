@@ -242,8 +242,7 @@ func (e *Explanation) service(v *socket.View, s *service.Service, dest service.L
 	e.candidates(v, s, choice)
 	takers := choice.Takers()
 	if len(takers) == 0 {
-		return e.conclude(Refused, "connect() to %s is refused at once (ECONNREFUSED), because %s; see `pentad backend list --service %s`.",
-			dest, whyNone(choice, s), s.Name)
+		return e.conclude(Refused, "connect() to %s is refused at once (ECONNREFUSED), because %s.", dest, whyNone(choice, s))
 	}
 	verb := "goes to"
 	if len(takers) > 1 {

@@ -25,6 +25,11 @@ func (e *Explanation) way(v *socket.View, q Question) {
 		}
 		to := netip.MustParseAddrPort(b.Address)
 		problem, local, err := route(q.PID, to.Addr())
+		if other := find(v, service.Listener{Address: to, Protocol: q.Protocol}); other != nil && !local {
+			e.step("chain", "%s is itself a listener, of the service %s; what is translated once is not translated again", to, other.Name)
+			chained = fmt.Sprintf("%s, which is itself a virtual address, of the service %s, and is not translated again: no server has it; name the servers themselves as backends",
+				to, other.Name)
+		}
 		switch {
 		case err != nil:
 			e.step("route", "to %s: not known: %v", to.Addr(), err)
@@ -34,11 +39,6 @@ func (e *Explanation) way(v *socket.View, q Question) {
 			lost = append(lost, fmt.Sprintf("%s (%s)", to.Addr(), problem))
 		default:
 			fine = append(fine, b.Address)
-			if other := find(v, service.Listener{Address: to, Protocol: q.Protocol}); other != nil && !local {
-				e.step("chain", "%s is itself a listener, of the service %s; what is translated once is not translated again", to, other.Name)
-				chained = fmt.Sprintf("%s, which is itself a virtual address, of the service %s, and is not translated again: no server has it; name the servers themselves as backends",
-					to, other.Name)
-			}
 		}
 	}
 	whose := "this host has"
@@ -46,12 +46,12 @@ func (e *Explanation) way(v *socket.View, q Question) {
 		whose = fmt.Sprintf("process %d, in its network namespace, has", q.PID)
 	}
 	switch {
+	case chained != "" && len(fine)+len(lost) == 1:
+		e.conclude(Chained, "connect() to %s goes to %s.", e.Destination, chained)
 	case len(fine) == 0 && len(lost) > 0:
 		e.conclude(NoRoute, "connect() to %s fails, because %s no way to any backend: %s; add a route or an address there.", e.Destination, whose, strings.Join(lost, ", "))
 	case len(lost) > 0:
 		e.Conclusion = strings.TrimSuffix(e.Conclusion, ".") + fmt.Sprintf("; but %s no way to %s.", whose, strings.Join(lost, ", "))
-	case chained != "" && len(fine) == 1:
-		e.conclude(Chained, "connect() to %s goes to %s.", e.Destination, chained)
 	}
 }
 

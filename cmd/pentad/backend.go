@@ -28,21 +28,21 @@ func newBackend(at *places) *cobra.Command {
 
 func newBackendList(at *places) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "list [SERVICE]",
+		Use:     "list",
 		Aliases: []string{"ls"},
 		Short:   "List every backend, its state and why, and its load",
 		Long: "List every backend, its state and why, and its load, read from the kernel's maps. This works with the agent\n" +
 			"dead; what probes met with is the agent's to tell. IN-FLIGHT counts connections from connect() to their end; RTT\n" +
 			"is of handshakes, smoothed; RESPONSE is from a request to the first byte of its answer, as measured last; FAILED\n" +
 			"counts all failed connects.",
-		Example: "  pentad backend list\n  pentad backend list orders-db\n  pentad backend list --state down,ejected -o wide",
-		Args:    wants("[SERVICE]"),
+		Example: "  pentad backend list\n  pentad backend list --service orders-db\n  pentad backend list --state down,ejected -o wide",
+		Args:    filtered,
 	}
 	o := addList(cmd)
 	only, state := addService(cmd, at), addState(cmd)
 	by := cmd.Flags().String("sort", "service", "service, address, state, in-flight, failed, rtt or response")
 	watch := addWatch(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		order := orders[*by]
 		if order == nil {
 			return misused(cmd, "--sort: %q is no column%s", *by, service.Nearest(*by, orderWords()))
@@ -52,7 +52,7 @@ func newBackendList(at *places) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			services, err := only.of(h, args)
+			services, err := only.of(h)
 			if err != nil {
 				return err
 			}

@@ -58,7 +58,7 @@ func newExplain(at *places) *cobra.Command {
 		for i, q := range questions {
 			q.PID = int(pid)
 			if all[i], err = e.Explain(q); errors.Is(err, flow.ErrNoProcess) {
-				return misused(cmd, "--pid: there is no process %d", pid)
+				return misused(cmd, "--pid: no such process: %d", pid)
 			} else if err != nil {
 				return err
 			}
@@ -110,7 +110,7 @@ func parseDestination(cmd *cobra.Command, owners map[service.Listener][]string, 
 	addr, err := netip.ParseAddr(strings.Trim(dest, "[]"))
 	if err != nil {
 		return nil, misused(cmd, "%q is no destination; want ADDRESS:PORT, such as 10.96.0.10:3306 or [2001:db8::10]:53/udp, or the name of a service; "+
-			"names of hosts are not resolved", text)
+			"other names are not resolved", text)
 	}
 	all := questions(func(l service.Listener) bool {
 		return l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol)

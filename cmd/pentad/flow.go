@@ -65,7 +65,7 @@ func (w filter) wants(f flow.Flow) bool {
 func (w filter) check(cmd *cobra.Command, at *places) error {
 	if w.pid != 0 {
 		if _, err := os.Stat(fmt.Sprintf("/proc/%d", w.pid)); errors.Is(err, os.ErrNotExist) {
-			return misused(cmd, "--pid: there is no process %d", w.pid)
+			return misused(cmd, "--pid: no such process: %d", w.pid)
 		}
 	}
 	if w.service == "" {

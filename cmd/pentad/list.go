@@ -24,17 +24,20 @@ func addService(cmd *cobra.Command, at *places) *serviceFilter {
 	cmd.Flags().StringVar(&f.name, "service", "", "only this service")
 	// The flag was just defined: this cannot fail.
 	_ = cmd.RegisterFlagCompletionFunc("service", completeServices(at))
-	cmd.ValidArgsFunction = completeServices(at)
 	return f
 }
 
-// of returns the services that are wanted, by the flag or by an argument.
-func (f *serviceFilter) of(h *view.Host, args []string) ([]view.Service, error) {
-	all := h.Services()
-	name := f.name
+// filtered is the check of arguments of a list: which lines are wanted is said by flags.
+func filtered(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		name = args[0]
+		return misused(cmd, "%q is one argument too many; did you mean --service %s?", args[0], args[0])
 	}
+	return nil
+}
+
+// of returns the services that are wanted.
+func (f *serviceFilter) of(h *view.Host) ([]view.Service, error) {
+	all, name := h.Services(), f.name
 	if name == "" {
 		return all, nil
 	}

@@ -27,25 +27,25 @@ func newService(at *places) *cobra.Command {
 
 func newServiceList(at *places) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "list [SERVICE]",
+		Use:     "list",
 		Aliases: []string{"ls"},
 		Short:   "List every listener and what it maps to now",
 		Long: "List every listener and what it maps to now. BACKENDS says how many of its backends take the next connection,\n" +
 			"and how many there are; FROM, where there is a table for packets, whose connections the line is about.",
 		Example: "  pentad service list\n  pentad service list --refusing\n  pentad service list -o json",
-		Args:    wants("[SERVICE]"),
+		Args:    filtered,
 	}
 	o := addList(cmd)
 	only := addService(cmd, at)
 	refusing := cmd.Flags().Bool("refusing", false, "only listeners that refuse connections")
 	watch := addWatch(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return watch.run(cmd, func(w io.Writer) error {
 			h, err := view.ReadKernel(at.view())
 			if err != nil {
 				return err
 			}
-			all, err := only.of(h, args)
+			all, err := only.of(h)
 			if err != nil {
 				return err
 			}

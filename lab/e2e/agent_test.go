@@ -584,7 +584,7 @@ func TestGrowthForBoth(t *testing.T) {
 	w := newWorld(t, "10.0.0.1")
 	text := func(services, backend int) string {
 		var b strings.Builder
-		b.WriteString("services:\n")
+		b.WriteString("guard: off\nservices:\n")
 		for i := range services {
 			fmt.Fprintf(&b, "- {name: s%d, listen: ['192.0.2.%d:80'], balance: source-hash, health: {probe: none}, backends: ['10.0.%d.%d:80', '10.0.200.%d:80']}\n",
 				i, i, i, backend, i)

@@ -21,9 +21,10 @@ import (
 
 // flowLine is a flow as `pentad flow -o json` prints it.
 type flowLine struct {
-	Event, Command, Service, Protocol, VIP, Backend, Outcome, RTT, Duration string
-	PID                                                                     int
-	Sent, Received                                                          uint64
+	Event, Command, Service, Protocol, VIP, Backend, Client, Outcome string
+	RTTSeconds, DurationSeconds                                      float64
+	PID                                                              int
+	Sent, Received                                                   uint64
 }
 
 // follow starts `pentad flow -f`; the function returned gives what it printed.
@@ -114,11 +115,11 @@ func TestFlow(t *testing.T) {
 	}
 	w.awaitFlow("the ejection", flows, func(l flowLine) bool { return l.Event == "ejected" && l.Backend == "10.0.0.3:8080" })
 	established := w.awaitFlow("the handshake", flows, func(l flowLine) bool { return l.Event == "established" })
-	if established.Backend != "10.0.0.1:8080" || established.RTT == "" || established.Command != "curl" {
+	if established.Backend != "10.0.0.1:8080" || established.RTTSeconds == 0 || established.Command != "curl" {
 		t.Errorf("established: %+v", established)
 	}
 	closed := w.awaitFlow("the end", flows, func(l flowLine) bool { return l.Event == "closed" && l.Service == "web" })
-	if closed.Sent < 50 || closed.Received < 1000 || closed.Received > 2000 || closed.Duration == "" || closed.RTT == "" || closed.PID != established.PID {
+	if closed.Sent < 50 || closed.Received < 1000 || closed.Received > 2000 || closed.DurationSeconds == 0 || closed.RTTSeconds == 0 || closed.PID != established.PID {
 		t.Errorf("closed: %+v", closed)
 	}
 	for _, l := range flows() {
@@ -138,7 +139,7 @@ func TestFlow(t *testing.T) {
 	if err := json.Unmarshal([]byte(w.mustPentad("flow", "-o", "json")), &open); err != nil {
 		t.Fatal(err)
 	}
-	if len(open) != 3 || open[0].PID != watcher.Process.Pid || open[0].VIP != "192.0.2.10:80" || open[0].Outcome != "open" || open[0].RTT == "" {
+	if len(open) != 3 || open[0].PID != watcher.Process.Pid || open[0].VIP != "192.0.2.10:80" || open[0].Outcome != "open" || open[0].RTTSeconds == 0 {
 		t.Errorf("open: %+v", open)
 	}
 	if out := w.mustPentad("flow", "--pid", "1"); strings.Contains(out, "192.0.2.10") {

@@ -219,7 +219,7 @@ func TestResetOnRemovalAndDrain(t *testing.T) {
 	w.ready()
 	w.prints(p, "192.0.2.2:80 ", 10)
 	// Draining leaves them until its time is over, which outlives the agent.
-	w.mustPentad("backend", "drain", "s3", "10.0.0.3:7000", "--timeout", "3s")
+	w.mustPentad("backend", "drain", "s3", "10.0.0.3:7000", "--timeout", "3s", "--force")
 	drained := time.Now()
 	if out := w.mustPentad("backend", "list"); !strings.Contains(out, "what is left is closed in") {
 		t.Errorf("backend list:\n%s", out)
