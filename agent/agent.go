@@ -331,6 +331,7 @@ func (a *Agent) Status() api.Status {
 		s.Config.Error = a.invalid.Error()
 		s.Problems = append(s.Problems, "the configuration file is not valid and not in force: "+a.invalid.Error())
 	}
+	s.Problems = append(s.Problems, skipped(a.known.config)...)
 	a.addCluster(&s)
 	for _, r := range a.roles() {
 		switch {

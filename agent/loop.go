@@ -73,6 +73,7 @@ func (a *Agent) onUpdate(ctx context.Context, u source.Update) {
 
 // takeFile puts a new text of the file in force.
 func (a *Agent) takeFile(ctx context.Context, u source.Update) {
+	a.keepSkipped(&u)
 	u.Services = keep(a.inbox.file.Services, u.Services)
 	if a.invalid != nil {
 		a.log.Info("the configuration is valid again, and in force", "source", "file")

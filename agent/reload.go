@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
@@ -142,4 +144,45 @@ func (a *Agent) rejectFile(err error) {
 	for _, e := range all {
 		a.log.Error("configuration is not valid and not in force", "source", "file", "error", e)
 	}
+}
+
+// keepSkipped has the services of included files that are not valid stay what they were,
+// unless another file has their names or listeners now.
+func (a *Agent) keepSkipped(u *source.Update) {
+	before := a.inbox.file.Config
+	for name, errs := range u.Config.Skipped {
+		for _, e := range firstOf(errs) {
+			a.log.Error("an included file is not valid and not in force", "source", "file", "error", e)
+		}
+		if before == nil {
+			continue
+		}
+		names, listeners := make(map[string]bool), make(map[service.Listener]bool)
+		for _, s := range u.Services {
+			names[s.Name] = true
+			for _, l := range s.Listeners {
+				listeners[l.At()] = true
+			}
+		}
+		for _, s := range before.Files[name] {
+			if names[s.Name] || slices.ContainsFunc(s.Listeners, func(l service.Listener) bool { return listeners[l.At()] }) {
+				continue
+			}
+			u.Services = append(u.Services, s)
+			u.Config.Files[name] = append(u.Config.Files[name], s)
+		}
+	}
+}
+
+func firstOf(errs config.Errors) config.Errors { return errs[:min(len(errs), mostErrors)] }
+
+// skipped says which included files are not in force, a sentence each.
+func skipped(c *config.Config) (problems []string) {
+	if c == nil {
+		return nil
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Skipped)) {
+		problems = append(problems, fmt.Sprintf("%s is not valid and not in force: %v", name, firstErrors(c.Skipped[name])))
+	}
+	return problems
 }

@@ -28,6 +28,12 @@ type Config struct {
 	API      API
 	Guard    int // percent of the listeners that a new text may take away unless it is forced; GuardOff: all
 
+	Include Include
+	// Files are the services of each included file, those in Services.
+	Files map[string][]*service.Service
+	// Skipped are included files that are not valid, and why.
+	Skipped map[string]Errors
+
 	// Warnings are what is valid and most likely not meant.
 	Warnings Errors
 
@@ -46,6 +52,8 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 		&serviceSchema, (*decoder).services),
 	mapping("defaults", "mapping", "What every service of this file has that does not say otherwise, key by key.",
 		&defaultsSchema, (*decoder).checkDefaults),
+	mapping("include", "list of patterns, or mapping", "Other files that have services, too: one a team, say. Each has the keys `services` and `defaults`.",
+		&includeSchema, (*decoder).include),
 	section("scope", "Whose connections are translated.", &scopeSchema, func(c *Config) *Scope { return &c.Scope }),
 	section("source", "Where services come from besides this file.", &sourceSchema, func(c *Config) *Source { return &c.Source }),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
@@ -87,30 +95,36 @@ func (e Errors) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// Load reads and checks a file. The error is of type Errors when the file could
-// be read.
+// Load reads and checks a file and those that it includes. The error is of type Errors
+// when the file could be read.
 func Load(path string) (*Config, error) {
-	data, err := Read(path)
+	t, err := ReadText(path)
 	if err != nil {
 		return nil, fmt.Errorf("configuration %s cannot be read: %w", path, errors.Unwrap(err))
 	}
-	return Parse(path, data)
+	return ParseText(t)
 }
 
-// Parse checks the text of a file; the name is for messages only. The error is
-// of type Errors.
+// Parse checks the text of a file that includes no other; the name is for messages only.
+// The error is of type Errors.
 func Parse(name string, data []byte) (*Config, error) {
-	d := &decoder{file: name}
-	root := d.document(data)
+	return ParseText(&Text{Name: name, Data: data})
+}
+
+// ParseText checks a text. The error is of type Errors.
+func ParseText(t *Text) (*Config, error) {
+	d := &decoder{file: t.Name, at: make(map[*service.Service]*origin), disabled: make(map[*service.Service]bool)}
+	root := d.document(t.Data)
 	if root == nil {
 		return nil, d.failed()
 	}
 	c := &Config{Scope: defaultScope, API: defaultAPI, Guard: defaultGuard}
 	d.setDefaults(root)
 	seen := fileSchema.decode(d, root, c)
-	if seen != nil && seen["services"] == nil && seen["source"] == nil && !d.has("services") {
+	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && !d.has("services") {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
 	}
+	d.addIncluded(t, c)
 	d.checkUnique(c.Services)
 	if err := d.failed(); err != nil {
 		return nil, err
@@ -119,33 +133,38 @@ func Parse(name string, data []byte) (*Config, error) {
 		s.Source = service.SourceFile
 	}
 	d.warn(c)
-	c.Services = slices.DeleteFunc(c.Services, func(s *service.Service) bool { return d.disabled[s] })
+	isDisabled := func(s *service.Service) bool { return d.disabled[s] }
+	c.Services = slices.DeleteFunc(c.Services, isDisabled)
+	for name, some := range c.Files {
+		c.Files[name] = slices.DeleteFunc(some, isDisabled)
+	}
 	c.Warnings, c.needs = d.sorted(d.warnings), d.needs(c, seen["scope"])
 	return c, nil
 }
 
 // checkUnique finds names and listeners that occur twice.
 func (d *decoder) checkUnique(services []*service.Service) {
-	names := make(map[string]*yaml.Node, len(services))
+	names := make(map[string]*origin, len(services))
 	listeners := make(map[service.Listener]string, len(services))
 	for _, s := range services {
 		at := d.at[s]
 		if at == nil || s.Name == "" {
 			continue
 		}
+		here := &decoder{file: at.file}
 		if first, ok := names[s.Name]; ok {
-			d.errorf(at.name, "service %s is already defined at line %d; names are unique",
-				s.Name, first.Line)
+			here.errorf(at.name, "service %s is already defined %s; names are unique", s.Name, place(at.file, first.file, first.name.Line))
 		} else {
-			names[s.Name] = at.name
+			names[s.Name] = at
 		}
 		for i, l := range at.listeners {
 			if owner, ok := listeners[l]; ok {
-				d.errorf(at.listenerNodes[i], "service %s: listener %s already belongs to service %s",
+				here.errorf(at.listenerNodes[i], "service %s: listener %s already belongs to service %s",
 					s.Name, l, owner)
 				continue
 			}
 			listeners[l] = s.Name
 		}
+		d.errors = append(d.errors, here.errors...)
 	}
 }

@@ -27,7 +27,7 @@ type decoder struct {
 
 // origin is where the parts of a service stand in the file.
 type origin struct {
-	node          *yaml.Node
+	file          string
 	name          *yaml.Node
 	health        *yaml.Node // nil: nothing is said of it
 	listeners     []service.Listener
@@ -37,10 +37,6 @@ type origin struct {
 
 func (d *decoder) errorf(at *yaml.Node, format string, args ...any) {
 	d.errors = append(d.errors, d.problem(at, format, args...))
-}
-
-func (d *decoder) warnf(at *yaml.Node, format string, args ...any) {
-	d.warnings = append(d.warnings, d.problem(at, format, args...))
 }
 
 func (d *decoder) problem(at *yaml.Node, format string, args ...any) Error {
@@ -58,8 +54,23 @@ func (d *decoder) failed() error {
 	return d.sorted(d.errors)
 }
 
+// compareFiles puts the file itself before those that it includes.
+func (d *decoder) compareFiles(a, b string) int {
+	switch {
+	case a == b:
+		return 0
+	case a == d.file:
+		return -1
+	case b == d.file:
+		return 1
+	}
+	return cmp.Compare(a, b)
+}
+
 func (d *decoder) sorted(all Errors) Errors {
-	slices.SortStableFunc(all, func(a, b Error) int { return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column)) })
+	slices.SortStableFunc(all, func(a, b Error) int {
+		return cmp.Or(d.compareFiles(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
+	})
 	// What is wrong with something that stands for several is said once.
 	return slices.Compact(all)
 }

@@ -55,6 +55,8 @@ func (k Key) schema() map[string]any {
 		node["type"], node["pattern"] = "string", `^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$`
 	case k.Kind == "percentage":
 		node["type"], node["pattern"] = "string", `^[0-9]+%$`
+	case strings.HasSuffix(k.Kind, ", or mapping"):
+		node["properties"] = map[string]any{}
 	case strings.HasPrefix(k.Kind, "list of "):
 		node["type"], node["items"] = "array", map[string]any{"type": "string"}
 	case strings.HasPrefix(k.Kind, "mapping"):
@@ -91,6 +93,8 @@ func finishNode(at map[string]map[string]any, k Key) {
 		node["items"] = item
 	case k.Kind == "list of backends":
 		node["items"] = map[string]any{"anyOf": []any{map[string]any{"type": "string"}, item}}
+	case strings.HasSuffix(k.Kind, ", or mapping"):
+		node["anyOf"] = []any{map[string]any{"type": "array", "items": map[string]any{"type": "string"}}, item}
 	case k.Kind == "mapping or off":
 		node["anyOf"] = []any{item, map[string]any{"const": "off"}}
 	default:

@@ -275,8 +275,6 @@ const wantBackend = "a backend ADDRESS:PORT, such as 192.0.2.11:3306"
 
 // services reads all services of a file.
 func (d *decoder) services(n *yaml.Node, to *Config) {
-	d.at = make(map[*service.Service]*origin, len(n.Content))
-	d.disabled = make(map[*service.Service]bool)
 	to.Services = make([]*service.Service, 0, len(n.Content))
 	d.list(n, "a list of services", func(e *yaml.Node) {
 		to.Services = append(to.Services, d.service(e))
@@ -286,7 +284,7 @@ func (d *decoder) services(n *yaml.Node, to *Config) {
 // service reads one service and checks what concerns several of its keys.
 func (d *decoder) service(n *yaml.Node) *service.Service {
 	s := &service.Service{Balance: service.LeastLatency}
-	at := &origin{node: n, name: n}
+	at := &origin{file: d.file, name: n}
 	d.at[s] = at
 	seen := serviceSchema.decode(d, d.withDefaults(resolve(n)), s)
 	if seen == nil {

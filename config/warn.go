@@ -26,12 +26,17 @@ func (d *decoder) warn(c *Config) {
 		}
 		d.warnChains(s, at, vips)
 		if len(s.Backends) > 0 && !usable(s) {
-			d.warnf(at.name, "service %s: every backend has weight 0 or is drained: connections are refused", s.Name)
+			d.warnAt(at, at.name, "service %s: every backend has weight 0 or is drained: connections are refused", s.Name)
 		}
 		if s.Health.Probe == service.ProbeNone && s.Breaker.Failures == 0 && !onlyUDP(s) && len(s.Backends) > 1 {
-			d.warnf(at.name, "service %s: without a probe and without a breaker a dead backend gets connections for ever", s.Name)
+			d.warnAt(at, at.name, "service %s: without a probe and without a breaker a dead backend gets connections for ever", s.Name)
 		}
 	}
+}
+
+func (d *decoder) warnAt(at *origin, n *yaml.Node, format string, args ...any) {
+	here := &decoder{file: at.file}
+	d.warnings = append(d.warnings, here.problem(n, format, args...))
 }
 
 func usable(s *service.Service) bool {
@@ -56,7 +61,7 @@ func (d *decoder) warnChains(s *service.Service, at *origin, vips map[service.Li
 			if owner == s {
 				whose = "of this service"
 			}
-			d.warnf(at.backendNodes[i], "service %s: backend %s is itself a listener %s; what is translated once is not translated again, "+
+			d.warnAt(at, at.backendNodes[i], "service %s: backend %s is itself a listener %s; what is translated once is not translated again, "+
 				"so that connections go to that address itself", s.Name, b.Address, whose)
 			break
 		}
@@ -85,12 +90,13 @@ func (d *decoder) needs(c *Config, scope *yaml.Node) (all []need) {
 		if at == nil {
 			continue
 		}
+		here := &decoder{file: d.at[s].file}
 		if f := s.Health.PasswordFile; f != "" {
-			all = append(all, need{d.problem(at, "service %s: there is no password file %s on this host", s.Name, f), func(string) bool { return isThere(f) }})
+			all = append(all, need{here.problem(at, "service %s: there is no password file %s on this host", s.Name, f), func(string) bool { return isThere(f) }})
 		}
 		if s.Health.Probe == service.ProbeExec {
 			program := s.Health.Command.Args()[0]
-			all = append(all, need{d.problem(at, "service %s: there is no program %s on this host", s.Name, program), func(string) bool { return isProgram(program) }})
+			all = append(all, need{here.problem(at, "service %s: there is no program %s on this host", s.Name, program), func(string) bool { return isProgram(program) }})
 		}
 	}
 	return all

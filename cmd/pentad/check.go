@@ -76,7 +76,7 @@ func newProblems(all config.Errors) []problem {
 
 func newReport(name string, data []byte) report {
 	r := report{File: name, Errors: []problem{}, Warnings: []problem{}}
-	c, err := config.Parse(name, data)
+	c, err := config.ParseText(config.WithIncluded(name, data))
 	var all config.Errors
 	if errors.As(err, &all) {
 		r.Errors = newProblems(all)
@@ -164,6 +164,6 @@ func loadConfig(cmd *cobra.Command, file string, args []string) (*config.Config,
 	if err != nil {
 		return nil, "", err
 	}
-	c, err := config.Parse(name, data)
+	c, err := config.ParseText(config.WithIncluded(name, data))
 	return c, name, err
 }

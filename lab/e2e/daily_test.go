@@ -433,3 +433,60 @@ func TestOneTruth(t *testing.T) {
 	})
 	w.says(1, fmt.Sprintf("explain --pid %d 192.0.2.11:80", lonely.Process.Pid), "has no way to any backend", "network is unreachable")
 }
+
+// Files that are included are watched as the file itself; one that is not valid takes
+// out only its own change.
+func TestIncludedFiles(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1")
+	part := func(name string, last int) string {
+		return fmt.Sprintf("services:\n- {name: %s, listen: ['192.0.2.%d:80'], health: {probe: none}, backends: ['10.0.0.1:7000']}\n", name, last)
+	}
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Join(w.Dir, "conf.d"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.WriteFile(filepath.Join("conf.d", name), text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names := func(want string) {
+		t.Helper()
+		w.eventually("the services "+want, func() error {
+			var have []string
+			for _, s := range w.view().Services {
+				have = append(have, s.Name+"@"+s.Listeners[0].String())
+			}
+			if strings.Join(have, " ") != want {
+				return fmt.Errorf("have %v", have)
+			}
+			return nil
+		})
+	}
+	w.run("include: {files: [conf.d/*.yaml], onError: skip}\n")
+	names("")
+	write("a.yaml", part("a", 1))
+	names("a@192.0.2.1:80")
+	write("b.yaml", part("b", 2))
+	names("a@192.0.2.1:80 b@192.0.2.2:80")
+	write("a.yaml", "services: [\n")
+	w.eventually("the problem", func() error {
+		if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "a.yaml is not valid and not in force") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	// The others go on changing, and a stays what it was.
+	write("b.yaml", part("b", 3))
+	names("a@192.0.2.1:80 b@192.0.2.3:80")
+	write("a.yaml", part("a", 4))
+	names("a@192.0.2.4:80 b@192.0.2.3:80")
+	w.says(0, "status")
+	if err := os.Remove(filepath.Join(w.Dir, "conf.d/b.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	names("a@192.0.2.4:80")
+	w.says(0, "config show pentad.yaml --service a", "default", "a.yaml:2")
+}

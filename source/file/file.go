@@ -4,11 +4,11 @@
 package file
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -37,7 +37,7 @@ type Source struct {
 	names   map[string]bool     // what the contents of the file depend on
 	watched map[string]identity // their directories
 	seen    look
-	last    []byte
+	last    *config.Text
 }
 
 // identity tells one file or directory from another of the same name.
@@ -48,7 +48,8 @@ type look struct {
 	file, dir     identity
 	size          int64
 	changed       unix.Timespec
-	missing, lost error // why the file, or its directory, cannot be looked at
+	missing, lost error  // why the file, or its directory, cannot be looked at
+	included      string // the same of included files
 }
 
 func identify(path string) (identity, unix.Stat_t, error) {
@@ -63,6 +64,13 @@ func (s *Source) look() look {
 	l.file, st, l.missing = identify(s.path)
 	l.size, l.changed = st.Size, st.Ctim
 	l.dir, _, l.lost = identify(filepath.Dir(s.path))
+	if s.last == nil {
+		return l
+	}
+	for _, path := range config.Included(s.last.Patterns) {
+		id, st, err := identify(path)
+		l.included += fmt.Sprintln(path, id, st.Size, st.Ctim, err)
+	}
 	return l
 }
 
@@ -90,27 +98,43 @@ func (s *Source) Close() error { return s.watcher.Close() }
 // Load reads the file as it is now. Run reports only what differs from it.
 func (s *Source) Load() (source.Update, error) {
 	s.seen = s.look()
-	data, err := config.Read(s.path)
+	t, err := config.ReadText(s.path)
 	if err != nil {
-		err = fmt.Errorf("configuration cannot be read: %w", err)
-		return source.Update{From: service.SourceFile, Err: err}, err
+		u := unreadable(err)
+		return u, u.Err
 	}
-	s.last = data
-	u := parse(s.path, data)
+	s.setText(t)
+	u := parse(t)
 	return u, u.Err
+}
+
+// setText notes what was read last. Of the files that it includes others may have to be
+// watched now.
+func (s *Source) setText(t *config.Text) {
+	moved := s.last == nil || !slices.Equal(s.last.Patterns, t.Patterns)
+	s.last = t
+	if moved {
+		s.seen = s.look()
+		// What cannot be watched can be looked at, if it is there.
+		_ = s.follow()
+	}
+}
+
+func unreadable(err error) source.Update {
+	return source.Update{From: service.SourceFile, Err: fmt.Errorf("configuration cannot be read: %w", err)}
 }
 
 // Read returns what a file says now, whoever watches it.
 func Read(path string) source.Update {
-	data, err := config.Read(path)
+	t, err := config.ReadText(path)
 	if err != nil {
-		return source.Update{From: service.SourceFile, Err: fmt.Errorf("configuration cannot be read: %w", err)}
+		return unreadable(err)
 	}
-	return parse(path, data)
+	return parse(t)
 }
 
-func parse(path string, data []byte) source.Update {
-	c, err := config.Parse(path, data)
+func parse(t *config.Text) source.Update {
+	c, err := config.ParseText(t)
 	if err != nil {
 		return source.Update{From: service.SourceFile, Err: err}
 	}
@@ -137,6 +161,11 @@ func (s *Source) follow() error {
 	wanted := make(map[string]bool)
 	for name := range s.names {
 		wanted[filepath.Dir(name)] = true
+	}
+	if s.last != nil {
+		for _, p := range s.last.Patterns {
+			wanted[filepath.Dir(p)] = true
+		}
 	}
 	for dir, was := range s.watched {
 		if is, _, err := identify(dir); !wanted[dir] || err != nil || is != was {
@@ -202,7 +231,7 @@ func (s *Source) Run(ctx context.Context, emit func(source.Update)) error {
 			if !ok {
 				return nil
 			}
-			if e.Op != fsnotify.Chmod && s.names[e.Name] {
+			if e.Op != fsnotify.Chmod && (s.names[e.Name] || s.isIncluded(e.Name)) {
 				timer.Reset(quiet)
 			}
 		case <-looks.C:
@@ -218,18 +247,26 @@ func (s *Source) Run(ctx context.Context, emit func(source.Update)) error {
 	}
 }
 
+// isIncluded reports whether a name is one of the files that are included.
+func (s *Source) isIncluded(name string) bool {
+	return s.last != nil && slices.ContainsFunc(s.last.Patterns, func(p string) bool {
+		ok, err := filepath.Match(p, name)
+		return ok && err == nil
+	})
+}
+
 func isOverflow(err error) bool { return err == fsnotify.ErrEventOverflow }
 
 func (s *Source) read(emit func(source.Update)) {
-	data, err := config.Read(s.path)
+	t, err := config.ReadText(s.path)
 	if err != nil {
 		s.last = nil
-		emit(source.Update{From: service.SourceFile, Err: fmt.Errorf("configuration cannot be read: %w", err)})
+		emit(unreadable(err))
 		return
 	}
-	if bytes.Equal(data, s.last) {
+	if t.Equal(s.last) {
 		return
 	}
-	s.last = data
-	emit(parse(s.path, data))
+	s.setText(t)
+	emit(parse(t))
 }

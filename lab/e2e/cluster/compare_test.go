@@ -117,6 +117,8 @@ func (h *history) difference(q question, got answers, how choice) (why string, m
 		return "", false
 	case q.verb == "steady" && !served && servedThere && !h.servedThere(q):
 		return "kube-proxy goes on with datagrams for what is gone", true
+	case q.verb == "steady" && served && !servedThere && h.servedThere(q):
+		return "kube-proxy leaves datagrams where they went before there was a service", true
 	case !served && servedThere && h.closedTo(q):
 		return "source ranges of the other family let nobody in", true
 	case served != servedThere:
