@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -140,4 +141,58 @@ func TestHelp(t *testing.T) {
 		}
 	}
 	walk(root)
+}
+
+// Every configuration in the documentation is valid, and every command there is one.
+func TestExamplesInDocs(t *testing.T) {
+	pages, err := filepath.Glob("../../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?ms)^```(yaml|console)\n(.*?)^```")
+	spans := regexp.MustCompile("`(pentad [^`]+)`")
+	for _, page := range append(pages, "../../README.md") {
+		raw, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(raw)
+		for _, m := range blocks.FindAllStringSubmatch(text, -1) {
+			switch m[1] {
+			case "yaml":
+				if !strings.Contains(m[2], "apiVersion:") && strings.Contains(m[2], "services:") {
+					if _, err := config.Parse(page, []byte(m[2])); err != nil {
+						t.Errorf("%s: %v\n%s", page, err, m[2])
+					}
+				}
+			case "console":
+				for line := range strings.Lines(m[2]) {
+					if command, ok := strings.CutPrefix(strings.TrimSpace(line), "$ pentad "); ok {
+						checkCommand(t, page, command)
+					}
+				}
+			}
+		}
+		for _, m := range spans.FindAllStringSubmatch(blocks.ReplaceAllString(text, ""), -1) {
+			checkCommand(t, page, strings.TrimPrefix(m[1], "pentad "))
+		}
+	}
+}
+
+// checkCommand finds a command and reads its flags, and does not run it.
+func checkCommand(t *testing.T, page, line string) {
+	t.Helper()
+	line, _, _ = strings.Cut(line, " > ")
+	line, _, _ = strings.Cut(line, " < ")
+	root, _ := newRoot()
+	cmd, rest, err := root.Find(strings.Fields(line))
+	if err == nil {
+		err = cmd.ParseFlags(rest)
+	}
+	if err == nil && cmd.HasAvailableSubCommands() && len(cmd.Flags().Args()) > 0 {
+		err = fmt.Errorf("%q is no command", cmd.Flags().Arg(0))
+	}
+	if err != nil {
+		t.Errorf("%s: pentad %s: %v", page, line, err)
+	}
 }

@@ -17,8 +17,8 @@ type Connection struct {
 	VIP         netip.AddrPort
 	Backend     netip.AddrPort
 	Protocol    service.Protocol
-	Begun       time.Time     // of connect(), to a tick of the kernel
-	Established bool          // always false for UDP
+	Begun       time.Time // of connect(), to a tick of the kernel
+	Established bool      // always false for UDP
 }
 
 // Connections returns the connections that are in flight, from the maps under the
