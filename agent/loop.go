@@ -167,7 +167,6 @@ func (a *Agent) outcomeOf(number uint64) (done bool, err error) {
 // publication is what is to be said and done once the roles have what was published.
 type publication struct {
 	began       time.Time
-	services    *service.Snapshot
 	said        bool // that it is applied
 	tidy, first bool // memory is to be given back; it is the first of the cluster
 }

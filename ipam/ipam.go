@@ -77,6 +77,9 @@ func (r Range) Overlaps(o Range) bool {
 // String writes the range as ParseRange reads it: as a prefix if it is one, else by its
 // ends.
 func (r Range) String() string {
+	if !r.First.IsValid() || !r.Last.IsValid() {
+		return "no range"
+	}
 	for bits := range r.First.BitLen() + 1 {
 		if p := netip.PrefixFrom(r.First, bits); RangeOf(p) == r {
 			return p.String()
