@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"log/slog"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -243,13 +242,8 @@ func (a *Agent) settled() bool {
 func (a *Agent) onSettled() {
 	w := &a.watch
 	snap := a.known.services
-	if !w.said && snap.Revision > 0 {
-		level := slog.LevelInfo
-		if a.inbox.count > 0 {
-			level = slog.LevelDebug // a cluster changes all the time
-		}
-		a.log.Log(context.Background(), level, "applied", "revision", snap.Revision, "services", len(snap.Services),
-			"took", time.Since(w.began).Round(10*time.Microsecond))
+	if !w.said && snap.Revision > 1 {
+		a.log.Debug("applied", "revision", snap.Revision, "services", len(snap.Services), "took", time.Since(w.began).Round(10*time.Microsecond))
 	}
 	if w.first {
 		a.log.Info("the services of the cluster are in the kernel", "source", "kubernetes", "services", len(a.inbox.kubernetes.Services),

@@ -7,6 +7,7 @@ import (
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/health/probe"
 	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/service"
 )
@@ -20,7 +21,7 @@ func (a *Agent) Probes(service string) []api.ProbeRecord {
 			InARow: r.InARow, Next: r.Next, Succeeded: r.Succeeded, Failed: r.Failed,
 		}
 		if r.Err != nil {
-			p.Error = r.Err.Error()
+			p.Error = probe.Words(r.Err)
 		}
 		all = append(all, p)
 	}

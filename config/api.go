@@ -20,10 +20,6 @@ var apiSchema = schema[API]{what: "api", fields: []field[API]{
 	field[API]{
 		key: "listen", kind: "ADDRESS:PORT",
 		doc: "Address of `/metrics` and `/healthz`.",
-		set: func(d *decoder, n *yaml.Node, to *API) {
-			if v, ok := d.text(n, "an address such as 127.0.0.1:9464"); ok {
-				to.Listen, _ = d.address(n, v, "an address such as 127.0.0.1:9464")
-			}
-		},
+		set: func(d *decoder, n *yaml.Node, to *API) { to.Listen = d.ownAddress(n, defaultAPI.Listen.String()) },
 	}.or(defaultAPI.Listen.String()),
 }}

@@ -59,7 +59,7 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
-		doc: "How much of the listeners a new text of this file may take away, 1% to 99%, while there are four or more: what takes away more is " +
+		doc: "How much of the listeners a new text of this file may take away, 1% to 100%, while there are four or more: what takes away more is " +
 			"held back until `pentad reload --force`. `off`: everything is put in force.",
 		set: func(d *decoder, n *yaml.Node, to *Config) {
 			if n.Kind == yaml.ScalarNode && n.Value == "off" {
@@ -124,8 +124,9 @@ func ParseText(t *Text) (*Config, error) {
 	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && !d.has("services") {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
 	}
-	d.addIncluded(t, c)
-	d.checkUnique(c.Services)
+	d.taken = taken{make(map[string]*origin), make(map[service.Listener]string)}
+	d.errors = append(d.errors, d.claim(c.Services)...)
+	d.addIncluded(t, c, seen["include"])
 	if err := d.failed(); err != nil {
 		return nil, err
 	}
@@ -142,29 +143,34 @@ func ParseText(t *Text) (*Config, error) {
 	return c, nil
 }
 
-// checkUnique finds names and listeners that occur twice.
-func (d *decoder) checkUnique(services []*service.Service) {
-	names := make(map[string]*origin, len(services))
-	listeners := make(map[service.Listener]string, len(services))
+// taken are the names and listeners of the services that were read.
+type taken struct {
+	names     map[string]*origin
+	listeners map[service.Listener]string
+}
+
+// claim takes names and listeners for services, and says what is taken already.
+func (d *decoder) claim(services []*service.Service) (errs Errors) {
 	for _, s := range services {
 		at := d.at[s]
 		if at == nil || s.Name == "" {
 			continue
 		}
 		here := &decoder{file: at.file}
-		if first, ok := names[s.Name]; ok {
+		if first, ok := d.taken.names[s.Name]; ok {
 			here.errorf(at.name, "service %s is already defined %s; names are unique", s.Name, place(at.file, first.file, first.name.Line))
 		} else {
-			names[s.Name] = at
+			d.taken.names[s.Name] = at
 		}
 		for i, l := range at.listeners {
-			if owner, ok := listeners[l]; ok {
+			if owner, ok := d.taken.listeners[l]; ok {
 				here.errorf(at.listenerNodes[i], "service %s: listener %s already belongs to service %s",
 					s.Name, l, owner)
 				continue
 			}
-			listeners[l] = s.Name
+			d.taken.listeners[l] = s.Name
 		}
-		d.errors = append(d.errors, here.errors...)
+		errs = append(errs, here.errors...)
 	}
+	return errs
 }

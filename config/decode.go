@@ -23,6 +23,7 @@ type decoder struct {
 	defaults *yaml.Node
 	at       map[*service.Service]*origin
 	disabled map[*service.Service]bool
+	taken    taken
 }
 
 // origin is where the parts of a service stand in the file.
@@ -147,7 +148,7 @@ func (d *decoder) duration(n *yaml.Node, low, high, unit time.Duration) (time.Du
 		return 0, false
 	}
 	if v%unit != 0 {
-		d.errorf(n, "want whole %ss, found %q", units[unit], n.Value)
+		d.errorf(n, "want whole %ss, found %q", units[unit], shorten(n.Value))
 		return 0, false
 	}
 	return v, true
@@ -172,7 +173,7 @@ func (d *decoder) percentage(n *yaml.Node) int {
 	v, err := strconv.Atoi(text)
 	if n.Kind != yaml.ScalarNode || !isPercentage || err != nil || v < 1 || v > 100 {
 		hint := ""
-		if n.Kind == yaml.ScalarNode && n.Tag == "!!int" {
+		if v, err := strconv.Atoi(n.Value); n.Kind == yaml.ScalarNode && err == nil && v >= 1 && v <= 100 {
 			hint = fmt.Sprintf("; did you mean %s%%?", n.Value)
 		}
 		d.errorf(n, "want a percentage from 1%% to 100%%, found %s%s", found(n), hint)
@@ -251,7 +252,7 @@ func (d *decoder) prefixes(n *yaml.Node) []netip.Prefix {
 		}
 		p, err := netip.ParsePrefix(text)
 		if err != nil || p.Masked() != p {
-			d.errorf(e, "want %s, without bits behind its length, found %q", want, text)
+			d.errorf(e, "want %s, without bits behind its length, found %q", want, shorten(text))
 			return
 		}
 		all = append(all, p)
@@ -263,7 +264,7 @@ func (d *decoder) prefixes(n *yaml.Node) []netip.Prefix {
 func (d *decoder) address(n *yaml.Node, text, what string) (netip.AddrPort, bool) {
 	ap, err := netip.ParseAddrPort(text)
 	if err != nil {
-		d.errorf(n, "want %s, found %q%s", what, text, addressHint(text))
+		d.errorf(n, "want %s, found %q%s", what, shorten(text), addressHint(text))
 		return ap, false
 	}
 	addr := ap.Addr()
@@ -289,6 +290,25 @@ func (d *decoder) address(n *yaml.Node, text, what string) (netip.AddrPort, bool
 	return ap, true
 }
 
+// ownAddress reads ADDRESS:PORT at which this host listens, such as the example; that may
+// be every address.
+func (d *decoder) ownAddress(n *yaml.Node, example string) netip.AddrPort {
+	want := "an address such as " + example
+	v, ok := d.text(n, want)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	at, err := netip.ParseAddrPort(v)
+	if err != nil || at.Port() == 0 || at.Addr().Zone() != "" {
+		hint := addressHint(v)
+		if strings.HasPrefix(v, ":") {
+			hint = fmt.Sprintf("; every IPv4 address is 0.0.0.0%s", v)
+		}
+		d.errorf(n, "want %s, found %q%s", want, shorten(v), hint)
+	}
+	return at
+}
+
 // addressHint says what is most likely wrong with an address.
 func addressHint(text string) string {
 	switch {
@@ -299,7 +319,7 @@ func addressHint(text string) string {
 	case strings.ContainsAny(text, " \t"):
 		return "; there is a blank in it"
 	case strings.HasPrefix(text, ":"):
-		return fmt.Sprintf("; the address is missing: 0.0.0.0%s is every IPv4 address", text)
+		return "; the address before the port is missing"
 	}
 	if hint := bracketHint(text); hint != "" {
 		return hint

@@ -91,6 +91,10 @@ func (d *decoder) syntax(data []byte, err error) {
 			at.Line, at.Column = load.Mark.Line, max(1, load.Mark.Column)
 		}
 	}
+	if load != nil && strings.Contains(message, "unexpected end of stream") && load.ContextMark.Line > 0 {
+		at.Line, at.Column = load.ContextMark.Line, max(1, load.ContextMark.Column)
+		message = "what is opened here with a quote or a bracket is never closed"
+	}
 	lines := strings.Split(string(data), "\n")
 	for i, line := range lines {
 		if conflict.MatchString(line) {

@@ -73,7 +73,7 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 		set: func(d *decoder, n *yaml.Node, to *service.Health) {
 			v, ok := d.text(n, "the path of a file")
 			if ok && !strings.HasPrefix(v, "/") {
-				d.errorf(n, "want a path that begins with a slash, found %q", v)
+				d.errorf(n, "want a path that begins with a slash, found %q", shorten(v))
 				return
 			}
 			to.PasswordFile = v
@@ -97,7 +97,7 @@ var healthSchema = schema[service.Health]{what: "health", fields: []field[servic
 				argv = append(argv, e.Value)
 			})
 			if len(argv) > 0 && !strings.HasPrefix(argv[0], "/") {
-				d.errorf(n, "want the full path of a program, found %q", argv[0])
+				d.errorf(n, "want the full path of a program, found %q", shorten(argv[0]))
 			}
 			to.Command = service.NewCommand(argv)
 		},
@@ -173,7 +173,7 @@ func (d *decoder) checkProbe(n *yaml.Node, seen map[string]*yaml.Node, h *servic
 			h.Expect = defaultExpect
 		}
 		if h.Path != "" && !strings.HasPrefix(h.Path, "/") {
-			d.errorf(seen["path"], "want a path that begins with a slash, found %q", h.Path)
+			d.errorf(seen["path"], "want a path that begins with a slash, found %q", shorten(h.Path))
 		}
 	case service.ProbePostgres, service.ProbeMySQL:
 		if seen["user"] == nil {

@@ -3,6 +3,7 @@ package config
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -139,7 +140,13 @@ func patternsIn(name string, data []byte) []string {
 }
 
 // addIncluded reads the files that a text includes into a configuration.
-func (d *decoder) addIncluded(t *Text, c *Config) {
+func (d *decoder) addIncluded(t *Text, c *Config, at *yaml.Node) {
+	for _, p := range t.Patterns {
+		isThere := func(part Part) bool { return part.Name == p }
+		if !strings.ContainsAny(p, `*?[\`) && !slices.ContainsFunc(t.Included, isThere) && at != nil {
+			d.warnings = append(d.warnings, d.problem(at, "there is no file %s to include", p))
+		}
+	}
 	if len(t.Included) > 0 {
 		c.Files = make(map[string][]*service.Service)
 	}
@@ -150,8 +157,10 @@ func (d *decoder) addIncluded(t *Text, c *Config) {
 		}
 		part := &Config{}
 		sub.decodePart(p, part)
-		if len(sub.errors) > 0 {
-			d.rejectPart(p.Name, sub.sorted(sub.errors), c)
+		before := d.taken.clone()
+		if errs := append(sub.errors, d.claim(part.Services)...); len(errs) > 0 {
+			d.taken = before
+			d.rejectPart(p.Name, sub.sorted(errs), c)
 			continue
 		}
 		c.Files[p.Name] = part.Services
@@ -188,10 +197,12 @@ func (d *decoder) rejectPart(name string, errs Errors, c *Config) {
 	}
 }
 
+func (t taken) clone() taken { return taken{maps.Clone(t.names), maps.Clone(t.listeners)} }
+
 // place says where something stands, as seen from a file.
 func place(from, file string, line int) string {
 	if from == file {
 		return fmt.Sprintf("at line %d", line)
 	}
-	return fmt.Sprintf("at %s:%d", strings.TrimPrefix(file, filepath.Dir(from)+"/"), line)
+	return fmt.Sprintf("at %s:%d", file, line)
 }

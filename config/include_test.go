@@ -50,7 +50,7 @@ func TestInclude(t *testing.T) {
 
 	// Errors name the file; names and listeners are unique in all.
 	write("conf.d/b.yaml", service("a", "192.0.2.9"))
-	if have := names(); !strings.HasPrefix(have, filepath.Join(dir, "conf.d/b.yaml")+":2:") || !strings.Contains(have, "service a is already defined at a.yaml:3") {
+	if have := names(); !strings.HasPrefix(have, filepath.Join(dir, "conf.d/b.yaml")+":2:") || !strings.HasSuffix(have, "service a is already defined at "+filepath.Join(dir, "conf.d/a.yaml")+":3; names are unique") {
 		t.Errorf("have %s", have)
 	}
 	write("conf.d/b.yaml", service("b", "192.0.2.1"))
@@ -80,6 +80,17 @@ func TestInclude(t *testing.T) {
 	if _, err := Values(WithIncluded(main, []byte(service("own", "192.0.2.1"))), "other"); err == nil {
 		t.Error("a service that there is not has values")
 	}
+
+	write("pentad.yaml", "include: [conf.d/*.yaml, nowhere.yaml]\n")
+	write("conf.d/b.yaml", service("b", "192.0.2.2"))
+	if c, err := Load(main); err != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0].Message, "nowhere.yaml to include") {
+		t.Errorf("a file that is not there: %v, %+v", err, c)
+	}
+	// What another file has it does not get, and takes nothing with it.
+	write("pentad.yaml", "include: {files: [conf.d/*.yaml], onError: skip}\n")
+	write("conf.d/b.yaml", service("a", "192.0.2.2"))
+	expect("a source-hash")
+	write("conf.d/b.yaml", "scope: {}\n")
 
 	// One that is not valid need not take the others with it.
 	write("pentad.yaml", "include: {files: [conf.d/*.yaml, /nowhere/*.yaml], onError: skip}\n")

@@ -153,10 +153,15 @@ func (s *schema[T]) decode(d *decoder, n *yaml.Node, to *T) map[string]*yaml.Nod
 		return nil
 	}
 	seen := make(map[string]*yaml.Node, len(n.Content)/2)
+	merges := 0
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
-		if key.Tag == "!!merge" || key.Value == "<<" {
-			continue // after what is written here
+		if key.Value == "<<" {
+			// After what is written here.
+			if merges++; merges == 2 {
+				d.errorf(key, "the key << stands twice in %s; one may name a list of mappings", s.what)
+			}
+			continue
 		}
 		s.decodeOne(d, key, value, seen, to)
 	}
@@ -197,7 +202,7 @@ const maxMerged = 16
 func (s *schema[T]) merge(d *decoder, n *yaml.Node, seen map[string]*yaml.Node, to *T, depth int) {
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := n.Content[i], resolve(n.Content[i+1])
-		if key.Tag != "!!merge" && key.Value != "<<" {
+		if key.Value != "<<" {
 			continue
 		}
 		sources := []*yaml.Node{value}

@@ -22,7 +22,7 @@ var scopeSchema = schema[Scope]{what: "scope", fields: []field[Scope]{
 		set: func(d *decoder, n *yaml.Node, to *Scope) {
 			v, ok := d.text(n, "the path of a cgroup, such as /system.slice")
 			if ok && (!strings.HasPrefix(v, "/") || slices.Contains(strings.Split(v, "/"), "..")) {
-				d.errorf(n, "want the path of a cgroup below the root of its hierarchy, such as /system.slice, found %q", v)
+				d.errorf(n, "want the path of a cgroup below the root of its hierarchy, such as /system.slice, found %q", shorten(v))
 				return
 			}
 			to.Cgroup = v

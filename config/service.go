@@ -23,7 +23,7 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		set: func(d *decoder, n *yaml.Node, to *service.Service) {
 			v, ok := d.text(n, "a name such as orders-db")
 			if ok && !dnsLabel.MatchString(v) {
-				d.errorf(n, "want a DNS label: at most 63 lower-case letters, digits and hyphens, found %q", v)
+				d.errorf(n, "want a DNS label: at most 63 lower-case letters, digits and hyphens, found %q", shorten(v))
 				return
 			}
 			to.Name = v

@@ -81,18 +81,6 @@ var kubernetesSchema = schema[Kubernetes]{what: "kubernetes", fields: []field[Ku
 	field[Kubernetes]{
 		key: "health", kind: "ADDRESS:PORT",
 		doc: "Address of `/healthz` and `/livez`, by which load balancers of clouds judge the node. The default is kube-proxy's.",
-		set: func(d *decoder, n *yaml.Node, to *Kubernetes) {
-			const want = "an address such as " + defaultNodeHealth
-			v, ok := d.text(n, want)
-			if !ok {
-				return
-			}
-			at, err := netip.ParseAddrPort(v)
-			if err != nil || at.Port() == 0 {
-				d.errorf(n, "want %s, found %q", want, v)
-				return
-			}
-			to.Health = at
-		},
+		set: func(d *decoder, n *yaml.Node, to *Kubernetes) { to.Health = d.ownAddress(n, defaultNodeHealth) },
 	}.or(defaultNodeHealth),
 }}

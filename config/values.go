@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v4"
@@ -17,14 +18,17 @@ type Value struct {
 // Values returns what a valid text says, with the defaults of keys that it does not
 // name; of one service, if that is named.
 func Values(t *Text, service string) ([]Value, error) {
-	if _, err := ParseText(t); err != nil {
+	c, err := ParseText(t)
+	if err != nil {
 		return nil, err
 	}
 	v := &values{keys: Keys(), only: service}
 	v.file(t.Name, t.Data, nil)
 	main := v.defaults
 	for _, p := range t.Included {
-		v.file(p.Name, p.Data, main)
+		if c.Skipped[p.Name] == nil {
+			v.file(p.Name, p.Data, main)
+		}
 	}
 	if service != "" && len(v.all) == 0 {
 		return nil, fmt.Errorf("the file has no service %s", service)
@@ -39,6 +43,7 @@ type values struct {
 	all      []Value
 	defaults *yaml.Node // of the file that is read
 	from     string
+	udp      bool // all listeners of the service are of UDP
 }
 
 func (v *values) file(name string, data []byte, defaults *yaml.Node) {
@@ -56,6 +61,7 @@ func (v *values) file(name string, data []byte, defaults *yaml.Node) {
 		case key == "services":
 			for _, one := range value.Content {
 				n := d.withDefaults(resolve(one))
+				v.udp = listensUDP(n)
 				v.mapping("services."+nameOf(n), "services[]", n)
 			}
 		case v.only == "":
@@ -131,7 +137,8 @@ func (v *values) missing(path, schema string, seen map[string]bool) {
 		rest, below := strings.CutPrefix(k.Path, prefix)
 		section, _, _ := strings.Cut(rest, ".")
 		// Without a source there is none, and lists are empty.
-		if !below || k.Default == "" || seen[section] || section == "source" || strings.Contains(rest, "[]") {
+		if !below || k.Default == "" || seen[section] || section == "source" || strings.Contains(rest, "[]") ||
+			v.udp && schema == "services[]" && slices.Contains(tcpKeys, section) {
 			continue
 		}
 		v.add(strings.TrimPrefix(path+"."+rest, "."), k.Default, "default")

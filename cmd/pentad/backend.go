@@ -338,7 +338,7 @@ func awaitEmpty(ctx context.Context, w io.Writer, at *places, answer api.DrainAn
 			last = left
 		}
 		if !pause(ctx, waitEvery) {
-			return fmt.Errorf("%s left when the wait ended: %w", view.Count(left, "connection"), context.Cause(ctx))
+			return fmt.Errorf("interrupted with %s left; the backend stays drained", view.Count(left, "connection"))
 		}
 	}
 }

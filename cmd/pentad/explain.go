@@ -92,6 +92,11 @@ func parseDestination(cmd *cobra.Command, owners map[service.Listener][]string, 
 		return all, nil
 	}
 	dest, protocol, named := strings.Cut(text, "/")
+	if all := questions(func(l service.Listener) bool {
+		return slices.Contains(owners[l], dest) && l.Protocol.String() == protocol
+	}); all != nil {
+		return all, nil
+	}
 	q := flow.Question{Protocol: service.TCP}
 	switch {
 	case !named || protocol == "tcp":
@@ -110,7 +115,7 @@ func parseDestination(cmd *cobra.Command, owners map[service.Listener][]string, 
 	addr, err := netip.ParseAddr(strings.Trim(dest, "[]"))
 	if err != nil {
 		return nil, misused(cmd, "%q is no destination; want ADDRESS:PORT, such as 10.96.0.10:3306 or [2001:db8::10]:53/udp, or the name of a service; "+
-			"other names are not resolved", text)
+			"other names are not resolved%s", text, nearestOwner(owners, dest))
 	}
 	all := questions(func(l service.Listener) bool {
 		return l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol)
@@ -123,6 +128,18 @@ func parseDestination(cmd *cobra.Command, owners map[service.Listener][]string, 
 		return nil, misused(cmd, "no service listens on %s; name a port to have a connection explained all the same%s", addr, hint)
 	}
 	return all, nil
+}
+
+// nearestOwner says which service was probably meant.
+func nearestOwner(owners map[service.Listener][]string, name string) string {
+	var names []string
+	for _, some := range owners {
+		names = append(names, some...)
+	}
+	if near := service.NearestWord(name, names); near != "" {
+		return fmt.Sprintf("; did you mean %q?", near)
+	}
+	return ""
 }
 
 func cutLast(text, sep string) (before, after string, found bool) {

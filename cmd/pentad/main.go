@@ -129,6 +129,8 @@ func newRoot() (root *cobra.Command, started *bool) {
 		"directory of what outlives a restart of the host: which backends are drained; without it "+defaultStateDir+", or --run-dir where that is given")
 	root.AddCommand(newRun(at), newController(), newCheck(), newSchema(), newConfig(), newDiff(at), newReload(at), newStatus(at), newService(at), newBackend(at), newFlow(at),
 		newExplain(at), newDown(at), newDemo(), newVersion())
+	setHelp(root)
+	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	finish(root)
 	return root, started

@@ -41,7 +41,7 @@ func newServiceList(at *places) *cobra.Command {
 	watch := addWatch(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return watch.run(cmd, func(w io.Writer) error {
-			h, err := view.ReadKernel(at.view())
+			h, err := view.Read(cmd.Context(), at.view(), only.name)
 			if err != nil {
 				return err
 			}
@@ -97,6 +97,18 @@ func serviceRows(all []view.Service, wide bool) (head []string, rows [][]string)
 		slices.SortStableFunc(rows[first:], func(a, b []string) int { return cmp.Compare(a[1], b[1]) })
 	}
 	if packets {
+		return head, rows
+	}
+	if wide {
+		// Where all are of sockets the column has room for where services come from.
+		head[3] = "SOURCE"
+		sources := make(map[string]string)
+		for _, s := range all {
+			sources[s.Name] = s.Source
+		}
+		for i := range rows {
+			rows[i][3] = sources[rows[i][0]]
+		}
 		return head, rows
 	}
 	for i, r := range rows {

@@ -84,6 +84,22 @@ func nearestCommand(cmd *cobra.Command, word string) string {
 	return service.Nearest(word, words(cmd))
 }
 
+// setHelp has `help WORD` say that there is no such command, if there is none.
+func setHelp(root *cobra.Command) {
+	root.SetHelpCommand(&cobra.Command{
+		Use:     "help [COMMAND]",
+		Short:   "Help about any command",
+		Example: "  pentad help backend drain",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			about, rest, err := root.Find(args)
+			if err != nil || len(rest) > 0 {
+				return misused(cmd, "%q is no command of pentad%s", strings.Join(args, " "), nearestCommand(root, args[len(args)-1]))
+			}
+			return about.Help()
+		},
+	})
+}
+
 func words(cmd *cobra.Command) []string {
 	var all []string
 	for _, c := range cmd.Commands() {

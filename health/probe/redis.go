@@ -83,6 +83,14 @@ func (c redisConn) send(words ...string) error {
 		b = fmt.Appendf(b, "$%d\r\n%s\r\n", len(w), w)
 	}
 	_, err := c.w.Write(b)
+	if err == nil {
+		return nil
+	}
+	// A server that will not talk may have said why before it hung up: in protected mode
+	// Redis does.
+	if kind, text, readErr := c.line(); readErr == nil && kind == '-' {
+		return fmt.Errorf("it said %q", text)
+	}
 	return err
 }
 
@@ -120,6 +128,9 @@ func (c redisConn) role() (r redisRole, err error) {
 	kind, text, err := c.line()
 	if err != nil {
 		return r, err
+	}
+	if kind == '-' {
+		return r, fmt.Errorf("it said %q", text)
 	}
 	n, bad := strconv.Atoi(text)
 	if kind != '*' || bad != nil || n < 1 {

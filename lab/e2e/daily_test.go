@@ -97,6 +97,10 @@ func TestUsage(t *testing.T) {
 		{2, "status -o wide", "want one of table, json, yaml"},
 		{2, "status extra", `"extra" is one argument too many`},
 		{2, "check pentad.yaml -c other", "named twice"},
+		{2, "help nosuch", "no command"},
+		{0, "help flow", "Usage:"},
+		{0, "explain web/tcp", "goes to one of"},
+		{2, "explain wbe", `did you mean "web"?`},
 		{0, "--version", "pentad "},
 		{0, "services ls", "web"},
 		{0, "svc list", "web"},
@@ -372,7 +376,7 @@ func TestOneTruth(t *testing.T) {
 		}
 		return nil
 	})
-	w.says(0, "backend list --service half", "down", "its probe fails: dial tcp 10.0.0.2:7000: connect: connection refused after", "again in")
+	w.says(0, "backend list --service half", "down", "its probe fails: connection refused after", "again in")
 	w.says(0, "backend list --service half -o wide", "tcp: failed in", "tcp: ok in")
 	w.says(0, "backend list --state full", "full", "it has 1 connection, as many as maxConnections allows")
 	w.says(0, "service list", "nothing: refused (1 backend: down)", "nothing: refused (1 backend: full)")
