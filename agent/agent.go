@@ -22,6 +22,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/socket"
@@ -73,6 +74,7 @@ type Agent struct {
 	watch    publication
 
 	savedDrains string // as they stand in their file
+	texts       chan *config.Text
 
 	mu      sync.Mutex // guards what follows, which the API reads
 	known   *known
@@ -89,11 +91,6 @@ func Run(ctx context.Context, opts Options) error {
 	if err := socket.CheckHost(); err != nil {
 		return err
 	}
-	lock, err := host.LockWithin(ctx, opts.Pins, downPatience)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
 	from, err := file.New(opts.ConfigFile)
 	if err != nil {
 		return err
@@ -101,23 +98,28 @@ func Run(ctx context.Context, opts Options) error {
 	defer from.Close()
 	first, err := from.Load()
 	if err != nil && !mayWait(opts) {
+		return firstErrors(err)
+	}
+	lock, err := host.LockWithin(ctx, opts.Pins, downPatience)
+	if err != nil {
 		return err
 	}
+	defer lock.Close()
 	return newAgent(opts, roles).run(ctx, from, first)
 }
 
-// mayWait reports whether an agent waits for a file that is valid: what is in the kernel
+// mayWait reports whether an agent waits for a file that is valid: what was in force
 // goes on meanwhile, and a service manager need not start it again and again. A person at
 // a terminal is better served by an end with the reason.
 func mayWait(opts Options) bool {
 	_, err := socket.Read(opts.Pins)
-	return isManaged() || err == nil
+	return isManaged() || err == nil || loadText(opts) != nil
 }
 
 func newAgent(opts Options, roles []role) *Agent {
 	a := &Agent{
 		opts: opts, log: opts.Log, started: time.Now(), states: make(states), reached: make(map[string]outcome),
-		updates: make(chan source.Update), changes: make(chan []health.Change), drains: make(chan drain), reloads: make(chan reload), pings: make(chan struct{}), pongs: make(chan struct{}), outcomes: make(chan outcome),
+		updates: make(chan source.Update), changes: make(chan []health.Change), drains: make(chan drain), reloads: make(chan reload), pings: make(chan struct{}), pongs: make(chan struct{}), texts: make(chan *config.Text, 1), outcomes: make(chan outcome),
 		known: &known{services: &service.Snapshot{}},
 	}
 	a.cluster = &cluster{log: a.log, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
@@ -140,9 +142,11 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 	for _, d := range a.drivers {
 		a.tasks.Go(func() { d.run(ctx) })
 	}
-	if first.Err != nil {
-		a.rejectFile(first.Err)
-	} else {
+	broken := first.Err
+	if broken != nil {
+		first = a.lastGood()
+	}
+	if first.Config != nil {
 		a.takeFile(ctx, first)
 		if err := a.awaitFirst(ctx); err != nil {
 			return err
@@ -150,9 +154,13 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 		a.log.Info("services are in the kernel", "revision", a.known.services.Revision,
 			"services", len(a.known.services.Services), "took", time.Since(a.started).Round(time.Millisecond))
 	}
+	if broken != nil {
+		a.rejectFile(broken)
+	}
 	if err := a.serveSocket(ctx); err != nil {
 		return err
 	}
+	a.tasks.Go(func() { a.saveTexts(ctx) })
 	tellManager(daemon.SdNotifyReady)
 	a.tasks.Go(func() { a.watchdog(ctx) })
 	a.tasks.Go(func() { a.monitor.Run(ctx) })

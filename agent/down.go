@@ -24,7 +24,7 @@ const downPatience = 5 * time.Second
 func Down(ctx context.Context, opts Options) error {
 	pins, runDir := opts.Pins, opts.RunDir
 	if _, err := os.Stat(pins); errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(leaveAll(opts), forgetDrains(opts), removeRunDir(runDir))
+		return errors.Join(leaveAll(opts), forgetState(opts), removeRunDir(runDir))
 	}
 	lock, err := host.Lock(pins)
 	var held *host.LockedError
@@ -35,7 +35,7 @@ func Down(ctx context.Context, opts Options) error {
 		return err
 	}
 	defer lock.Close()
-	return errors.Join(leaveAll(opts), host.RemovePins(pins), forgetDrains(opts), removeRunDir(runDir))
+	return errors.Join(leaveAll(opts), host.RemovePins(pins), forgetState(opts), removeRunDir(runDir))
 }
 
 // leaveAll takes every role out of the kernel, in the opposite order of the table.

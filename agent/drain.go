@@ -12,6 +12,7 @@ import (
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
 
@@ -75,7 +76,7 @@ func (a *Agent) prepareDrain(d drain, now time.Time) (pendingDrain, error) {
 		return cmp.Or(cmp.Compare(x.Service, y.Service), x.Address.Compare(y.Address))
 	})
 	if d.Drained {
-		p.answer.Refusing = a.refusingWith(p.set, now)
+		p.answer.Refusing = a.refusingWith(p.set, now, a.loads())
 	}
 	if len(p.answer.Refusing) > 0 && !d.Force {
 		return p, fmt.Errorf("%w: then %s would refuse every connection, because no other backend takes any; --force drains all the same",
@@ -140,14 +141,22 @@ func (a *Agent) nearestService(name string) string {
 	return service.Nearest(name, names)
 }
 
+// loads returns the load of every backend; an empty one where it cannot be read.
+func (a *Agent) loads() func(*service.Service, service.Family) service.Choice {
+	v, err := socket.Read(a.opts.Pins)
+	if err != nil {
+		v = &socket.View{}
+	}
+	return v.Choose
+}
+
 // refusingWith returns the listeners that take connections now and would not with other
-// states of backends. What is ejected or full for the moment does not count.
-func (a *Agent) refusingWith(changed states, now time.Time) []string {
+// states of backends.
+func (a *Agent) refusingWith(changed states, now time.Time, choose func(*service.Service, service.Family) service.Choice) []string {
 	with := maps.Clone(a.states)
 	for k, st := range changed {
 		with.set(k, st)
 	}
-	noLoad := func(service.Backend) service.Load { return service.Load{} }
 	var refusing []string
 	touched := make(map[string]bool)
 	for k := range changed {
@@ -161,12 +170,18 @@ func (a *Agent) refusingWith(changed states, now time.Time) []string {
 		after := with.overOne(before, now)
 		for _, l := range before.Listeners {
 			f := service.FamilyOf(l.Address.Addr())
-			if len(before.Choose(f, noLoad).Takers()) > 0 && len(after.Choose(f, noLoad).Takers()) == 0 {
+			if len(choose(before, f).Takers()) > 0 && !servesBeside(choose(after, f)) {
 				refusing = append(refusing, fmt.Sprintf("%s (%s)", l, name))
 			}
 		}
 	}
 	return refusing
+}
+
+// servesBeside reports whether anybody would serve whom nobody avoids: who is ejected and
+// used all the same, because no other is left, is not the one to rely on.
+func servesBeside(c service.Choice) bool {
+	return slices.ContainsFunc(c.Takers(), func(x service.Candidate) bool { return x.State == service.Serving })
 }
 
 // drained returns the state of a backend after a request at a time.

@@ -77,6 +77,7 @@ func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	if a.invalid != nil {
 		a.log.Info("the configuration is valid again, and in force", "source", "file")
 	}
+	a.saveText(u.Text)
 	a.mu.Lock()
 	a.invalid, a.loaded = nil, time.Now()
 	a.inbox.file = u

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +12,10 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
+	"github.com/pentad/pentad/source"
+	"github.com/pentad/pentad/source/file"
 )
 
 // drainsFile is where it stands in the state directory which backends of the file's
@@ -86,13 +90,83 @@ func (a *Agent) saveDrains() {
 	a.savedDrains = string(raw)
 }
 
-// forgetDrains removes what was saved, and its directory if nothing else is there.
-func forgetDrains(opts Options) error {
+// textFile is where the configuration stands that was in force last: an agent that finds a
+// broken one goes on with it, also after a restart of the host.
+const textFile = "last-good.json"
+
+// lastGood returns the configuration that was in force last, or one that is empty. What
+// is wrong with the newest is still said.
+func (a *Agent) lastGood() source.Update {
+	t := loadText(a.opts)
+	if t == nil {
+		return source.Update{}
+	}
+	u := file.Parse(t)
+	if u.Err != nil {
+		// An older version wrote it.
+		a.log.Warn("the configuration that was in force last is not valid any more", "error", u.Err)
+		return source.Update{}
+	}
+	a.log.Warn("the configuration that was in force last is in force again, until the file is valid")
+	u.Text = nil // it is not the file
+	return u
+}
+
+func loadText(opts Options) *config.Text {
 	if opts.StateDir == "" {
 		return nil
 	}
-	if err := os.Remove(filepath.Join(opts.StateDir, drainsFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	raw, err := os.ReadFile(filepath.Join(opts.StateDir, textFile))
+	if err != nil {
+		return nil
+	}
+	var t config.Text
+	if json.Unmarshal(raw, &t) != nil || t.Name != opts.ConfigFile {
+		return nil // it is of another file
+	}
+	return &t
+}
+
+// saveText has a text saved, off the loop: it may be long. Only the newest counts.
+func (a *Agent) saveText(t *config.Text) {
+	if a.opts.StateDir == "" || t == nil {
+		return
+	}
+	select {
+	case <-a.texts:
+	default:
+	}
+	a.texts <- t
+}
+
+// saveTexts saves what it is told to until the context ends.
+func (a *Agent) saveTexts(ctx context.Context) {
+	for {
+		var t *config.Text
+		select {
+		case <-ctx.Done():
+			return
+		case t = <-a.texts:
+		}
+		raw, err := json.Marshal(t)
+		if err == nil {
+			err = replaceFile(filepath.Join(a.opts.StateDir, textFile), raw)
+		}
+		if err != nil {
+			a.log.Warn("a broken file after a restart of the host will leave it without services", "error", err)
+		}
+	}
+}
+
+// forgetState removes what was saved, and its directory if nothing else is there.
+func forgetState(opts Options) error {
+	if opts.StateDir == "" {
+		return nil
+	}
+	for _, name := range []string{drainsFile, textFile} {
+		if err := os.Remove(filepath.Join(opts.StateDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	// Somebody else may have something there.
 	_ = os.Remove(opts.StateDir)

@@ -2,15 +2,31 @@ package agent
 
 import (
 	"context"
+	"net"
 	"os"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 )
 
+// patience is how long a service manager may keep the agent from its work.
+const patience = 50 * time.Millisecond
+
 // tellManager tells the service manager, if one asks for it (sd_notify(3)). Nothing
-// depends on it.
-func tellManager(state string) { _, _ = daemon.SdNotify(false, state) }
+// depends on it, and one that does not listen is not waited for.
+func tellManager(state string) {
+	at := os.Getenv("NOTIFY_SOCKET")
+	if at == "" {
+		return
+	}
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: at, Net: "unixgram"})
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	_ = conn.SetWriteDeadline(time.Now().Add(patience))
+	_, _ = conn.Write([]byte(state))
+}
 
 // isManaged reports whether a service manager started this process and waits for it.
 func isManaged() bool { return os.Getenv("NOTIFY_SOCKET") != "" }

@@ -89,6 +89,9 @@ func (a *Agent) answerReloads() {
 // of one or two, to change them all is nothing unusual.
 const guardFrom = 4
 
+// errHeld says that a file is valid and not put in force.
+var errHeld = errors.New("the file is held back")
+
 // guarded returns why a text of the file is not put in force without being forced to: it
 // takes away more of what is served than the guard that is in force lets it.
 func (a *Agent) guarded(u source.Update) error {
@@ -114,8 +117,8 @@ func (a *Agent) guarded(u source.Update) error {
 	if all < guardFrom || gone*100 <= all*now.Config.Guard {
 		return nil
 	}
-	return fmt.Errorf("the file is valid and held back: it takes away %d of %d listeners, and guard is %d%%; `pentad reload --force` puts it in force",
-		gone, all, now.Config.Guard)
+	return fmt.Errorf("%w: it takes away %d of %d listeners, and guard is %d%%; `pentad reload --force` puts it in force",
+		errHeld, gone, all, now.Config.Guard)
 }
 
 // mostErrors is how many errors of a file are logged and shown.
@@ -132,6 +135,8 @@ func firstErrors(err error) error {
 
 // rejectFile notes why the newest text of the file is not in force.
 func (a *Agent) rejectFile(err error) {
+	var every config.Errors
+	errors.As(err, &every)
 	err = firstErrors(err)
 	a.mu.Lock()
 	a.invalid = err
@@ -143,6 +148,9 @@ func (a *Agent) rejectFile(err error) {
 	}
 	for _, e := range all {
 		a.log.Error("configuration is not valid and not in force", "source", "file", "error", e)
+	}
+	if more := len(every) - len(all); more > 0 {
+		a.log.Error("configuration is not valid and not in force", "source", "file", "more", more)
 	}
 }
 

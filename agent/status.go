@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -68,7 +69,11 @@ func (a *Agent) Status() api.Status {
 	s.Problems = append(s.Problems, probing(st)...)
 	if a.invalid != nil {
 		s.Config.Error = a.invalid.Error()
-		s.Problems = append(s.Problems, "the configuration file is not valid and not in force: "+a.invalid.Error())
+		problem := "the configuration file is not valid and not in force: "
+		if errors.Is(a.invalid, errHeld) {
+			problem = "the newest text of the configuration is not in force: "
+		}
+		s.Problems = append(s.Problems, problem+a.invalid.Error())
 	}
 	s.Problems = append(s.Problems, skipped(a.known.config)...)
 	a.addCluster(&s)

@@ -24,6 +24,7 @@ type Update struct {
 	// Config is the file, whose other sections are for the agent. Other sources
 	// have none.
 	Config *config.Config
+	Text   *config.Text // that Config was read from
 
 	// Node is what a cluster says of this host beside its services.
 	Node

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -26,13 +27,9 @@ func newReload(at *places) *cobra.Command {
 				return fmt.Errorf("%w; start it: systemctl start pentad, or pentad run", err)
 			}
 			if err != nil {
-				return fmt.Errorf("nothing has changed: %w", err)
+				return fmt.Errorf("not in force: %s", strings.TrimPrefix(err.Error(), api.ErrRefused.Error()+": "))
 			}
-			what := "nothing has changed"
-			if a.Changed {
-				what = "in force"
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "revision %d with %s: %s\n", a.Revision, view.Count(a.Services, "service"), what)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "revision %d with %s is in force\n", a.Revision, view.Count(a.Services, "service"))
 			return err
 		},
 	}

@@ -6,6 +6,9 @@ import (
 	"io"
 	"net"
 	"os"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // Words says what a probe met with, without what whoever reads it knows already: which
@@ -23,6 +26,10 @@ func Words(err error) string {
 		return call.Err.Error()
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
 		return "it hung up"
+	case status.Code(err) == codes.DeadlineExceeded:
+		return "no answer in time"
+	case status.Code(err) != codes.Unknown && status.Convert(err).Message() != "":
+		return status.Convert(err).Message()
 	case errors.As(err, &op):
 		return op.Err.Error()
 	}

@@ -233,7 +233,7 @@ func TestReloadByHand(t *testing.T) {
 			return nil
 		})
 	}
-	w.says(0, "reload", "with 6 services: nothing has changed")
+	w.says(0, "reload", "with 6 services is in force")
 	w.says(0, "diff pentad.yaml", "nothing would change")
 	w.configure(many(7))
 	w.says(0, "reload", "with 7 services")
@@ -244,7 +244,7 @@ func TestReloadByHand(t *testing.T) {
 	w.says(1, "reload", "takes away 5 of 7 listeners", "pentad reload --force")
 	w.says(1, "status", "PROBLEM", "held back")
 	services(7)
-	w.says(0, "reload --force", "with 2 services: in force")
+	w.says(0, "reload --force", "with 2 services is in force")
 	services(2)
 	w.says(0, "status")
 	// Few listeners have no guard, and a guard can be off.
@@ -336,7 +336,7 @@ func TestServiceManager(t *testing.T) {
 		t.Fatal(err)
 	}
 	hears("READY=1")
-	w.says(1, "status", "this is not YAML")
+	w.says(1, "status", "this is not YAML", "none in force yet")
 	w.configure(daily)
 	w.eventually("the services", func() error {
 		v, err := socket.Read(w.Pins)
@@ -346,6 +346,19 @@ func TestServiceManager(t *testing.T) {
 		return err
 	})
 	hears("WATCHDOG=1")
+	// It does not wait for a manager that does not listen.
+	time.Sleep(2 * time.Second)
+	w.says(0, "reload")
+	w.says(0, "reload")
+	// What lies there since is read away.
+	for b := make([]byte, 1000); ; {
+		if err := manager.SetReadDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := manager.Read(b); err != nil {
+			break
+		}
+	}
 	w.says(0, "reload")
 	hears("RELOADING=1")
 	hears("READY=1")
@@ -493,4 +506,49 @@ func TestIncludedFiles(t *testing.T) {
 	}
 	names("a@192.0.2.4:80")
 	w.says(0, "config show pentad.yaml --service a", "default", "a.yaml:2")
+}
+
+// An agent that starts with a broken file goes on with the one that was in force last: it
+// probes, drains and answers, also when nothing is left in the kernel.
+func TestBrokenAtStart(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newWorld(t, "10.0.0.1", "10.0.0.2")
+	two := w.serve("", "10.0.0.1:7000", "10.0.0.2:7000")
+	const text = "services:\n- {name: web, listen: ['192.0.2.10:80'], health: {interval: 200ms, fall: 1, rise: 1}, backends: ['10.0.0.1:7000', '10.0.0.2:7000']}\n"
+	w.run(text)
+	w.awaitStates("web", service.Serving, service.Serving)
+	saved := filepath.Join(w.Dir, "run", "last-good.json")
+	w.eventually("the configuration is saved", func() error {
+		_, err := os.Stat(saved)
+		return err
+	})
+	for _, gone := range []bool{false, true} {
+		w.agent.Kill()
+		if gone {
+			if err := socket.Remove(w.Pins); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.configure("services: [\n")
+		w.agent = w.launch()
+		w.eventually("the problem", func() error {
+			if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "this is not YAML") || !strings.Contains(out, "2 backends") {
+				return errors.New(out)
+			}
+			return nil
+		})
+		w.awaitStates("web", service.Serving, service.Serving)
+		w.says(0, "backend drain web 10.0.0.1:7000", "drained")
+		w.says(0, "backend enable web 10.0.0.1:7000", "enabled")
+	}
+	two.Kill()
+	w.awaitStates("web", service.Down, service.Down)
+	w.configure(text)
+	w.eventually("all is well", func() error {
+		if out, code := w.run1("status"); code != 0 {
+			return errors.New(out)
+		}
+		return nil
+	})
 }

@@ -5,6 +5,7 @@ package file
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -104,7 +105,7 @@ func (s *Source) Load() (source.Update, error) {
 		return u, u.Err
 	}
 	s.setText(t)
-	u := parse(t)
+	u := Parse(t)
 	return u, u.Err
 }
 
@@ -121,7 +122,11 @@ func (s *Source) setText(t *config.Text) {
 }
 
 func unreadable(err error) source.Update {
-	return source.Update{From: service.SourceFile, Err: fmt.Errorf("configuration cannot be read: %w", err)}
+	var path *os.PathError
+	if errors.As(err, &path) {
+		err = fmt.Errorf("configuration %s cannot be read: %w", path.Path, path.Err)
+	}
+	return source.Update{From: service.SourceFile, Err: err}
 }
 
 // Read returns what a file says now, whoever watches it.
@@ -130,15 +135,16 @@ func Read(path string) source.Update {
 	if err != nil {
 		return unreadable(err)
 	}
-	return parse(t)
+	return Parse(t)
 }
 
-func parse(t *config.Text) source.Update {
+// Parse returns what a text says.
+func Parse(t *config.Text) source.Update {
 	c, err := config.ParseText(t)
 	if err != nil {
 		return source.Update{From: service.SourceFile, Err: err}
 	}
-	return source.Update{From: service.SourceFile, Services: c.Services, Config: c}
+	return source.Update{From: service.SourceFile, Services: c.Services, Config: c, Text: t}
 }
 
 // follow finds out on which names the contents of the file depend (the path,
@@ -268,5 +274,5 @@ func (s *Source) read(emit func(source.Update)) {
 		return
 	}
 	s.setText(t)
-	emit(parse(t))
+	emit(Parse(t))
 }
