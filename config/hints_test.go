@@ -168,3 +168,39 @@ func items(at map[string]any) map[string]any {
 	next, _ := at["items"].(map[string]any)
 	return next
 }
+
+// Backends without a port have that of the listener.
+func TestPortsThatStay(t *testing.T) {
+	const shape = "services:\n- {name: web, listen: [%], backends: [&]}\n- {name: other, listen: [192.0.2.9:80], backends: [10.0.0.9:80]}\n"
+	parse := func(listen, backends string) string {
+		cfg, err := Parse("f", []byte(strings.NewReplacer("%", listen, "&", backends).Replace(shape)))
+		if err != nil {
+			return err.Error()
+		}
+		var all []string
+		for _, s := range cfg.Services {
+			text := s.Name
+			for _, l := range s.Listeners {
+				text += " " + l.String()
+			}
+			for _, b := range s.Backends {
+				text += " -> " + b.Address.String()
+			}
+			all = append(all, text)
+		}
+		return strings.Join(all[:len(all)-1], ", ")
+	}
+	for _, c := range []struct{ listen, backends, want string }{
+		{"192.0.2.1:80", "10.0.0.1, {address: 10.0.0.2}", "web 192.0.2.1:80 -> 10.0.0.1:80 -> 10.0.0.2:80"},
+		{"192.0.2.1:443, 192.0.2.1:80", "10.0.0.1", "web:80 192.0.2.1:80 -> 10.0.0.1:80, web:443 192.0.2.1:443 -> 10.0.0.1:443"},
+		{"192.0.2.1:53, '192.0.2.1:53/udp'", "10.0.0.1", "web 192.0.2.1:53 192.0.2.1:53/udp -> 10.0.0.1:53"},
+		{"'[2001:db8:1::1]:80'", "'[2001:db8::1]'", "web [2001:db8:1::1]:80 -> [2001:db8::1]:80"},
+		{"192.0.2.1:80", "10.0.0.1, 10.0.0.2:81", "f:2:50: service web: backend 10.0.0.1 has no port and 10.0.0.2:81 has one; write a port for all, or for none: then it stays that of the listener"},
+		{"192.0.2.1:80", "10.0.0.1, 10.0.0.1", "f:2:60: service web: backend 10.0.0.1:0 already stands at line 2; give one of them the weight of both"},
+		{"192.0.2.1:80, 192.0.2.9:80", "10.0.0.1", "f:3:26: service other: listener 192.0.2.9:80 already belongs to service web"},
+	} {
+		if have := parse(c.listen, c.backends); have != c.want {
+			t.Errorf("%s -> %s:\nhave %s\nwant %s", c.listen, c.backends, have, c.want)
+		}
+	}
+}

@@ -1,6 +1,8 @@
 package config
 
 import (
+	"fmt"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -71,7 +73,7 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 	truth("flows", "Whether `pentad flow` is told of the connections of this service.",
 		func(to *service.Service, v bool) { to.Silent = !v }).or("true"),
 	mappings("backends", "list of backends",
-		"The real addresses, each `ADDRESS:PORT` or a mapping. With none, or none usable, connections are refused at once.",
+		"The real addresses, each `ADDRESS[:PORT]` or a mapping. With none, or none usable, connections are refused at once.",
 		&backendSchema, (*decoder).backends).must(),
 	mapping("health", "mapping", "How backends are probed.", &healthSchema, (*decoder).health),
 	{
@@ -230,11 +232,9 @@ type writtenBackend struct {
 var backendSchema = schema[writtenBackend]{what: "a backend", fields: []field[writtenBackend]{
 	{
 		key: "address", kind: "ADDRESS:PORT", required: true,
-		doc: "Where connections go.",
+		doc: "Where connections go. Without a port it stays that of the listener; a service that listens at several ports is one for each then, NAME:PORT.",
 		set: func(d *decoder, n *yaml.Node, to *writtenBackend) {
-			if v, ok := d.text(n, wantBackend); ok {
-				to.Address, _ = d.address(n, v, wantBackend)
-			}
+			to.Address = d.backendAddress(n)
 		},
 	},
 	number("weight", "0 to 65535", "Share of new connections; 0 takes none.",
@@ -273,12 +273,77 @@ var backendSchema = schema[writtenBackend]{what: "a backend", fields: []field[wr
 
 const wantBackend = "a backend ADDRESS:PORT, such as 192.0.2.11:3306"
 
+// backendAddress reads ADDRESS:PORT, or ADDRESS alone: then the port stays what it is.
+func (d *decoder) backendAddress(n *yaml.Node) netip.AddrPort {
+	v, ok := d.text(n, wantBackend)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	if a, err := netip.ParseAddr(strings.Trim(v, "[]")); err == nil && a.Is4() == !strings.ContainsAny(v, "[]:") && bracketHint(v) == "" {
+		ap, ok := d.address(n, netip.AddrPortFrom(a, 1).String(), wantBackend)
+		if !ok {
+			return netip.AddrPort{}
+		}
+		return netip.AddrPortFrom(ap.Addr(), 0)
+	}
+	ap, _ := d.address(n, v, wantBackend)
+	return ap
+}
+
 // services reads all services of a file.
 func (d *decoder) services(n *yaml.Node, to *Config) {
 	to.Services = make([]*service.Service, 0, len(n.Content))
 	d.list(n, "a list of services", func(e *yaml.Node) {
-		to.Services = append(to.Services, d.service(e))
+		to.Services = append(to.Services, d.byPort(d.service(e))...)
 	})
+}
+
+// byPort gives backends without a port that of the listener. A service that listens at
+// several ports is one for each then: NAME:PORT.
+func (d *decoder) byPort(s *service.Service) []*service.Service {
+	at := d.at[s]
+	without := slices.IndexFunc(s.Backends, func(b service.Backend) bool { return b.Address.IsValid() && b.Address.Port() == 0 })
+	if without < 0 {
+		return []*service.Service{s}
+	}
+	if with := slices.IndexFunc(s.Backends, func(b service.Backend) bool { return b.Address.Port() != 0 }); with >= 0 {
+		d.errorf(at.backendNodes[without], "service %s: backend %s has no port and %s has one; write a port for all, or for none: then it stays that of the listener",
+			s.Name, s.Backends[without].Address.Addr(), s.Backends[with].Address)
+		return []*service.Service{s}
+	}
+	var ports []uint16
+	for _, l := range at.listeners {
+		ports = append(ports, l.Address.Port())
+	}
+	slices.Sort(ports)
+	ports = slices.Compact(ports)
+	var all []*service.Service
+	for _, port := range ports {
+		all = append(all, d.atPort(s, port, len(ports) > 1))
+	}
+	return all
+}
+
+// atPort returns the part of a service that listens at a port.
+func (d *decoder) atPort(s *service.Service, port uint16, several bool) *service.Service {
+	c, at := *s, *d.at[s]
+	if several {
+		c.Name = fmt.Sprintf("%s:%d", s.Name, port)
+	}
+	at.listeners, at.listenerNodes = nil, nil
+	for i, l := range d.at[s].listeners {
+		if l.Address.Port() == port {
+			at.listeners, at.listenerNodes = append(at.listeners, l), append(at.listenerNodes, d.at[s].listenerNodes[i])
+		}
+	}
+	c.Listeners = slices.Clone(at.listeners)
+	slices.SortFunc(c.Listeners, service.Listener.Compare)
+	c.Backends = slices.Clone(s.Backends)
+	for i, b := range c.Backends {
+		c.Backends[i].Address = netip.AddrPortFrom(b.Address.Addr(), port)
+	}
+	d.at[&c], d.disabled[&c] = &at, d.disabled[s]
+	return &c
 }
 
 // service reads one service and checks what concerns several of its keys.
@@ -389,9 +454,7 @@ func (d *decoder) backend(n *yaml.Node, to *service.Service) {
 	case n.Kind == yaml.MappingNode:
 		backendSchema.decode(d, n, &b)
 	default:
-		if v, ok := d.text(n, wantBackend); ok {
-			b.Address, _ = d.address(n, v, wantBackend)
-		}
+		b.Address = d.backendAddress(n)
 	}
 	if b.disabled {
 		return
@@ -421,7 +484,7 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 	}
 	first := make(map[string]int, len(s.Backends))
 	for i, b := range s.Backends {
-		if !b.Address.IsValid() || b.Address.Port() == 0 {
+		if !b.Address.IsValid() {
 			continue
 		}
 		f := service.FamilyOf(b.Address.Addr()).Index()
