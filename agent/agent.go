@@ -73,7 +73,9 @@ type Agent struct {
 	reached  map[string]outcome // what each driver said last
 	watch    publication
 
-	savedDrains string // as they stand in their file
+	savedDrains string    // as they stand in their file
+	published   time.Time // when something was last
+	goodParts   map[string]config.Part
 	texts       chan *config.Text
 
 	mu      sync.Mutex // guards what follows, which the API reads
@@ -130,9 +132,10 @@ func newAgent(opts Options, roles []role) *Agent {
 }
 
 func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update) error {
-	if err := errors.Join(a.recall(), a.loadDrains()); err != nil {
+	if err := a.recall(); err != nil {
 		return err
 	}
+	a.loadDrains()
 	ctx, stop := context.WithCancel(ctx)
 	defer a.tasks.Wait()
 	defer stop()
@@ -142,13 +145,10 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 	for _, d := range a.drivers {
 		a.tasks.Go(func() { d.run(ctx) })
 	}
-	broken := first.Err
-	if broken != nil {
-		first = a.lastGood()
-	}
+	first, broken := a.firstFile(first)
 	if first.Config != nil {
 		a.takeFile(ctx, first)
-		if err := a.awaitFirst(ctx); err != nil {
+		if err := a.awaitFirst(ctx); err != nil || ctx.Err() != nil {
 			return err
 		}
 		a.log.Info("services are in the kernel", "revision", a.known.services.Revision,

@@ -84,9 +84,10 @@ func (all states) renamed(names map[string]string) states {
 // prune forgets backends that are not in the snapshot, unless their service may be one
 // of those that keeps says of.
 func (all states) prune(snap *service.Snapshot, keeps func(name string) bool) {
+	has := make(map[string]map[netip.AddrPort]bool)
 	for k := range all {
 		s := snap.Find(k.Service)
-		if s == nil && keeps(k.Service) || s != nil && hasBackend(s, k.Address) {
+		if s == nil && keeps(k.Service) || s != nil && backendsOf(has, s)[k.Address] {
 			continue
 		}
 		st := all[k]
@@ -96,6 +97,17 @@ func (all states) prune(snap *service.Snapshot, keeps func(name string) bool) {
 		}
 		all.set(k, st)
 	}
+}
+
+// backendsOf returns the addresses of a service's backends, and remembers them.
+func backendsOf(known map[string]map[netip.AddrPort]bool, s *service.Service) map[netip.AddrPort]bool {
+	if known[s.Name] == nil {
+		known[s.Name] = make(map[netip.AddrPort]bool, len(s.Backends))
+		for _, b := range s.Backends {
+			known[s.Name][b.Address] = true
+		}
+	}
+	return known[s.Name]
 }
 
 func hasBackend(s *service.Service, a netip.AddrPort) bool {

@@ -55,6 +55,9 @@ func (a *Agent) onDrain(d drain) {
 // prepareDrain finds out what a request changes, and refuses what makes no sense.
 func (a *Agent) prepareDrain(d drain, now time.Time) (pendingDrain, error) {
 	p := pendingDrain{drain: d, before: make(states), set: make(states)}
+	if a.inbox.file.Config == nil {
+		return p, fmt.Errorf("%w: no configuration is in force yet; `pentad status` says why", api.ErrRefused)
+	}
 	targets, err := a.drainTargets(d.DrainRequest)
 	if err != nil {
 		return p, err
@@ -221,6 +224,7 @@ func (a *Agent) answerDrains() {
 			a.saveDrains()
 		} else {
 			undone = a.undo(p) || undone
+			a.saveDrains()
 		}
 		p.done <- drainOutcome{p.answer, err}
 	}

@@ -63,7 +63,11 @@ func (p part[P, W]) leave(opts Options) error {
 	if p.remove == nil {
 		return nil
 	}
-	return errors.Join(p.remove(opts), p.unmark(opts))
+	// What could not be removed keeps its mark: it is tried again.
+	if err := p.remove(opts); err != nil {
+		return err
+	}
+	return p.unmark(opts)
 }
 
 // A role that has something in the kernel has a directory of its name among the pins:
@@ -101,6 +105,9 @@ type roleState struct {
 
 // isSound reports whether the role does its work now.
 func (s roleState) isSound() bool {
+	if s.number == 0 {
+		return false // it was not tried yet
+	}
 	if s.mode == waiting && s.left != nil {
 		return s.left()
 	}
@@ -281,6 +288,9 @@ func (d *drive[P, W]) step(ctx context.Context, force bool) (number uint64, err 
 	d.is.mode, d.is.number, d.is.err = t.mode, t.number, err
 	if t.mode == on && (err == nil || isPartial(err)) {
 		d.is.broken, d.is.applied = false, time.Now()
+	}
+	if t.mode != on {
+		d.is.broken = false
 	}
 	return t.number, err
 }

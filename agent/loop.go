@@ -16,7 +16,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	drainOver := time.NewTimer(time.Hour)
 	defer drainOver.Stop()
 	for {
-		setDrainOver(drainOver, a.states.nextDrainOver(time.Now()))
+		setDrainOver(drainOver, a.states.nextDrainOver(a.published))
 		select {
 		case <-ctx.Done():
 			tellManager(daemon.SdNotifyStopping)
@@ -51,7 +51,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 func setDrainOver(t *time.Timer, next uint32) {
 	t.Stop()
 	if next > 0 {
-		t.Reset(time.Until(time.Unix(int64(next), 0)))
+		t.Reset(max(0, time.Until(time.Unix(int64(next), 0))))
 	}
 }
 
@@ -60,6 +60,7 @@ func (a *Agent) onUpdate(ctx context.Context, u source.Update) {
 	case u.Err != nil:
 		a.rejectFile(u.Err)
 	case u.From == service.SourceFile:
+		a.keepSkipped(&u)
 		if err := a.guarded(u); err != nil {
 			a.rejectFile(err)
 			return
@@ -72,12 +73,15 @@ func (a *Agent) onUpdate(ctx context.Context, u source.Update) {
 
 // takeFile puts a new text of the file in force.
 func (a *Agent) takeFile(ctx context.Context, u source.Update) {
-	a.keepSkipped(&u)
 	u.Services = keep(a.inbox.file.Services, u.Services)
+	u.Config.Services = u.Services
+	for name, some := range u.Config.Files {
+		u.Config.Files[name] = keep(a.inbox.file.Services, some)
+	}
 	if a.invalid != nil {
 		a.log.Info("the configuration is valid again, and in force", "source", "file")
 	}
-	a.saveText(u.Text)
+	a.saveText(u)
 	a.mu.Lock()
 	a.invalid, a.loaded = nil, time.Now()
 	a.inbox.file = u
@@ -135,6 +139,9 @@ func keep(last, next []*service.Service) []*service.Service {
 // onHealth takes what the probes found out.
 func (a *Agent) onHealth(changes []health.Change) {
 	for _, c := range changes {
+		if s := a.known.services.Find(c.Service); s == nil || !hasBackend(s, c.Address) {
+			continue // it has gone meanwhile
+		}
 		s := a.states[c.Key]
 		s.down = !c.Up
 		a.states.set(c.Key, s)
@@ -173,13 +180,17 @@ type publication struct {
 
 // publish makes what is known now the aim of every role.
 func (a *Agent) publish() {
+	if a.inbox.file.Config == nil {
+		return // nothing is in force yet: what is in the kernel stays as it is
+	}
 	last := a.known
+	a.published = time.Now()
 	a.mu.Lock()
 	services := a.inbox.merge()
 	names := a.rename(services)
 	now := &known{
 		number: last.number + 1, config: a.inbox.file.Config, silent: a.inbox.silent, node: a.inbox.kubernetes.Node,
-		services: last.services.Next(a.states.over(services, time.Now())),
+		services: last.services.Next(a.states.over(services, a.published)),
 	}
 	a.known = now
 	a.mu.Unlock()

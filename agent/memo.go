@@ -32,30 +32,39 @@ type drainMemo struct {
 
 // loadDrains takes the drains that were saved. Those that the kernel knows, too, are
 // what the kernel says.
-func (a *Agent) loadDrains() error {
+func (a *Agent) loadDrains() {
 	if a.opts.StateDir == "" {
-		return nil
+		return
 	}
 	path := filepath.Join(a.opts.StateDir, drainsFile)
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return
 	}
 	var memos []drainMemo
 	if err == nil {
 		err = json.Unmarshal(raw, &memos)
 	}
 	if err != nil {
-		return fmt.Errorf("which backends are drained: %s: %w", path, err)
+		a.log.Error("which backends an operator has drained is known from the kernel alone", "file", path, "error", err)
+		return
 	}
+	byOperator := make(map[health.Key]bool)
 	for _, m := range memos {
 		k := health.Key{Service: m.Service, Address: m.Address}
+		byOperator[k] = true
 		if s := a.states[k]; !s.drained && !a.probes.known[k] {
 			s.drained, s.lasting, s.drainUntil = true, true, m.Until
 			a.states.set(k, s)
 		}
 	}
-	return nil
+	// The kernel does not tell who has drained a backend: the file does so by itself.
+	for k, s := range a.states {
+		if s.lasting && !byOperator[k] && s.drainUntil == 0 {
+			s.drained, s.lasting = false, false
+			a.states.set(k, s)
+		}
+	}
 }
 
 // saveDrains saves the drains. Where that fails they hold all the same, but not after a
@@ -94,6 +103,57 @@ func (a *Agent) saveDrains() {
 // broken one goes on with it, also after a restart of the host.
 const textFile = "last-good.json"
 
+// heldFile is where it stands which text of the file was held back.
+const heldFile = "held"
+
+// saveHeld notes a text that was held back, so that it is when the agent starts again.
+func (a *Agent) saveHeld(t *config.Text) {
+	if a.opts.StateDir == "" || t == nil {
+		return
+	}
+	if err := replaceFile(filepath.Join(a.opts.StateDir, heldFile), []byte(t.Digest())); err != nil {
+		a.log.Warn("that the file is held back will not outlive the agent", "error", err)
+	}
+}
+
+// firstFile returns what to put in force first, and why that is not the newest text of
+// the file, if it is not.
+func (a *Agent) firstFile(u source.Update) (first source.Update, broken error) {
+	if u.Err != nil {
+		return a.lastGood(), u.Err
+	}
+	held, err := os.ReadFile(filepath.Join(a.opts.StateDir, heldFile))
+	if err == nil && a.opts.StateDir != "" && string(held) == u.Text.Digest() {
+		if good := a.lastGood(); good.Config != nil {
+			return good, fmt.Errorf("%w, as it was before the agent started; `pentad reload --force` puts it in force", errHeld)
+		}
+	}
+	return a.withGoodParts(u), nil
+}
+
+// withGoodParts has included files that are not valid be what they were when they were in
+// force last.
+func (a *Agent) withGoodParts(u source.Update) source.Update {
+	last := loadText(a.opts)
+	if len(u.Config.Skipped) == 0 || last == nil {
+		return u
+	}
+	t := *u.Text
+	t.Included = slices.Clone(t.Included)
+	for i, p := range t.Included {
+		at := slices.IndexFunc(last.Included, func(q config.Part) bool { return q.Name == p.Name })
+		if u.Config.Skipped[p.Name] != nil && at >= 0 {
+			t.Included[i] = last.Included[at]
+		}
+	}
+	mended := file.Parse(&t)
+	if mended.Err != nil {
+		return u
+	}
+	mended.Config.Skipped, mended.Text = u.Config.Skipped, u.Text
+	return mended
+}
+
 // lastGood returns the configuration that was in force last, or one that is empty. What
 // is wrong with the newest is still said.
 func (a *Agent) lastGood() source.Update {
@@ -127,11 +187,48 @@ func loadText(opts Options) *config.Text {
 	return &t
 }
 
-// saveText has a text saved, off the loop: it may be long. Only the newest counts.
-func (a *Agent) saveText(t *config.Text) {
-	if a.opts.StateDir == "" || t == nil {
+// saveText has the text of what is in force saved, off the loop: it may be long. Only the
+// newest counts. Of included files that are not valid it is what was in force before.
+func (a *Agent) saveText(u source.Update) {
+	if a.opts.StateDir == "" || u.Text == nil {
 		return
 	}
+	t := *u.Text
+	t.Included = nil
+	good := make(map[string]config.Part)
+	for _, p := range u.Text.Included {
+		if u.Config.Skipped[p.Name] != nil {
+			before, known := a.goodPart(p.Name)
+			if !known {
+				continue
+			}
+			p = before
+		}
+		good[p.Name] = p
+		t.Included = append(t.Included, p)
+	}
+	a.goodParts = good
+	// Forced or not: it is in force now.
+	_ = os.Remove(filepath.Join(a.opts.StateDir, heldFile))
+	a.queueText(&t)
+}
+
+// goodPart returns an included file as it was in force last.
+func (a *Agent) goodPart(name string) (config.Part, bool) {
+	if p, known := a.goodParts[name]; known || a.goodParts != nil {
+		return p, known
+	}
+	if last := loadText(a.opts); last != nil {
+		for _, p := range last.Included {
+			if p.Name == name {
+				return p, true
+			}
+		}
+	}
+	return config.Part{}, false
+}
+
+func (a *Agent) queueText(t *config.Text) {
 	select {
 	case <-a.texts:
 	default:
@@ -144,9 +241,13 @@ func (a *Agent) saveTexts(ctx context.Context) {
 	for {
 		var t *config.Text
 		select {
-		case <-ctx.Done():
-			return
 		case t = <-a.texts:
+		case <-ctx.Done():
+			select {
+			case t = <-a.texts: // the last one
+			default:
+				return
+			}
 		}
 		raw, err := json.Marshal(t)
 		if err == nil {
@@ -163,7 +264,7 @@ func forgetState(opts Options) error {
 	if opts.StateDir == "" {
 		return nil
 	}
-	for _, name := range []string{drainsFile, textFile} {
+	for _, name := range []string{drainsFile, textFile, heldFile} {
 		if err := os.Remove(filepath.Join(opts.StateDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

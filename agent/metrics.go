@@ -29,7 +29,7 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_services", "gauge", "", "Services of the snapshot."},
 	{"pentad_services_without_room", "gauge", "", "Services that did not fit into the kernel."},
 	{"pentad_service_usable_backends", "gauge", "service,family", "Backends to which the next connection may go; 0: connections are refused."},
-	{"pentad_service_metrics_omitted", "gauge", "", "1 when there are more than 10,000 services, for which there are no metrics each, else 0."},
+	{"pentad_service_metrics_omitted", "gauge", "", "1 when there are more than 10,000 services or backends, for which there are no metrics each, else 0."},
 	{"pentad_role_up", "gauge", "role", "1 when the role does what it should, else 0."},
 	{"pentad_kernel_in_sync", "gauge", "", "1 when the kernel has the whole snapshot, else 0."},
 	{"pentad_backends", "gauge", "state", "Backends of the snapshot by state."},
@@ -219,7 +219,7 @@ func measureSocket(p *socket.Plane, m meter) {
 	m.counter("pentad_binds_refused_total", usage.Counters.Held)
 	loads, err := p.Loads(maxBackendMetrics)
 	m.gauge("pentad_backend_metrics_omitted", truth(errors.Is(err, socket.ErrMany)))
-	m.gauge("pentad_service_metrics_omitted", truth(len(m.services.Services) > maxServiceMetrics))
+	m.gauge("pentad_service_metrics_omitted", truth(len(m.services.Services) > maxServiceMetrics || err != nil))
 	if err != nil {
 		return
 	}

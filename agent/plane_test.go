@@ -31,6 +31,7 @@ type fakePlane struct {
 	broken  bool
 	opened  bool
 	removed int
+	keeps   int           // how often it cannot be removed
 	held    chan struct{} // not nil: Apply waits until it is closed
 }
 
@@ -82,8 +83,15 @@ func fake(name string, p *fakePlane, wanted func(*config.Config) bool) role {
 			return p
 		},
 		remove: func(Options) error {
-			p.do(func() { p.removed++ })
-			return nil
+			var err error
+			p.do(func() {
+				if p.removed++; p.keeps > 0 {
+					p.keeps--
+					p.removed--
+					err = errors.New("busy")
+				}
+			})
+			return err
 		},
 	}
 }
@@ -305,6 +313,8 @@ func TestOffMeansGone(t *testing.T) {
 			_, err := os.Stat(mark)
 			return is && err == nil
 		})
+		// It is tried until it can be done.
+		plane.do(func() { plane.keeps = round })
 		tell("")
 		eventually(t, "being gone", func() (is bool) {
 			plane.do(func() { is = !plane.opened && plane.removed == round+1 })

@@ -42,8 +42,11 @@ func (a *Agent) onReload(ctx context.Context, r reload) {
 	defer tellManager(daemon.SdNotifyReady)
 	u := file.Read(a.opts.ConfigFile)
 	err := u.Err
-	if err == nil && !r.Force {
-		err = a.guarded(u)
+	if err == nil {
+		a.keepSkipped(&u)
+		if !r.Force {
+			err = a.guarded(u)
+		}
 	}
 	if err != nil {
 		a.rejectFile(err)
@@ -117,6 +120,7 @@ func (a *Agent) guarded(u source.Update) error {
 	if all < guardFrom || gone*100 <= all*now.Config.Guard {
 		return nil
 	}
+	a.saveHeld(u.Text)
 	return fmt.Errorf("%w: it takes away %d of %d listeners, and guard is %d%%; `pentad reload --force` puts it in force",
 		errHeld, gone, all, now.Config.Guard)
 }

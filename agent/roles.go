@@ -22,7 +22,7 @@ var roles = []role{
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
 	part[*metricsServer, config.API]{name: "metrics", wanted: always, want: wantMetrics,
-		open: openMetrics, minor: true},
+		open: openMetrics, look: time.Second, minor: true},
 }
 
 func always(*config.Config) bool { return true }

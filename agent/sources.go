@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"sync"
 	"time"
@@ -34,7 +35,8 @@ type cluster struct {
 
 // follow follows what is configured from now on, until the context ends.
 func (c *cluster) follow(ctx context.Context, k *config.Kubernetes) {
-	if k.Equal(c.config) {
+	if sameSource(k, c.config) {
+		c.config = k
 		return
 	}
 	c.close()
@@ -49,6 +51,16 @@ func (c *cluster) follow(ctx context.Context, k *config.Kubernetes) {
 		stop()
 		task.Wait()
 	}
+}
+
+// sameSource reports whether both follow the same cluster in the same way.
+func sameSource(a, b *config.Kubernetes) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	x, y := *a, *b
+	x.Health, y.Health, x.Untracked, y.Untracked = netip.AddrPort{}, netip.AddrPort{}, nil, nil
+	return x.Equal(&y)
 }
 
 // close follows nothing any more.

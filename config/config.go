@@ -149,6 +149,22 @@ type taken struct {
 	listeners map[service.Listener]string
 }
 
+// release gives back what was claimed for services that are left out.
+func (d *decoder) release(services []*service.Service) {
+	for _, s := range services {
+		at := d.at[s]
+		if at == nil || d.taken.names[s.Name] != at {
+			continue
+		}
+		delete(d.taken.names, s.Name)
+		for _, l := range at.listeners {
+			if d.taken.listeners[l] == s.Name {
+				delete(d.taken.listeners, l)
+			}
+		}
+	}
+}
+
 // claim takes names and listeners for services, and says what is taken already.
 func (d *decoder) claim(services []*service.Service) (errs Errors) {
 	for _, s := range services {

@@ -24,6 +24,35 @@ type decoder struct {
 	at       map[*service.Service]*origin
 	disabled map[*service.Service]bool
 	taken    taken
+
+	elsewhere *foreign // nodes that stand in another file; nil: none do
+}
+
+// foreign are nodes of another file.
+type foreign struct {
+	file  string
+	nodes map[*yaml.Node]bool
+}
+
+func (f *foreign) add(n *yaml.Node) {
+	if f.nodes[n] {
+		return
+	}
+	f.nodes[n] = true
+	for _, c := range n.Content {
+		f.add(c)
+	}
+	if n.Alias != nil {
+		f.add(n.Alias)
+	}
+}
+
+// fileOf returns the file in which a node stands.
+func (d *decoder) fileOf(n *yaml.Node) string {
+	if d.elsewhere != nil && d.elsewhere.nodes[n] {
+		return d.elsewhere.file
+	}
+	return d.file
 }
 
 // origin is where the parts of a service stand in the file.
@@ -41,7 +70,7 @@ func (d *decoder) errorf(at *yaml.Node, format string, args ...any) {
 }
 
 func (d *decoder) problem(at *yaml.Node, format string, args ...any) Error {
-	return Error{File: d.file, Line: at.Line, Column: at.Column, Message: fmt.Sprintf(format, args...)}
+	return Error{File: d.fileOf(at), Line: at.Line, Column: at.Column, Message: fmt.Sprintf(format, args...)}
 }
 
 // has reports whether a key was probably meant by another one.

@@ -2,8 +2,8 @@ package config
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"fmt"
-	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -70,7 +70,16 @@ type Text struct {
 type Part struct {
 	Name string
 	Data []byte
-	Err  error // why it cannot be read
+	Err  error `json:"-"` // why it cannot be read
+}
+
+// Digest is the same for texts that say the same.
+func (t *Text) Digest() string {
+	h := sha256.New()
+	for _, part := range append([]Part{{Name: t.Name, Data: t.Data}}, t.Included...) {
+		fmt.Fprintf(h, "%q %d\n%s", part.Name, len(part.Data), part.Data)
+	}
+	return fmt.Sprintf("%x", h.Sum(nil))
 }
 
 // Equal reports whether both say the same.
@@ -109,7 +118,12 @@ func Included(patterns []string) []string {
 	for _, p := range patterns {
 		// A pattern that makes no sense is said to be one where it is read.
 		some, _ := filepath.Glob(p)
-		all = append(all, some...)
+		for _, name := range some {
+			// As a shell does: those are what editors leave there.
+			if !strings.HasPrefix(filepath.Base(name), ".") || strings.HasPrefix(filepath.Base(p), ".") {
+				all = append(all, name)
+			}
+		}
 	}
 	slices.Sort(all)
 	return slices.Compact(all)
@@ -152,14 +166,14 @@ func (d *decoder) addIncluded(t *Text, c *Config, at *yaml.Node) {
 	}
 	for _, p := range t.Included {
 		sub := &decoder{file: p.Name, at: d.at, disabled: d.disabled}
-		if len(d.errors) == 0 {
-			sub.defaults = d.defaults
+		if len(d.errors) == 0 && d.defaults != nil {
+			sub.defaults, sub.elsewhere = d.defaults, &foreign{d.file, make(map[*yaml.Node]bool)}
+			sub.elsewhere.add(d.defaults)
 		}
 		part := &Config{}
 		sub.decodePart(p, part)
-		before := d.taken.clone()
 		if errs := append(sub.errors, d.claim(part.Services)...); len(errs) > 0 {
-			d.taken = before
+			d.release(part.Services)
 			d.rejectPart(p.Name, sub.sorted(errs), c)
 			continue
 		}
@@ -196,8 +210,6 @@ func (d *decoder) rejectPart(name string, errs Errors, c *Config) {
 		d.warnings = append(d.warnings, e)
 	}
 }
-
-func (t taken) clone() taken { return taken{maps.Clone(t.names), maps.Clone(t.listeners)} }
 
 // place says where something stands, as seen from a file.
 func place(from, file string, line int) string {

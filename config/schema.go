@@ -156,6 +156,10 @@ func (s *schema[T]) decode(d *decoder, n *yaml.Node, to *T) map[string]*yaml.Nod
 	merges := 0
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
+		if key.Value == "<<" && s.extensible {
+			d.errorf(key, "the key << is not taken at the top of a file; write it where it is to merge something")
+			return seen
+		}
 		if key.Value == "<<" {
 			// After what is written here.
 			if merges++; merges == 2 {

@@ -121,7 +121,45 @@ func (d *decoder) setDefaults(root *yaml.Node) {
 		}
 		// What is wrong with them is said where they are read.
 		if n := resolve(root.Content[i+1]); n.Kind == yaml.MappingNode {
-			d.defaults = n
+			d.defaults = flattened(n)
+		}
+	}
+}
+
+// flattened returns a mapping with what it merges.
+func flattened(n *yaml.Node) *yaml.Node {
+	c := *n
+	c.Content = nil
+	has := make(map[string]bool)
+	eachPair(n, 0, func(key, value *yaml.Node) {
+		if !has[key.Value] {
+			has[key.Value] = true
+			c.Content = append(c.Content, key, value)
+		}
+	})
+	return &c
+}
+
+// eachPair goes through a mapping and, after it, through those that it merges.
+func eachPair(n *yaml.Node, depth int, do func(key, value *yaml.Node)) {
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value != "<<" {
+			do(n.Content[i], n.Content[i+1])
+		}
+	}
+	for i := 0; i+1 < len(n.Content) && depth < maxMerged; i += 2 {
+		if n.Content[i].Value != "<<" {
+			continue
+		}
+		from := resolve(n.Content[i+1])
+		if from.Kind == yaml.SequenceNode {
+			for _, one := range from.Content {
+				eachPair(resolve(one), depth+1, do)
+			}
+			continue
+		}
+		if from.Kind == yaml.MappingNode {
+			eachPair(from, depth+1, do)
 		}
 	}
 }
@@ -132,7 +170,7 @@ func (d *decoder) withDefaults(n *yaml.Node) *yaml.Node {
 		return n
 	}
 	has := make(map[string]bool)
-	noteKeys(n, has, 0)
+	eachPair(n, 0, func(key, _ *yaml.Node) { has[key.Value] = true })
 	c := *n
 	c.Content = slices.Clone(n.Content)
 	udp := listensUDP(n)
@@ -146,34 +184,23 @@ func (d *decoder) withDefaults(n *yaml.Node) *yaml.Node {
 	return &c
 }
 
-// noteKeys notes the keys of a mapping, and of those that it merges.
-func noteKeys(n *yaml.Node, has map[string]bool, depth int) {
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		key, value := n.Content[i], resolve(n.Content[i+1])
-		has[key.Value] = true
-		if key.Value != "<<" || depth == maxMerged {
-			continue
-		}
-		if value.Kind == yaml.SequenceNode {
-			for _, one := range value.Content {
-				noteKeys(resolve(one), has, depth+1)
-			}
-			continue
-		}
-		noteKeys(value, has, depth+1)
-	}
-}
-
 // listensUDP reports whether all listeners of a service are of UDP.
 func listensUDP(n *yaml.Node) bool {
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		if n.Content[i].Value != "listen" {
-			continue
-		}
-		all := resolve(n.Content[i+1]).Content
-		return len(all) > 0 && !slices.ContainsFunc(all, func(l *yaml.Node) bool { return !strings.HasSuffix(resolve(l).Value, "/udp") })
+	listen := valueOf(n, "listen")
+	if listen == nil || len(listen.Content) == 0 {
+		return false
 	}
-	return false
+	return !slices.ContainsFunc(listen.Content, func(l *yaml.Node) bool { return !strings.HasSuffix(resolve(l).Value, "/udp") })
+}
+
+// valueOf returns the value of a key, or nil.
+func valueOf(n *yaml.Node, key string) (value *yaml.Node) {
+	eachPair(n, 0, func(k, v *yaml.Node) {
+		if k.Value == key && value == nil {
+			value = resolve(v)
+		}
+	})
+	return value
 }
 
 // itself is for sections that are a part of the service as it is.

@@ -23,11 +23,11 @@ func Values(t *Text, service string) ([]Value, error) {
 		return nil, err
 	}
 	v := &values{keys: Keys(), only: service}
-	v.file(t.Name, t.Data, nil)
+	v.file(t.Name, t.Data, nil, true)
 	main := v.defaults
 	for _, p := range t.Included {
 		if c.Skipped[p.Name] == nil {
-			v.file(p.Name, p.Data, main)
+			v.file(p.Name, p.Data, main, false)
 		}
 	}
 	if service != "" && len(v.all) == 0 {
@@ -42,18 +42,22 @@ type values struct {
 	only     string
 	all      []Value
 	defaults *yaml.Node // of the file that is read
-	from     string
+	d        *decoder
 	udp      bool // all listeners of the service are of UDP
 }
 
-func (v *values) file(name string, data []byte, defaults *yaml.Node) {
+func (v *values) file(name string, data []byte, defaults *yaml.Node, isMain bool) {
 	d := &decoder{file: name, defaults: defaults}
+	if !isMain && defaults != nil {
+		d.elsewhere = &foreign{v.d.file, make(map[*yaml.Node]bool)}
+		d.elsewhere.add(defaults)
+	}
 	root := d.document(data)
 	if root == nil {
 		return // it is left out
 	}
 	d.setDefaults(root)
-	v.defaults, v.from = d.defaults, name
+	v.defaults, v.d = d.defaults, d
 	for i := 0; i+1 < len(root.Content); i += 2 {
 		key, value := root.Content[i].Value, resolve(root.Content[i+1])
 		switch {
@@ -68,16 +72,14 @@ func (v *values) file(name string, data []byte, defaults *yaml.Node) {
 			v.node(key, key, value)
 		}
 	}
-	if v.only == "" && defaults == nil {
+	if v.only == "" && isMain {
 		v.missing("", "", flatKeys(root))
 	}
 }
 
 func nameOf(n *yaml.Node) string {
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		if n.Content[i].Value == "name" {
-			return n.Content[i+1].Value
-		}
+	if name := valueOf(n, "name"); name != nil {
+		return name.Value
 	}
 	return ""
 }
@@ -92,30 +94,13 @@ func (v *values) add(path, value, from string) {
 // say.
 func (v *values) mapping(path, schema string, n *yaml.Node) {
 	seen := make(map[string]bool)
-	v.merged(path, schema, n, seen, 0)
+	eachPair(n, 0, func(key, value *yaml.Node) {
+		if !seen[key.Value] {
+			seen[key.Value] = true
+			v.node(path+"."+key.Value, schema+"."+key.Value, resolve(value))
+		}
+	})
 	v.missing(path, schema, seen)
-}
-
-func (v *values) merged(path, schema string, n *yaml.Node, seen map[string]bool, depth int) {
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		if key := n.Content[i].Value; key != "<<" && !seen[key] {
-			seen[key] = true
-			v.node(path+"."+key, schema+"."+key, resolve(n.Content[i+1]))
-		}
-	}
-	for i := 0; i+1 < len(n.Content) && depth < maxMerged; i += 2 {
-		if n.Content[i].Value != "<<" {
-			continue
-		}
-		from := resolve(n.Content[i+1])
-		if from.Kind == yaml.SequenceNode {
-			for _, one := range from.Content {
-				v.merged(path, schema, resolve(one), seen, depth+1)
-			}
-			continue
-		}
-		v.merged(path, schema, from, seen, depth+1)
-	}
 }
 
 func (v *values) node(path, schema string, n *yaml.Node) {
@@ -123,7 +108,7 @@ func (v *values) node(path, schema string, n *yaml.Node) {
 		v.mapping(path, schema, n)
 		return
 	}
-	v.add(path, flow(n), fmt.Sprintf("%s:%d", v.from, n.Line))
+	v.add(path, flow(n), fmt.Sprintf("%s:%d", v.d.fileOf(n), n.Line))
 }
 
 // missing adds the defaults of the keys of a mapping that are not there, and those of
@@ -137,7 +122,7 @@ func (v *values) missing(path, schema string, seen map[string]bool) {
 		rest, below := strings.CutPrefix(k.Path, prefix)
 		section, _, _ := strings.Cut(rest, ".")
 		// Without a source there is none, and lists are empty.
-		if !below || k.Default == "" || seen[section] || section == "source" || strings.Contains(rest, "[]") ||
+		if !below || k.Default == "" || seen[section] || slices.Contains([]string{"source", "defaults", "include"}, section) || strings.Contains(rest, "[]") ||
 			v.udp && schema == "services[]" && slices.Contains(tcpKeys, section) {
 			continue
 		}

@@ -108,6 +108,8 @@ func (h *Host) diffService(d *Diff, old, s *service.Service) {
 		switch {
 		case !known:
 			d.add("+", s.Name, "backend %s", b.Address)
+		case o.Drained != b.Drained && b.Drained:
+			d.add("~", s.Name, "backend %s is drained", b.Address)
 		case o.Weight != b.Weight || o.Group != b.Group || o.Zone != b.Zone:
 			d.add("~", s.Name, "backend %s: weight %d, group %d, zone %s -> weight %d, group %d, zone %s",
 				b.Address, o.Weight, o.Group, orNone(o.Zone), b.Weight, b.Group, orNone(b.Zone))

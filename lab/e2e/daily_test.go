@@ -244,7 +244,20 @@ func TestReloadByHand(t *testing.T) {
 	w.says(1, "reload", "takes away 5 of 7 listeners", "pentad reload --force")
 	w.says(1, "status", "PROBLEM", "held back")
 	services(7)
+	// Nor does a new agent put it in force.
+	w.agent.Kill()
+	w.agent = w.launch()
+	w.eventually("holding it back still", func() error {
+		if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "held back") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	services(7)
 	w.says(0, "reload --force", "with 2 services is in force")
+	w.agent.Kill()
+	w.agent = w.launch()
+	w.ready()
 	services(2)
 	w.says(0, "status")
 	// Few listeners have no guard, and a guard can be off.
@@ -495,6 +508,16 @@ func TestIncludedFiles(t *testing.T) {
 		}
 		return nil
 	})
+	// A new agent has a as it was, too.
+	w.agent.Kill()
+	w.agent = w.launch()
+	w.eventually("the problem again", func() error {
+		if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "a.yaml is not valid and not in force") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	names("a@192.0.2.1:80 b@192.0.2.2:80")
 	// The others go on changing, and a stays what it was.
 	write("b.yaml", part("b", 3))
 	names("a@192.0.2.1:80 b@192.0.2.3:80")
@@ -506,6 +529,43 @@ func TestIncludedFiles(t *testing.T) {
 	}
 	names("a@192.0.2.4:80")
 	w.says(0, "config show pentad.yaml --service a", "default", "a.yaml:2")
+
+	// That many are of a broken file is no reason to hold the others back.
+	var many strings.Builder
+	many.WriteString("services:\n")
+	for i := range 9 {
+		fmt.Fprintf(&many, "- {name: m%d, listen: ['192.0.2.%d:80'], health: {probe: none}, backends: ['10.0.0.1:7000']}\n", i, 100+i)
+	}
+	write("m.yaml", many.String())
+	count := func(n int) {
+		t.Helper()
+		w.eventually(fmt.Sprint(n, " services"), func() error {
+			if have := len(w.view().Services); have != n {
+				return fmt.Errorf("%d", have)
+			}
+			return nil
+		})
+	}
+	count(10)
+	write("m.yaml", "services: [\n")
+	write("b.yaml", part("b", 5))
+	count(11)
+	// What the file drains it does not drain for ever.
+	write("m.yaml", "services: []\n")
+	w.says(1, "reload", "held back")
+	w.says(0, "reload --force")
+	count(2)
+	admin := func(word string) string {
+		return "services:\n- {name: b, listen: ['192.0.2.5:80'], health: {probe: none}, backends: [{address: '10.0.0.1:7000', admin: " + word + "}]}\n"
+	}
+	write("b.yaml", admin("drain"))
+	w.awaitStates("b", service.Drained)
+	w.agent.Kill()
+	w.agent = w.launch()
+	w.ready()
+	w.awaitStates("b", service.Drained)
+	write("b.yaml", admin("up"))
+	w.awaitStates("b", service.Serving)
 }
 
 // An agent that starts with a broken file goes on with the one that was in force last: it

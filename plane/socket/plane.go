@@ -138,7 +138,7 @@ func (p *Plane) Close() {
 	p.clock.Close()
 	p.sweeper.close()
 	p.loaded.close()
-	p.set, p.clock, p.sweeper, p.loaded = nil, nil, nil, nil
+	p.set, p.clock, p.sweeper, p.loaded, p.ledger = nil, nil, nil, nil, nil
 }
 
 // Apply makes the kernel look like the want. It may be called again after

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -68,10 +69,12 @@ func (s *Source) look() look {
 	if s.last == nil {
 		return l
 	}
+	var all strings.Builder
 	for _, path := range config.Included(s.last.Patterns) {
 		id, st, err := identify(path)
-		l.included += fmt.Sprintln(path, id, st.Size, st.Ctim, err)
+		fmt.Fprintln(&all, path, id, st.Size, st.Ctim, err)
 	}
+	l.included = all.String()
 	return l
 }
 
@@ -115,7 +118,7 @@ func (s *Source) setText(t *config.Text) {
 	moved := s.last == nil || !slices.Equal(s.last.Patterns, t.Patterns)
 	s.last = t
 	if moved {
-		s.seen = s.look()
+		s.seen = look{} // looked at once more: one may have changed since it was read
 		// What cannot be watched can be looked at, if it is there.
 		_ = s.follow()
 	}
