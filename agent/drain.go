@@ -72,7 +72,7 @@ func (a *Agent) prepareDrain(d drain, now time.Time) (pendingDrain, error) {
 		after.lasting = after.drained && (s == nil || s.Source == service.SourceFile)
 		p.before[k], p.set[k] = before, after
 		p.answer.Backends = append(p.answer.Backends, api.Drained{
-			Service: k.Service, Address: k.Address, Was: before.drained == d.Drained, Note: stillOut(b, d.Drained),
+			Service: k.Service, Address: k.Address, Was: before.drained == d.Drained, Note: a.stillOut(k, b, d.Drained),
 		})
 	}
 	slices.SortFunc(p.answer.Backends, func(x, y api.Drained) int {
@@ -89,16 +89,28 @@ func (a *Agent) prepareDrain(d drain, now time.Time) (pendingDrain, error) {
 }
 
 // stillOut says why a backend takes nothing though it is not drained any more.
-func stillOut(b *service.Backend, drained bool) string {
+func (a *Agent) stillOut(k health.Key, b *service.Backend, drained bool) string {
 	switch {
 	case drained || b == nil:
 		return ""
+	case a.drainedByFile(k):
+		return "the file says admin: drain, so that it takes no connections all the same"
 	case b.Weight == 0:
 		return "its weight is 0, so that it takes no connections all the same"
 	case b.Down:
 		return "its probe fails, so that it takes no connections all the same"
 	}
 	return ""
+}
+
+// drainedByFile reports whether the file itself drains a backend.
+func (a *Agent) drainedByFile(k health.Key) bool {
+	for _, s := range a.inbox.file.Services {
+		if s.Name == k.Service {
+			return slices.ContainsFunc(s.Backends, func(b service.Backend) bool { return b.Address == k.Address && b.Drained })
+		}
+	}
+	return false
 }
 
 // drainTargets returns the backends that a request is about. Those that are drained

@@ -41,7 +41,7 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_connections_despite_ejection_total", "counter", "", "Connections that went to an ejected backend because too many are ejected."},
 	{"pentad_connections_reset_total", "counter", "", "Connections closed because their backend was down or gone."},
 	{"pentad_binds_refused_total", "counter", "", "Sockets of the host that wanted a port that is held for a service."},
-	{"pentad_backend_up", "gauge", "service,backend", "1 when the next connection may go to the backend or could if a lower group did not serve, else 0."},
+	{"pentad_backend_up", "gauge", "service,backend", "1 when the next connection may go to the backend, or could if it were not full or a lower group did not serve; else 0."},
 	{"pentad_backend_connections_in_flight", "gauge", "service,backend", "TCP connections from their SYN to their end, and connected UDP sockets."},
 	{"pentad_backend_connections_total", "counter", "service,backend", "Connections that were begun."},
 	{"pentad_backend_connect_failures_total", "counter", "service,backend", "Connects whose SYN was refused, found no way, or got no answer in time."},

@@ -60,7 +60,8 @@ func (a *Agent) onReload(ctx context.Context, r reload) {
 	if r.done == nil {
 		return
 	}
-	answer := api.ReloadAnswer{Revision: a.known.services.Revision, Services: len(a.known.services.Services), Changed: before != a.known.services}
+	answer := api.ReloadAnswer{Revision: a.known.services.Revision, Services: len(a.known.services.Services), Changed: before != a.known.services,
+		Skipped: skipped(u.Config)}
 	a.asked = append(a.asked, pendingReload{r, answer, a.known.number})
 	a.answerReloads()
 }
@@ -121,7 +122,7 @@ func (a *Agent) guarded(u source.Update) error {
 		return nil
 	}
 	a.saveHeld(u.Text)
-	return fmt.Errorf("%w: it takes away %d of %d listeners, and guard is %d%%; `pentad reload --force` puts it in force",
+	return fmt.Errorf("%w: it takes away %d of %d listeners, and the guard in force is %d%%; `pentad reload --force` puts it in force",
 		errHeld, gone, all, now.Config.Guard)
 }
 

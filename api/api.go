@@ -114,7 +114,9 @@ type ReloadRequest struct {
 type ReloadAnswer struct {
 	Revision uint64 `json:"revision"`
 	Services int    `json:"services"`
-	Changed  bool   `json:"changed"` // the file had another text than before
+	Changed  bool   `json:"changed"` // the services are others than before
+	// Skipped says of included files that they are not valid, and not in force.
+	Skipped []string `json:"skipped,omitempty"`
 }
 
 // ProbeRecord is what the probes of one backend met with.

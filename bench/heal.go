@@ -13,6 +13,7 @@ import (
 
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -85,8 +86,8 @@ func healingSite(ctx context.Context, b *board, agent string) (*site, *lab.Proce
 }
 
 // startStorm lets clients connect without pause; the function returned ends that.
-func (s *site) startStorm(clients int) (func() (lab.StormReport, error), error) {
-	cmd := exec.Command(s.b.self, "storm", "192.0.2.10:80", strconv.Itoa(clients))
+func (s *site) startStorm(clients int) (func() (actor.StormReport, error), error) {
+	cmd := exec.Command(s.b.self, "storm", "192.0.2.10:80", strconv.Itoa(clients), "0s")
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err
@@ -95,8 +96,8 @@ func (s *site) startStorm(clients int) (func() (lab.StormReport, error), error) 
 	if err != nil {
 		return nil, err
 	}
-	return func() (lab.StormReport, error) {
-		var r lab.StormReport
+	return func() (actor.StormReport, error) {
+		var r actor.StormReport
 		stdin.Close()
 		if err := p.Wait(); err != nil {
 			return r, fmt.Errorf("storm: %w: %s", err, p.Log)

@@ -17,12 +17,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 // helpers are the processes that the benchmark starts from its own program: they
 // run inside a lab host.
-var helpers = map[string]func(args []string) error{
+var helpers = map[string]actor.Role{
 	"dial-many": dialMany,
 	"dial-pair": dialPair,
 	"dial-hard": dialHard,
@@ -32,7 +32,6 @@ var helpers = map[string]func(args []string) error{
 	"greet":     greet,
 	"answer":    answer,
 	"keep":      keep,
-	"storm":     storm,
 	"ask":       ask,
 	"hold":      hold,
 	"slam":      slam,
@@ -200,37 +199,6 @@ func accept(args []string) error {
 			c.Close()
 		}()
 	}
-}
-
-// runHelper runs the helper that the command line names, if it names one.
-func runHelper() bool {
-	if len(os.Args) < 2 || helpers[os.Args[1]] == nil {
-		return false
-	}
-	if err := helpers[os.Args[1]](os.Args[2:]); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	return true
-}
-
-// storm connects without pause until its standard input ends and prints what it
-// saw.
-func storm(args []string) error {
-	to, err := netip.ParseAddrPort(args[0])
-	if err != nil {
-		return err
-	}
-	n, err := strconv.Atoi(args[1])
-	if err != nil {
-		return err
-	}
-	done := make(chan struct{})
-	go func() {
-		_, _ = os.Stdin.Read(make([]byte, 1))
-		close(done)
-	}()
-	return json.NewEncoder(os.Stdout).Encode(lab.Storm(to, n, 0, done))
 }
 
 // serve handles every connection to an address.

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/pentad/pentad/bench/report"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 // row is one line of the table.
@@ -50,9 +51,7 @@ var parts = []struct {
 }
 
 func main() {
-	if runHelper() {
-		return
-	}
+	actor.MainByArgument(helpers)
 	only := flag.String("only", "", "comma-separated parts to run instead of all")
 	program := flag.String("pentad", "bin/pentad", "the program to measure")
 	out := flag.String("out", "bench/results.json", "where the results go")

@@ -126,14 +126,37 @@ func (h *Host) diffService(d *Diff, old, s *service.Service) {
 		what      string
 		old, next any
 	}{
-		{"balance", old.Balance, s.Balance}, {"affinity", old.Affinity, s.Affinity}, {"keepalive", old.Keepalive, s.Keepalive},
-		{"breaker", old.Breaker, s.Breaker}, {"connect.timeout", old.ConnectTimeout, s.ConnectTimeout}, {"onDown", old.OnDown, s.OnDown},
+		{"balance", old.Balance, s.Balance}, {"affinity", old.Affinity, s.Affinity}, {"keepalive", keepaliveText(old.Keepalive), keepaliveText(s.Keepalive)},
+		{"breaker", breakerText(old.Breaker), breakerText(s.Breaker)}, {"connect.timeout", old.ConnectTimeout, s.ConnectTimeout}, {"onDown", old.OnDown, s.OnDown},
 		{"slowStart", old.SlowStart, s.SlowStart}, {"flows", !old.Silent, !s.Silent},
 	} {
 		if x.old != x.next {
 			d.add("~", s.Name, "%s: %v -> %v", x.what, x.old, x.next)
 		}
 	}
+}
+
+// breakerText and keepaliveText write them as the configuration does.
+func breakerText(b service.Breaker) string {
+	if b == (service.Breaker{}) {
+		return "off"
+	}
+	var parts []string
+	if b.MaxConnections > 0 {
+		parts = append(parts, fmt.Sprintf("maxConnections: %d", b.MaxConnections))
+	}
+	parts = append(parts, fmt.Sprintf("failures: %d", b.Failures))
+	if b.Failures > 0 {
+		parts = append(parts, "ejection: "+Duration(b.Ejection), fmt.Sprintf("maxEjected: %d%%", b.MaxEjected))
+	}
+	return "{" + strings.Join(parts, ", ") + "}"
+}
+
+func keepaliveText(k service.Keepalive) string {
+	if k == (service.Keepalive{}) {
+		return "none"
+	}
+	return fmt.Sprintf("{idle: %s, interval: %s, probes: %d}", Duration(k.Idle), Duration(k.Interval), k.Probes)
 }
 
 func ats(s *service.Service) []service.Listener {

@@ -21,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/lab/kube"
 )
 
@@ -215,8 +216,7 @@ type talk struct {
 }
 
 func startTalk(h, node *lab.Host, cgroup, role string, args ...string) (*talk, error) {
-	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.Env = append(os.Environ(), helperVar+"="+role)
+	cmd := actor.Command(role, args...)
 	in, inside, err := os.Pipe()
 	if err != nil {
 		return nil, err

@@ -19,24 +19,13 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/lab/actor"
 )
 
-// helperVar makes this program a client or a server on a host of the lab.
-const helperVar = "PENTAD_BENCH_KUBE"
-
-func runHelper() bool {
-	role := os.Getenv(helperVar)
-	if role == "" {
-		return false
-	}
-	roles := map[string]func([]string) error{
-		"serve": serve, "latency": latency, "rate": rate, "stream": stream, "watch": watch, "hammer": hammer,
-	}
-	if err := roles[role](os.Args[1:]); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	return true
+// helpers make this program a client or a server on a host of the lab.
+var helpers = map[string]actor.Role{
+	"serve": serve, "latency": latency, "rate": rate, "stream": stream, "watch": watch, "hammer": hammer,
 }
 
 // The ports of the servers.

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/pentad/pentad/bench/report"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 // The size of the large cluster.
@@ -38,9 +39,7 @@ var parts = []struct {
 }
 
 func main() {
-	if runHelper() {
-		return
-	}
+	actor.Main(helpers)
 	only := flag.String("only", "", "comma-separated parts to run instead of all")
 	program := flag.String("pentad", "bin/pentad", "the program to measure")
 	out := flag.String("out", "bench/kube/results.json", "where the results go")

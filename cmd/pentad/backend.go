@@ -195,6 +195,13 @@ func backendArgs(cmd *cobra.Command, at *places, args []string, all bool) (api.D
 		return r, err
 	}
 	var ports []string
+	if (&service.Snapshot{Services: v.Services}).Find(r.Service) == nil {
+		h, err := view.ReadKernel(at.view())
+		if err != nil {
+			return r, err
+		}
+		return r, noService(h, r.Service)
+	}
 	if s := (&service.Snapshot{Services: v.Services}).Find(r.Service); s != nil {
 		for _, b := range s.Backends {
 			if b.Address.Addr() == r.Host {

@@ -17,7 +17,8 @@ func newDiff(at *places) *cobra.Command {
 		Use:   "diff [FILE]",
 		Short: "Show what a file would change, and how many connections it would close",
 		Long: "Compare a file with what the kernel has, and show what it would change if it were put in force. Services that\n" +
-			"come from elsewhere than the file are left out. Exit code 0: nothing would change; 1: something would.",
+			"come from elsewhere than the file are left out, and so is what the kernel does not know: probes, and the other sections.\n" +
+			"Exit code 0: nothing would change; 1: something would.",
 		Example: "  pentad diff /etc/pentad/pentad.yaml.new",
 		Args:    wants("[FILE]"),
 	}

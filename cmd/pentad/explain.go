@@ -34,9 +34,11 @@ func newExplain(at *places) *cobra.Command {
 	}
 	cmd.Flags().Var(&pid, "pid", "the process that connects")
 	cmd.Flags().StringVar(&from, "from", "", "the address from which packets arrive")
-	cmd.MarkFlagsMutuallyExclusive("pid", "from")
 	o := addFormat(cmd, plainFormats)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if cmd.Flags().Changed("pid") && cmd.Flags().Changed("from") {
+			return misused(cmd, "--pid is for connections of a process and --from for packets from elsewhere: one of them")
+		}
 		var client netip.Addr
 		if cmd.Flags().Changed("from") {
 			a, err := netip.ParseAddr(from)
@@ -122,7 +124,8 @@ func parseDestination(cmd *cobra.Command, owners map[service.Listener][]string, 
 	})
 	if all == nil {
 		hint := ""
-		if host, port, ok := cutLast(dest, ":"); ok && addr.Is6() && !strings.HasPrefix(dest, "[") {
+		host, port, _ := cutLast(dest, ":")
+		if a, err := netip.ParseAddr(host); err == nil && a.Is6() && !strings.HasPrefix(dest, "[") {
 			hint = fmt.Sprintf("; did you mean [%s]:%s?", host, port)
 		}
 		return nil, misused(cmd, "no service listens on %s; name a port to have a connection explained all the same%s", addr, hint)

@@ -29,8 +29,14 @@ func newReload(at *places) *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("not in force: %s", strings.TrimPrefix(err.Error(), api.ErrRefused.Error()+": "))
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "revision %d with %s is in force\n", a.Revision, view.Count(a.Services, "service"))
-			return err
+			fmt.Fprintf(cmd.OutOrStdout(), "revision %d with %s is in force\n", a.Revision, view.Count(a.Services, "service"))
+			for _, text := range a.Skipped {
+				fmt.Fprintln(cmd.ErrOrStderr(), "pentad:", text)
+			}
+			if len(a.Skipped) > 0 {
+				return errNo
+			}
+			return nil
 		},
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "whatever it takes away")

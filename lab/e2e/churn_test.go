@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/service"
 )
 
@@ -174,7 +175,7 @@ func TestChurn(t *testing.T) {
 	ids := objectIDs(t, w)
 	agentAtStart := usage(t, w)
 
-	client := role("churn")
+	client := actor.Command("churn")
 	stdin, err := client.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/lab/actor"
 )
 
 // The services that the clients below expect; see TestSockets.
@@ -28,7 +30,7 @@ var (
 )
 
 // clients look at what an application sees. They run inside, one process each.
-var clients = map[string]func([]string) error{
+var clients = map[string]actor.Role{
 	"tcp names":              tcpNames,
 	"refused at once":        refusedAtOnce,
 	"tcp reconnect":          tcpReconnect,

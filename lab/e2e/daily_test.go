@@ -92,6 +92,7 @@ func TestUsage(t *testing.T) {
 		{2, "explain http://192.0.2.10", "what stands before ://"},
 		{2, "explain 192.0.2.10:80/sctp", "want protocol tcp or udp"},
 		{2, "explain --from foo 192.0.2.10:80", "is no address"},
+		{2, "explain --pid 1 --from 10.0.0.9 192.0.2.10:80", "one of them"},
 		{2, "explain --pid 999999999 192.0.2.10:80", "no such process"},
 		{2, "explain 2001:db8:f::10:80", "did you mean [2001:db8:f::10]:80?"},
 		{2, "status -o wide", "want one of table, json, yaml"},
@@ -555,11 +556,16 @@ func TestIncludedFiles(t *testing.T) {
 	w.says(1, "reload", "held back")
 	w.says(0, "reload --force")
 	count(2)
+	write("m.yaml", "services: [\n")
+	w.says(1, "reload", "m.yaml is not valid and not in force")
+	write("m.yaml", "services: []\n")
+	w.says(0, "reload")
 	admin := func(word string) string {
 		return "services:\n- {name: b, listen: ['192.0.2.5:80'], health: {probe: none}, backends: [{address: '10.0.0.1:7000', admin: " + word + "}]}\n"
 	}
 	write("b.yaml", admin("drain"))
 	w.awaitStates("b", service.Drained)
+	w.says(0, "backend enable b 10.0.0.1:7000", "the file says admin: drain")
 	w.agent.Kill()
 	w.agent = w.launch()
 	w.ready()

@@ -3,10 +3,8 @@
 package e2e
 
 import (
-	"cmp"
 	"context"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -19,12 +17,10 @@ import (
 	"github.com/cilium/ebpf/link"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
-
-// roleVar makes this test program a server or a client of a test.
-const roleVar = "PENTAD_E2E_ROLE"
 
 // patience bounds every wait for something that should happen soon. It is long
 // because it only ends tests that fail.
@@ -34,13 +30,7 @@ const patience = 20 * time.Second
 var program string
 
 func TestMain(m *testing.M) {
-	if role := os.Getenv(roleVar); role != "" {
-		if err := playRole(role, os.Args[1:]); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
+	actor.Main(clients)
 	os.Exit(buildAndRun(m))
 }
 
@@ -58,69 +48,6 @@ func buildAndRun(m *testing.M) int {
 		return 1
 	}
 	return m.Run()
-}
-
-// playRole runs one of the roles.
-func playRole(role string, args []string) error {
-	if role == "who" {
-		return serveWho(args[0], 0, args[1:])
-	}
-	if role == "late who" {
-		delay, err := time.ParseDuration(args[0])
-		if err != nil {
-			return err
-		}
-		return serveWho(args[1], delay, args[2:])
-	}
-	client, ok := clients[role]
-	if !ok {
-		return fmt.Errorf("no role %s", role)
-	}
-	return client(args)
-}
-
-// serveWho answers, on every address and over TCP and UDP, who it is; over TCP
-// after a delay.
-func serveWho(name string, delay time.Duration, addresses []string) error {
-	for _, a := range addresses {
-		name := cmp.Or(name, a)
-		// Sockets of MPTCP listeners accept TCP and MPTCP alike.
-		l, err := net.Listen("tcp", a)
-		if err != nil {
-			return err
-		}
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer c.Close()
-					time.Sleep(delay)
-					fmt.Fprintln(c, name)
-					// Until the client ends: it may look at the connection.
-					_, _ = io.Copy(io.Discard, c)
-				}()
-			}
-		}()
-		u, err := net.ListenPacket("udp", a)
-		if err != nil {
-			return err
-		}
-		go func() {
-			b := make([]byte, 1500)
-			for {
-				n, from, err := u.ReadFrom(b)
-				if err != nil {
-					return
-				}
-				_, _ = u.WriteTo([]byte(name+" "+string(b[:n])), from)
-			}
-		}()
-	}
-	fmt.Println("ready")
-	select {}
 }
 
 // world is a lab host with the tools of a test.
@@ -158,17 +85,10 @@ func newWorld(t testing.TB, addresses ...string) *world {
 	return w
 }
 
-// role returns a command that runs this test program in a role.
-func role(name string, args ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), roleVar+"="+name)
-	return cmd
-}
-
 // serve starts a who server and waits until it listens.
 func (w *world) serve(name string, addresses ...string) *lab.Process {
 	w.t.Helper()
-	return w.start(role("who", append([]string{name}, addresses...)...), "ready")
+	return w.start(actor.Command("who", append([]string{"-echo", "-mptcp", name}, addresses...)...), "ready")
 }
 
 // start starts a server outside and waits until it has printed a word.
@@ -319,7 +239,7 @@ func (w *world) must(name string, args ...string) string {
 // what it found.
 func (w *world) client(name string, args ...string) string {
 	w.t.Helper()
-	p, err := w.Start(role(name, args...), lab.Inside)
+	p, err := w.Start(actor.Command(name, args...), lab.Inside)
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/plane/socket"
 )
 
@@ -166,7 +167,7 @@ func TestThreeNginx(t *testing.T) {
 				w.serveWeb("10.0.0.1:7000", "one")
 				var two *lab.Process
 				if fault == "late" {
-					w.start(role("late web", "127.0.0.1:9100"), "ready")
+					w.start(actor.Command("late web", "127.0.0.1:9100"), "ready")
 					two = w.nginx("server { listen 10.0.0.2:7000; location / { proxy_pass http://127.0.0.1:9100; } }", "10.0.0.2:7000")
 				} else {
 					two = w.serveWeb("10.0.0.2:7000", "two")
@@ -238,7 +239,7 @@ func TestLeastLatency(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
 			w.serve("one", "10.0.0.1:7000")
-			slow := w.start(role("late who", "50ms", "two", "10.0.0.2:7000"), "ready")
+			slow := w.start(actor.Command("who", "-echo", "-mptcp", "-delay", "50ms", "two", "10.0.0.2:7000"), "ready")
 			w.serve("three", "10.0.0.3:7000")
 			w.run(`services:
 - name: web

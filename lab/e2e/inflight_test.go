@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/plane/socket"
 )
 
@@ -227,7 +228,7 @@ func TestInFlight(t *testing.T) {
 	if testing.Short() {
 		length = 2 * time.Second
 	}
-	soak := role("lives")
+	soak := actor.Command("lives")
 	stop, err := soak.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -238,7 +239,7 @@ func TestInFlight(t *testing.T) {
 	}
 	// Others are killed in the middle of it, and so is the agent.
 	for end := time.Now().Add(length); time.Now().Before(end); {
-		victim := role("lives")
+		victim := actor.Command("lives")
 		if _, err := victim.StdinPipe(); err != nil {
 			t.Fatal(err)
 		}
@@ -273,7 +274,7 @@ func TestInFlight(t *testing.T) {
 	})
 
 	const each = 20
-	hold := role("hold all", fmt.Sprint(each))
+	hold := actor.Command("hold all", fmt.Sprint(each))
 	if _, err := hold.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
@@ -321,7 +322,7 @@ func disconnectedIsCountedBack(t *testing.T, kind string) {
 	if kind == "tcp" {
 		w.agent.Kill()
 	}
-	holder := role("hold disconnected", kind)
+	holder := actor.Command("hold disconnected", kind)
 	if _, err := holder.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 func init() {
@@ -157,7 +158,7 @@ func TestNamesAreShared(t *testing.T) {
 // holdNames starts a process that holds names, and waits until it does.
 func (w *world) holdNames(vips []string) *lab.Process {
 	w.t.Helper()
-	p, err := w.Start(role("hold names", vips...), lab.Inside)
+	p, err := w.Start(actor.Command("hold names", vips...), lab.Inside)
 	if err != nil {
 		w.t.Fatal(err)
 	}

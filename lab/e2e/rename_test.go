@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/service"
 )
 
@@ -51,7 +52,7 @@ func TestRename(t *testing.T) {
 			}
 			w.run(text("a", "b"))
 			w.awaitStates("a", service.Serving, service.Down)
-			cmd := role("hold one", "192.0.2.10:80")
+			cmd := actor.Command("hold one", "192.0.2.10:80")
 			stdin, err := cmd.StdinPipe()
 			if err != nil {
 				t.Fatal(err)

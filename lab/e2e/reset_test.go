@@ -19,6 +19,7 @@ import (
 
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -112,7 +113,7 @@ func keepAsking(args []string) error {
 // startClient starts a client that runs until its standard input or the host ends.
 func (w *world) startClient(at *lab.Host, name string, args ...string) *lab.Process {
 	w.t.Helper()
-	cmd := role(name, args...)
+	cmd := actor.Command(name, args...)
 	if _, err := cmd.StdinPipe(); err != nil {
 		w.t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 func init() { clients["restart"] = restart }
@@ -72,7 +73,7 @@ func TestScopeMadeAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	scope := filepath.Join(root, w.Scope())
-	p, err := w.Start(role("restart", scope, filepath.Join(filepath.Dir(scope), lab.Outside), "192.0.2.10:80", "6"), lab.Outside)
+	p, err := w.Start(actor.Command("restart", scope, filepath.Join(filepath.Dir(scope), lab.Outside), "192.0.2.10:80", "6"), lab.Outside)
 	if err != nil {
 		t.Fatal(err)
 	}

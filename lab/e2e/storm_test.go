@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -13,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 func init() {
-	clients["storm"] = storm
 	clients["fill"] = fill
 }
 
@@ -57,33 +56,10 @@ func fill(args []string) error {
 	return nil
 }
 
-// storm lets a number of clients connect without pause until standard input ends,
-// and prints what they saw.
-func storm(args []string) error {
-	to, err := netip.ParseAddrPort(args[0])
-	if err != nil {
-		return err
-	}
-	n, err := strconv.Atoi(args[1])
-	if err != nil {
-		return err
-	}
-	pause, err := time.ParseDuration(args[2])
-	if err != nil {
-		return err
-	}
-	done := make(chan struct{})
-	go func() {
-		_, _ = os.Stdin.Read(make([]byte, 1))
-		close(done)
-	}()
-	return json.NewEncoder(os.Stdout).Encode(lab.Storm(to, n, pause, done))
-}
-
 // startStorm starts a storm; the function returned ends it and returns what it saw.
-func (w *world) startStorm(vip string, n int, pause time.Duration) func() lab.StormReport {
+func (w *world) startStorm(vip string, n int, pause time.Duration) func() actor.StormReport {
 	w.t.Helper()
-	cmd := role("storm", vip, strconv.Itoa(n), pause.String())
+	cmd := actor.Command("storm", vip, strconv.Itoa(n), pause.String())
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		w.t.Fatal(err)
@@ -92,13 +68,13 @@ func (w *world) startStorm(vip string, n int, pause time.Duration) func() lab.St
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return func() lab.StormReport {
+	return func() actor.StormReport {
 		w.t.Helper()
 		stdin.Close()
 		if err := p.Wait(); err != nil {
 			w.t.Fatalf("storm: %v: %s", err, p.Log)
 		}
-		var r lab.StormReport
+		var r actor.StormReport
 		if err := json.NewDecoder(strings.NewReader(p.Log.String())).Decode(&r); err != nil && err != io.EOF {
 			w.t.Fatalf("storm: %v: %s", err, p.Log)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -50,7 +51,7 @@ func TestSwitches(t *testing.T) {
 		}
 	}
 	apply()
-	client := role("churn")
+	client := actor.Command("churn")
 	stdin, err := client.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 // nobody is a user without any privilege.
@@ -66,8 +67,7 @@ func attack(args []string) error {
 
 // elsewhere plays a role in a user and a network namespace of this user's own.
 func elsewhere(name string, to netip.AddrPort) error {
-	cmd := role(name, to.String())
-	cmd.Args[0], cmd.Path = "/proc/self/exe", "/proc/self/exe"
+	cmd := actor.Command(name, to.String())
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
@@ -329,7 +329,7 @@ func TestManyClients(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				p, err := w.Start(role("many", many, filepath.Join(root, w.Scope()), "192.0.2.10:80", strconv.Itoa(n)), lab.Inside)
+				p, err := w.Start(actor.Command("many", many, filepath.Join(root, w.Scope()), "192.0.2.10:80", strconv.Itoa(n)), lab.Inside)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -372,7 +372,7 @@ func many(args []string) error {
 		} else if err := os.Mkdir(cgroup, 0o755); err != nil {
 			return err
 		}
-		cmd := role("one of many", cgroup, uid, to)
+		cmd := actor.Command("one of many", cgroup, uid, to)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			if !strings.Contains(string(out), "refused") {
 				return fmt.Errorf("%w: %s", err, out)
@@ -448,7 +448,7 @@ func TestHeldIsNoConnection(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := trustingWorld(t)
-	p, err := w.Start(role("holds", "192.0.2.10:80"), lab.Inside)
+	p, err := w.Start(actor.Command("holds", "192.0.2.10:80"), lab.Inside)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -502,18 +502,18 @@ func shareOfDead(t *testing.T, fault string, n int, balance string) {
 		list += a + ":7000, "
 	}
 	w := newWorld(t, addresses...)
-	w.start(role("pages", append([]string{"200"}, good...)...), "ready")
+	w.start(actor.Command("pages", append([]string{"200"}, good...)...), "ready")
 	dead := netip.MustParseAddrPort(addresses[n-1] + ":7000")
 	switch fault {
 	case "hangs up", "resets":
-		w.start(role("hang up", dead.String(), strconv.FormatBool(fault == "resets")), "ready")
+		w.start(actor.Command("hang up", dead.String(), strconv.FormatBool(fault == "resets")), "ready")
 	case "answers errors":
-		w.start(role("pages", "500", dead.String()), "ready")
+		w.start(actor.Command("pages", "500", dead.String()), "ready")
 	}
 	w.run("services:\n- name: web\n  listen: [192.0.2.10:80]\n  balance: " + balance + "\n  health: {probe: none}\n  backends: [" + list + "]\n")
 	w.agent.Kill()
 	// The agent counts as alive for a few seconds more; nothing follows from it here.
-	share := func(r lab.StormReport) float64 {
+	share := func(r actor.StormReport) float64 {
 		bad := len(r.Failed)
 		for who, times := range r.Answers {
 			if !strings.HasSuffix(who, "fine") {
@@ -522,14 +522,14 @@ func shareOfDead(t *testing.T, fault string, n int, balance string) {
 		}
 		return float64(bad) / float64(max(1, r.Attempts))
 	}
-	storm := func() lab.StormReport {
+	storm := func() actor.StormReport {
 		end := w.startStorm("192.0.2.10:80", 1, time.Millisecond)
 		time.Sleep(time.Second)
 		return end()
 	}
 	first, later := storm(), storm()
 	// Four standard deviations of a draw by lot.
-	even := func(r lab.StormReport) float64 {
+	even := func(r actor.StormReport) float64 {
 		p := 1 / float64(n)
 		return p + 4*math.Sqrt(p*(1-p)/float64(max(1, r.Attempts)))
 	}

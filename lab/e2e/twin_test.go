@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 // How long call sequences are tried, always the same ones, so that a change alone can
@@ -60,7 +61,7 @@ func TestTwins(t *testing.T) {
 		addresses, servers = append(addresses, a), append(servers, net.JoinHostPort(a, "7000"))
 	}
 	w := newWorld(t, addresses...)
-	w.start(role("echo", servers...), "ready")
+	w.start(actor.Command("echo", servers...), "ready")
 	w.run(`services:
 - name: a
   listen: [192.0.2.1:80, 192.0.2.1:80/udp, "[2001:db8:f::1]:80", "[2001:db8:f::1]:80/udp"]

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 )
 
 func init() {
@@ -70,7 +71,7 @@ func TestOlderLayout(t *testing.T) {
 - name: tcp
   listen: [192.0.2.1:80, "[2001:db8:f::1]:80"]
   backends: [10.0.0.1:7000, "[2001:db8::1]:7000"]`)
-	holder := role("hold")
+	holder := actor.Command("hold")
 	ask, err := holder.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -89,7 +90,7 @@ func TestOlderLayout(t *testing.T) {
 		})
 	}
 	named(1)
-	busy := role("without pause")
+	busy := actor.Command("without pause")
 	stop, err := busy.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/service"
 )
@@ -91,41 +92,13 @@ func (n *network) wire(h *lab.Host, family, v6, node4, node6 string) {
 // server and the address of the client.
 func (n *network) serve(h *lab.Host, name string, at ...string) {
 	n.t.Helper()
-	for _, a := range at {
-		n.check(h.Do(func() error {
-			l, err := net.Listen("tcp", a)
-			if err != nil {
-				return err
-			}
-			n.t.Cleanup(func() { l.Close() })
-			go func() {
-				for {
-					c, err := l.Accept()
-					if err != nil {
-						return
-					}
-					fmt.Fprintf(c, "%s %s\n", name, c.RemoteAddr().(*net.TCPAddr).IP)
-					c.Close()
-				}
-			}()
-			u, err := net.ListenPacket("udp", a)
-			if err != nil {
-				return err
-			}
-			n.t.Cleanup(func() { u.Close() })
-			go func() {
-				b := make([]byte, 100)
-				for {
-					_, from, err := u.ReadFrom(b)
-					if err != nil {
-						return
-					}
-					_, _ = u.WriteTo(fmt.Appendf(nil, "%s %s\n", name, from.(*net.UDPAddr).IP), from)
-				}
-			}()
-			return nil
-		}))
-	}
+	n.check(h.Do(func() error {
+		open, err := actor.Server{Name: name, Sees: true, Hangs: true, MPTCP: true}.Listen(at...)
+		for _, c := range open {
+			n.t.Cleanup(func() { c.Close() })
+		}
+		return err
+	}))
 }
 
 // ask connects from a host and returns what the server says.

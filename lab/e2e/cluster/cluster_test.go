@@ -20,11 +20,9 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/lab/kube"
 )
-
-// roleVar makes this test program a server or a client of a test.
-const roleVar = "PENTAD_CLUSTER_ROLE"
 
 // patience bounds every wait for something that should happen soon.
 const patience = 20 * time.Second
@@ -33,21 +31,8 @@ const patience = 20 * time.Second
 var program, binaries, helm string
 
 func TestMain(m *testing.M) {
-	switch os.Getenv(roleVar) {
-	case "serve":
-		exit(serve(os.Args[1], os.Args[2:]))
-	case "ask":
-		exit(answerLines())
-	}
+	actor.Main(map[string]actor.Role{"ask": answerLines})
 	os.Exit(buildAndRun(m))
-}
-
-func exit(err error) {
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	os.Exit(0)
 }
 
 func buildAndRun(m *testing.M) int {
@@ -81,54 +66,12 @@ func buildAndRun(m *testing.M) int {
 	return code
 }
 
-// serve answers over TCP and UDP with a name and the client's address.
-func serve(name string, addresses []string) error {
-	config := net.ListenConfig{}
-	config.SetMultipathTCP(false)
-	for _, a := range addresses {
-		l, err := config.Listen(context.Background(), "tcp", a)
-		if err != nil {
-			return err
-		}
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer c.Close()
-					fmt.Fprintln(c, name, c.RemoteAddr().(*net.TCPAddr).IP)
-					// Until the client ends.
-					_, _ = io.Copy(io.Discard, c)
-				}()
-			}
-		}()
-		u, err := net.ListenPacket("udp", a)
-		if err != nil {
-			return err
-		}
-		go func() {
-			b := make([]byte, 1500)
-			for {
-				_, from, err := u.ReadFrom(b)
-				if err != nil {
-					return
-				}
-				_, _ = u.WriteTo(fmt.Appendln(nil, name, from.(*net.UDPAddr).IP), from)
-			}
-		}()
-	}
-	fmt.Println("ready")
-	select {}
-}
-
 // answerLines is a client: it reads "tcp ADDRESS:PORT" (or udp) and writes what the
 // server there says, or "error" and why there is none. It binds an address ("bind"),
 // holds a connection ("hold") and says later whether that is "alive" still, lets it
 // go ("drop"), asks by UDP from one port each time ("from PORT ADDRESS:PORT"), and by
 // one connected socket, which the first time makes ("again").
-func answerLines() error {
+func answerLines([]string) error {
 	held, asked := make(map[string]net.Conn), newAsker()
 	lines := bufio.NewScanner(os.Stdin)
 	lines.Buffer(nil, 1<<20)
@@ -282,8 +225,7 @@ type place struct {
 // newPlace starts the client of a place: with the network of h, in the cgroup of
 // the node that it belongs to.
 func newPlace(name string, h, node *lab.Host, cgroup string) (*place, error) {
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), roleVar+"=ask")
+	cmd := actor.Command("ask")
 	in, inside, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -555,9 +497,7 @@ func podAddresses(index, last int) (v4, v6 string) {
 
 // startServer starts a server with the network of h and waits for it.
 func startServer(h, node *lab.Host, name string, addresses ...string) error {
-	cmd := exec.Command("/proc/self/exe", append([]string{name}, addresses...)...)
-	cmd.Env = append(os.Environ(), roleVar+"=serve")
-	p, err := h.StartPod(cmd, node, lab.Outside)
+	p, err := h.StartPod(actor.Command("who", append([]string{"-sees", name}, addresses...)...), node, lab.Outside)
 	if err != nil {
 		return err
 	}

@@ -1,9 +1,12 @@
-package lab
+package actor
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -85,6 +88,29 @@ func (r StormReport) String() string {
 		text += fmt.Sprintf("\n%s after %s: %s", a.Began.Format("15:04:05.000"), a.Took, a.Error)
 	}
 	return text
+}
+
+// storm is a role: it lets CLIENTS connect to ADDRESS without a pause, or with PAUSE,
+// until standard input ends, and prints what they saw.
+func storm(args []string) error {
+	to, err := netip.ParseAddrPort(args[0])
+	if err != nil {
+		return err
+	}
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	pause, err := time.ParseDuration(args[2])
+	if err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		close(done)
+	}()
+	return json.NewEncoder(os.Stdout).Encode(Storm(to, n, pause, done))
 }
 
 // try makes one connection and asks who answers.
