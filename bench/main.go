@@ -38,6 +38,7 @@ var parts = []struct {
 	{"runtime", runTimes},
 	{"size", sizes},
 	{"change", smallChange},
+	{"chores", chores},
 	{"capacity", capacity},
 	{"probes", probes},
 	{"kills", kills},

@@ -38,7 +38,7 @@ const (
 	setUntracked                // ranges between whose addresses nothing is tracked
 	setVIPs                     // addresses of listeners that lie in these ranges
 	setTracked                  // addresses in these ranges whose packets were translated, written by the kernel
-	setWaning                   // the same, of those that may have none any more; by this plane
+	setWaning                   // clients that may have no translated connection any more, and are forgotten after a while; by this plane
 	setAffinity                 // client and home of a service -> number of a backend, written by the kernel
 	setNameEnd
 )

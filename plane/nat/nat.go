@@ -73,8 +73,8 @@ type Plane struct {
 	said   []string // of refused, for people
 
 	staleMu   sync.Mutex
-	stale     stale // what conntrack has to forget
-	later     stale // of this, what may be a handshake that is under way
+	stale     stale // flows that conntrack has to forget
+	later     stale // flows to forget a moment later: some may be handshakes under way, which it has not entered yet
 	staleWake chan struct{}
 }
 

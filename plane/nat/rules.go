@@ -322,7 +322,7 @@ func unservedRules() [][]expr.Any {
 }
 
 // nobodyRules find out whether an address is one that only services have. Who has it
-// on this host all the same serves it in his way.
+// on this host all the same serves it by rules of his own.
 func nobodyRules(family service.Family) [][]expr.Any {
 	w := words(family)
 	rule := []expr.Any{loadDestination(family, reg(0)), lookup(set{setReserved, family}, reg(0))}

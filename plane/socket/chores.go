@@ -128,6 +128,10 @@ func (p *Plane) doomed() (s *sweeper, byDiag map[uint64][]netip.AddrPort, err er
 	return nil, nil, nil
 }
 
+// CountBack walks over the sockets of every network namespace once, as Run does by itself
+// every ten seconds while there is a listener of UDP.
+func (p *Plane) CountBack(ctx context.Context) error { return p.countBack(ctx, true) }
+
 // countBack ends what the maps have of sockets that are no more though no hook told
 // so: UDP sockets that were disconnected and live on; with all also sockets that were
 // closed while somebody had taken the hooks away.
