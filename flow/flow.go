@@ -7,9 +7,12 @@
 package flow
 
 import (
+	"fmt"
 	"net/netip"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -44,6 +47,8 @@ type Tracker struct {
 	// Agent is the process of the agent, 0 when there is none: a connection that is
 	// closed while it runs is closed by it, and not by the process that has it.
 	Agent int
+	// Whose has the cgroup and the user of processes looked up when they connect.
+	Whose bool
 
 	open map[uint64]begun
 }
@@ -52,6 +57,9 @@ type Tracker struct {
 type begun struct {
 	pid     int
 	command string
+	cgroup  string
+	uid     uint32
+	owned   bool // uid is known
 	time    time.Time
 	rtt     time.Duration
 }
@@ -75,8 +83,13 @@ func (t *Tracker) Note(e socket.Event) Flow {
 	}
 	switch e.Kind {
 	case socket.Connect:
+		b := begun{pid: e.PID, command: e.Command, time: e.Time}
+		if t.Whose {
+			b.look()
+		}
+		f.Cgroup, f.UID, f.HasOwner = b.cgroup, b.uid, b.owned
 		if len(t.open) < maxOpen {
-			t.open[e.Cookie] = begun{pid: e.PID, command: e.Command, time: e.Time}
+			t.open[e.Cookie] = b
 		}
 	case socket.Established:
 		if b, ok := t.open[e.Cookie]; ok {
@@ -91,6 +104,18 @@ func (t *Tracker) Note(e socket.Event) Flow {
 	return f
 }
 
+// look finds out whose a process is. It may have ended.
+func (b *begun) look() {
+	if b.pid == 0 {
+		return
+	}
+	b.cgroup, _ = cgroupOf(b.pid)
+	var st unix.Stat_t
+	if unix.Stat(fmt.Sprintf("/proc/%d", b.pid), &st) == nil {
+		b.uid, b.owned = st.Uid, true
+	}
+}
+
 // fill adds what earlier events of the connection told.
 func (t *Tracker) fill(f *Flow) {
 	b, ok := t.open[f.Cookie]
@@ -98,7 +123,7 @@ func (t *Tracker) fill(f *Flow) {
 		return
 	}
 	// Who connected says more than who closed.
-	f.PID, f.Command = b.pid, b.command
+	f.PID, f.Command, f.Cgroup, f.UID, f.HasOwner = b.pid, b.command, b.cgroup, b.uid, b.owned
 	f.Duration = f.Time.Sub(b.time)
 	if f.RTT == 0 {
 		f.RTT = b.rtt

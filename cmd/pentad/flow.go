@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -109,11 +110,7 @@ func listFlows(ctx context.Context, pins string, want filter, o *output, out, er
 			bytesOr(x.Sent), bytesOr(x.Received), x.Outcome,
 		}
 		if o.wide() {
-			uid := "-"
-			if x.UID != nil {
-				uid = number(*x.UID)
-			}
-			row = append(row, uid, or(x.Cgroup, "-"), x.Time.Local().Format("2006-01-02T15:04:05.000Z07:00"))
+			row = append(row, uidOr(x.UID), or(x.Cgroup, "-"), x.Time.Local().Format("2006-01-02T15:04:05.000Z07:00"))
 		}
 		rows = append(rows, row)
 	}
@@ -135,6 +132,13 @@ func address(text, protocol string) string {
 	return text + "/" + protocol
 }
 
+func uidOr(uid *uint32) string {
+	if uid == nil {
+		return "-"
+	}
+	return number(*uid)
+}
+
 func bytesOr(n *uint64) string {
 	if n == nil {
 		return "-"
@@ -153,7 +157,7 @@ func followFlows(ctx context.Context, pins string, want filter, o *output, out, 
 	defer follower.Close()
 	show := flowPrinter(o, out)
 	tracker := flow.NewTracker()
-	tracker.Agent = host.Holder(pins)
+	tracker.Agent, tracker.Whose = host.Holder(pins), o.format != "table"
 	var told uint64
 	var lapsed time.Duration
 	var failed error
@@ -206,8 +210,14 @@ func flowPrinter(o *output, out io.Writer) func(flow.Flow) error {
 		}
 	}
 	const line = "%-12s  %-11s  %-20s  %-20s  %-21s  %-21s  %-8s  %-10s  %-9s  %-9s  %s\n"
+	more := func(texts ...string) string {
+		if !o.wide() {
+			return ""
+		}
+		return "  " + strings.Join(texts, "  ")
+	}
 	if !o.noHeaders {
-		fmt.Fprintf(out, line, "TIME", "EVENT", "PROCESS", "SERVICE", "VIP", "BACKEND", "RTT", "DURATION", "SENT", "RECEIVED", "OUTCOME")
+		fmt.Fprintf(out, line, "TIME", "EVENT", "PROCESS", "SERVICE", "VIP", "BACKEND", "RTT", "DURATION", "SENT", "RECEIVED", "OUTCOME"+more("UID", "CGROUP"))
 	}
 	return func(x flow.Flow) error {
 		f := view.NewFlow(x)
@@ -216,7 +226,7 @@ func flowPrinter(o *output, out io.Writer) func(flow.Flow) error {
 			outcome = "-"
 		}
 		_, err := fmt.Fprintf(out, line, x.Time.Local().Format("15:04:05.000"), f.Event, process(f), or(f.Service, "-"), address(f.VIP, f.Protocol),
-			or(f.Backend, "-"), or(view.Latency(f.RTTSeconds), "-"), or(view.Latency(f.DurationSeconds), "-"), bytesOr(f.Sent), bytesOr(f.Received), outcome)
+			or(f.Backend, "-"), or(view.Latency(f.RTTSeconds), "-"), or(view.Latency(f.DurationSeconds), "-"), bytesOr(f.Sent), bytesOr(f.Received), outcome+more(uidOr(f.UID), or(f.Cgroup, "-")))
 		return err
 	}
 }

@@ -21,10 +21,10 @@ import (
 
 // flowLine is a flow as `pentad flow -o json` prints it.
 type flowLine struct {
-	Event, Command, Service, Protocol, VIP, Backend, Client, Outcome string
-	RTTSeconds, DurationSeconds                                      float64
-	PID                                                              int
-	Sent, Received                                                   uint64
+	Event, Command, Cgroup, Service, Protocol, VIP, Backend, Client, Outcome string
+	RTTSeconds, DurationSeconds                                              float64
+	PID                                                                      int
+	Sent, Received                                                           uint64
 }
 
 // follow starts `pentad flow -f`; the function returned gives what it printed.
@@ -119,7 +119,7 @@ func TestFlow(t *testing.T) {
 		t.Errorf("established: %+v", established)
 	}
 	closed := w.awaitFlow("the end", flows, func(l flowLine) bool { return l.Event == "closed" && l.Service == "web" })
-	if closed.Sent < 50 || closed.Received < 1000 || closed.Received > 2000 || closed.DurationSeconds == 0 || closed.RTTSeconds == 0 || closed.PID != established.PID {
+	if closed.Sent < 50 || closed.Received < 1000 || closed.Received > 2000 || closed.DurationSeconds == 0 || closed.RTTSeconds == 0 || closed.PID != established.PID || closed.Cgroup != w.Scope() {
 		t.Errorf("closed: %+v", closed)
 	}
 	for _, l := range flows() {
@@ -139,7 +139,7 @@ func TestFlow(t *testing.T) {
 	if err := json.Unmarshal([]byte(w.mustPentad("flow", "-o", "json")), &open); err != nil {
 		t.Fatal(err)
 	}
-	if len(open) != 3 || open[0].PID != watcher.Process.Pid || open[0].VIP != "192.0.2.10:80" || open[0].Outcome != "open" || open[0].RTTSeconds == 0 {
+	if len(open) != 3 || open[0].PID != watcher.Process.Pid || open[0].VIP != "192.0.2.10:80" || open[0].Outcome != "open" || open[0].RTTSeconds == 0 || open[0].Cgroup != w.Scope() || !strings.Contains(open[0].Client, ":") {
 		t.Errorf("open: %+v", open)
 	}
 	if out := w.mustPentad("flow", "--pid", "1"); strings.Contains(out, "192.0.2.10") {
