@@ -304,6 +304,7 @@ func TestManifestsRun(t *testing.T) {
 		"https://kubernetes.example:6443", "https://10.0.0.1:6443",
 		"        kubeconfig: /etc/pentad/kubeconfig\n", "        kubeconfig: /etc/pentad/kubeconfig\n    scope: {cgroup: "+r.a.Scope()+"}\n",
 		"args: [run, ", "args: [--pins, "+r.a.Pins+", --run-dir, /run/pentad, run, ",
+		"hostPath: {path: /var/lib/pentad,", "hostPath: {path: "+filepath.Join(r.a.Dir, "state")+",",
 		"image: "+imagePentad, "image: "+imagePentad+"\n        imagePullPolicy: Never",
 	)
 	for _, file := range []string{"crd.yaml", "agent.yaml", "controller.yaml"} {
