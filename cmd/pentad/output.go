@@ -146,6 +146,19 @@ func terminal(w io.Writer) (width int, is bool) {
 	return width, err == nil && width > 0
 }
 
+// linesOf returns how many lines of a table there is room for.
+func linesOf(w io.Writer) int {
+	f, ok := w.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return shownServices
+	}
+	_, height, err := term.GetSize(int(f.Fd()))
+	if err != nil {
+		return shownServices
+	}
+	return max(1, height-2)
+}
+
 // fit cuts a line that is longer than the terminal is wide.
 func fit(line string, width int) string {
 	if runes := []rune(line); len(runes) > width {

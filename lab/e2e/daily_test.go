@@ -102,6 +102,8 @@ func TestUsage(t *testing.T) {
 		{0, "help flow", "Usage:"},
 		{0, "explain web/tcp", "goes to one of"},
 		{2, "explain wbe", `did you mean "web"?`},
+		{2, "top --interval 1ms", "100ms or more"},
+		{0, "top --once --interval 100ms", "CONNECTIONS/s"},
 		{0, "--version", "pentad "},
 		{0, "services ls", "web"},
 		{0, "svc list", "web"},
