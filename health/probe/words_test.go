@@ -5,13 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/pentad/pentad/service"
 )
 
 // People read what happened, not how a program calls it.
@@ -31,6 +36,37 @@ func TestWords(t *testing.T) {
 	} {
 		if have := Words(c.err); have != c.want {
 			t.Errorf("%v: %q, want %q", c.err, have, c.want)
+		}
+	}
+}
+
+// A server that will not talk says why before it hangs up, and that is what people read.
+func TestRedisProtectedMode(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			fmt.Fprint(c, "-DENIED Redis is running in protected mode because\r\n")
+			c.Close()
+		}
+	}()
+	f, err := New(service.Health{Probe: service.ProbeRedis}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 50 {
+		ctx, stop := context.WithTimeout(t.Context(), 5*time.Second)
+		err := f(ctx, netip.MustParseAddrPort(l.Addr().String()))
+		stop()
+		if err == nil || !strings.Contains(Words(err), "DENIED Redis is running in protected mode") {
+			t.Fatalf("%v", err)
 		}
 	}
 }
