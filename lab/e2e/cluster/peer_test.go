@@ -215,14 +215,14 @@ func (p pair) ask(t *testing.T, questions []question, times int, wait time.Durat
 // TestPeers makes random Services and slices, changes them at random, and asks after
 // each change from everywhere what pentad and kube-proxy make of it.
 //
-// It tries two histories, and six where CI is set, that are always the same.
+// It tries two histories, and four where CI is set, that are always the same.
 // PENTAD_PEERS is for how long it tries others; PENTAD_PEERS_SEED says with which it
 // begins.
 func TestPeers(t *testing.T) {
 	t.Parallel()
 	long, seed, most := 15*time.Minute, uint64(1), uint64(2)
 	if os.Getenv("CI") != "" {
-		most = 6
+		most = 4
 	}
 	if s := os.Getenv("PENTAD_PEERS"); s != "" {
 		var err error
