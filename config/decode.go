@@ -173,7 +173,7 @@ func (d *decoder) duration(n *yaml.Node, low, high, unit time.Duration) (time.Du
 	v, err := time.ParseDuration(n.Value)
 	if n.Kind != yaml.ScalarNode || err != nil || v < low || v > high {
 		d.errorf(n, "want a duration from %s to %s, such as %s, found %s%s",
-			short(low), short(high), short(max(low, min(high, 2*time.Second))), found(n), durationHint(n, err))
+			Duration(low), Duration(high), Duration(max(low, min(high, 2*time.Second))), found(n), durationHint(n, err))
 		return 0, false
 	}
 	if v%unit != 0 {
@@ -221,8 +221,8 @@ func (d *decoder) truth(n *yaml.Node) (is, ok bool) {
 	return v, true
 }
 
-// short writes a duration without its zero parts: 3h, not 3h0m0s.
-func short(d time.Duration) string {
+// Duration writes a duration as a file does, without its zero parts: 3h, not 3h0m0s.
+func Duration(d time.Duration) string {
 	s := d.String()
 	if strings.HasSuffix(s, "m0s") {
 		s = strings.TrimSuffix(s, "0s")

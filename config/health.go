@@ -138,7 +138,7 @@ func (d *decoder) health(n *yaml.Node, s *service.Service) {
 	}
 	if h.Timeout > h.Interval {
 		d.errorf(seen["timeout"], "timeout %s is longer than interval %s; a probe must end before the next begins",
-			short(h.Timeout), short(h.Interval))
+			Duration(h.Timeout), Duration(h.Interval))
 	}
 	d.checkProbe(n, seen, &h)
 	s.Health = h

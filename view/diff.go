@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/service"
 )
 
@@ -147,7 +148,7 @@ func breakerText(b service.Breaker) string {
 	}
 	parts = append(parts, fmt.Sprintf("failures: %d", b.Failures))
 	if b.Failures > 0 {
-		parts = append(parts, "ejection: "+Duration(b.Ejection), fmt.Sprintf("maxEjected: %d%%", b.MaxEjected))
+		parts = append(parts, "ejection: "+config.Duration(b.Ejection), fmt.Sprintf("maxEjected: %d%%", b.MaxEjected))
 	}
 	return "{" + strings.Join(parts, ", ") + "}"
 }
@@ -156,7 +157,7 @@ func keepaliveText(k service.Keepalive) string {
 	if k == (service.Keepalive{}) {
 		return "none"
 	}
-	return fmt.Sprintf("{idle: %s, interval: %s, probes: %d}", Duration(k.Idle), Duration(k.Interval), k.Probes)
+	return fmt.Sprintf("{idle: %s, interval: %s, probes: %d}", config.Duration(k.Idle), config.Duration(k.Interval), k.Probes)
 }
 
 func ats(s *service.Service) []service.Listener {

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -123,13 +124,13 @@ func (h *Host) service(s *service.Service) Service {
 		OnDown: s.OnDown.String(), Flows: !s.Silent, Keepalive: newKeepalive(s.Keepalive), Breaker: newBreaker(s.Breaker),
 	}
 	if s.Affinity > 0 {
-		out.Affinity = &Affinity{Duration(s.Affinity)}
+		out.Affinity = &Affinity{config.Duration(s.Affinity)}
 	}
 	if s.ConnectTimeout > 0 {
-		out.Connect = &Connect{Duration(s.ConnectTimeout)}
+		out.Connect = &Connect{config.Duration(s.ConnectTimeout)}
 	}
 	if s.SlowStart > 0 {
-		out.SlowStart = Duration(s.SlowStart)
+		out.SlowStart = config.Duration(s.SlowStart)
 	}
 	choices := make(map[service.Family]service.Choice)
 	for _, f := range service.EachFamily {
@@ -144,25 +145,13 @@ func (h *Host) service(s *service.Service) Service {
 	return out
 }
 
-// Duration writes a duration as the configuration does: 3h, not 3h0m0s.
-func Duration(d time.Duration) string {
-	s := d.String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return s
-}
-
 func newKeepalive(k service.Keepalive) *Keepalive {
 	if k.Idle == 0 {
 		return nil
 	}
-	out := &Keepalive{Idle: Duration(k.Idle), Probes: k.Probes}
+	out := &Keepalive{Idle: config.Duration(k.Idle), Probes: k.Probes}
 	if k.Interval > 0 {
-		out.Interval = Duration(k.Interval)
+		out.Interval = config.Duration(k.Interval)
 	}
 	return out
 }
@@ -173,7 +162,7 @@ func newBreaker(b service.Breaker) *Breaker {
 	}
 	out := &Breaker{MaxConnections: b.MaxConnections, Failures: b.Failures}
 	if b.Failures > 0 {
-		out.Ejection, out.MaxEjected = Duration(b.Ejection), fmt.Sprintf("%d%%", b.MaxEjected)
+		out.Ejection, out.MaxEjected = config.Duration(b.Ejection), fmt.Sprintf("%d%%", b.MaxEjected)
 	}
 	return out
 }
