@@ -68,7 +68,7 @@ func (s *site) launch() error {
 	if err != nil {
 		return err
 	}
-	s.agent, err = s.Start(exec.Command(program, "run", "-c", "pentad.yaml", "--pins", s.Pins, "--run-dir", s.Dir+"/run"), lab.Outside)
+	s.agent, err = s.Start(exec.Command(program, "run", "-v", "-c", "pentad.yaml", "--pins", s.Pins, "--run-dir", s.Dir+"/run"), lab.Outside)
 	return err
 }
 
