@@ -48,7 +48,7 @@ func wantSocket(k *known) (socket.Want, bool) {
 
 func wantNAT(k *known) (nat.Want, bool) {
 	return nat.Want{Services: k.services, Ranges: nat.Ranges{
-		Guests: k.node.Guests, Reserved: k.node.Reserved, Untracked: k.config.Source.Kubernetes.Untracked,
+		Pods: k.node.Pods, Reserved: k.node.Reserved, Untracked: k.config.Source.Kubernetes.Untracked,
 	}}, k.silent == 0
 }
 

@@ -20,13 +20,13 @@ func TestWants(t *testing.T) {
 		Untracked: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Health: netip.MustParseAddrPort("0.0.0.0:10256"),
 	}
 	k.node = source.Node{
-		Guests: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}, Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")},
+		Pods: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}, Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")},
 		Checks: []source.Check{{Port: 31000, Namespace: "shop", Name: "web", Endpoints4: 2}},
 	}
 	if w, ok := wantSocket(k); !ok || w.Cgroup != "/some" || w.Services != k.services || w.Silent != 0 {
 		t.Errorf("socket: %t, %+v", ok, w)
 	}
-	if w, ok := wantNAT(k); !ok || w.Services != k.services || !slices.Equal(w.Guests, k.node.Guests) ||
+	if w, ok := wantNAT(k); !ok || w.Services != k.services || !slices.Equal(w.Pods, k.node.Pods) ||
 		!slices.Equal(w.Reserved, k.node.Reserved) || !slices.Equal(w.Untracked, k.config.Source.Kubernetes.Untracked) {
 		t.Errorf("nat: %t, %+v", ok, w)
 	}

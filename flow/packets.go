@@ -12,7 +12,7 @@ import (
 )
 
 // AddPackets says what packets to the destination find that arrive from elsewhere
-// or from guests, and what becomes of a connection that no hook translates.
+// or from pods, and what becomes of a connection that no hook translates.
 func (e *Explanation) AddPackets(v *nat.View, q Question) {
 	found := false
 	for _, m := range v.Mappings {
@@ -22,10 +22,10 @@ func (e *Explanation) AddPackets(v *nat.View, q Question) {
 		found = true
 		whose := "of other hosts"
 		switch from := m.Listener.From; {
-		case from.Has(service.FromGuests) && from.Has(service.FromWorld):
-			whose = "of other hosts and of guests"
-		case from.Has(service.FromGuests):
-			whose = "of guests"
+		case from.Has(service.FromPods) && from.Has(service.FromWorld):
+			whose = "of other hosts and of pods"
+		case from.Has(service.FromPods):
+			whose = "of pods"
 		}
 		if m.Listener.Guarded {
 			whose += ", in the source ranges of the service,"
@@ -117,13 +117,13 @@ func mentions(text string, dest netip.AddrPort) bool {
 }
 
 // ExplainPackets walks through what the kernel does with a connection that arrives
-// as packets from an address: one of another host, or of a guest of this one.
+// as packets from an address: one of another host, or of a pod of this one.
 func ExplainPackets(v *nat.View, from netip.Addr, q Question) *Explanation {
 	dest := service.Listener{Address: q.Destination, Protocol: q.Protocol}
 	e := &Explanation{Destination: dest.String()}
 	place, whose := service.FromWorld, "another host"
-	if r, guest := ipam.Find(v.Guests, from); guest {
-		place, whose = service.FromGuests, fmt.Sprintf("a guest of this host (%s)", r)
+	if r, pod := ipam.Find(v.Pods, from); pod {
+		place, whose = service.FromPods, fmt.Sprintf("a pod of this host (%s)", r)
 	}
 	e.step("client", "%s, %s", from, whose)
 	if from.Is4() != dest.Address.Addr().Is4() {
@@ -171,8 +171,8 @@ func (e *Explanation) noMapping(v *nat.View, dest service.Listener, place servic
 	if e.nobody(v, dest) {
 		return e
 	}
-	others := "of guests of this host"
-	if place == service.FromGuests {
+	others := "of pods of this host"
+	if place == service.FromPods {
 		others = "of other hosts"
 	}
 	for _, m := range v.Mappings {
@@ -234,14 +234,14 @@ func (e *Explanation) mapping(v *nat.View, m nat.Mapping, from netip.Addr) *Expl
 
 // sourceOf says whether a backend sees the client's address, and why.
 func sourceOf(v *nat.View, b nat.Share, from netip.Addr) (text string, keeps bool) {
-	_, guest := ipam.Find(v.Guests, from)
+	_, pod := ipam.Find(v.Pods, from)
 	switch {
 	case b.Address.Addr() == from:
 		return "the client itself, which would answer itself directly: it sees an address of this host instead", false
 	case b.Local:
 		return "on this host, where its replies pass: it sees the client's address", true
-	case guest:
-		return "elsewhere; replies to a guest of this host come here: it sees the client's address", true
+	case pod:
+		return "elsewhere; replies to a pod of this host come here: it sees the client's address", true
 	}
 	return "elsewhere; its replies would not come here: it sees an address of this host instead", false
 }

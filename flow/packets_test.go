@@ -14,13 +14,13 @@ func question(dest string) Question {
 	return Question{Destination: netip.MustParseAddrPort(dest), Protocol: service.TCP}
 }
 
-// view is what a table does: a service for all, one for guests, one whose backends are
+// view is what a table does: a service for all, one for pods, one whose backends are
 // elsewhere, one for few.
 func view() *nat.View {
 	l := func(at string, from service.From) service.Listener {
 		return service.Listener{Address: netip.MustParseAddrPort(at), Protocol: service.TCP, From: from}
 	}
-	all := service.FromGuests | service.FromWorld
+	all := service.FromPods | service.FromWorld
 	near := nat.Share{Address: netip.MustParseAddrPort("10.244.1.2:8080"), Slots: 1, Local: true}
 	far := nat.Share{Address: netip.MustParseAddrPort("10.244.2.2:8080"), Slots: 1}
 	guarded := l("198.51.100.3:80", all)
@@ -28,14 +28,14 @@ func view() *nat.View {
 	return &nat.View{
 		Mappings: []nat.Mapping{
 			{Service: "shop/web:http", Listener: l("10.96.0.1:80", all), Backends: []nat.Share{near, far}},
-			{Service: "shop/local:http", Listener: l("198.51.100.1:80", service.FromGuests), Backends: []nat.Share{far}},
+			{Service: "shop/local:http", Listener: l("198.51.100.1:80", service.FromPods), Backends: []nat.Share{far}},
 			{Service: "shop/local:http/external", Listener: l("198.51.100.1:80", service.FromWorld), Dropped: true},
-			{Service: "shop/guests:http", Listener: l("198.51.100.2:80", service.FromGuests), Backends: []nat.Share{far}, Hashed: true},
+			{Service: "shop/pods:http", Listener: l("198.51.100.2:80", service.FromPods), Backends: []nat.Share{far}, Hashed: true},
 			{Service: "shop/few:http", Listener: guarded, Backends: []nat.Share{near},
 				Sources: []ipam.Range{{First: netip.MustParseAddr("192.0.2.0"), Last: netip.MustParseAddr("192.0.2.255")}}},
 			{Service: "shop/none:http", Listener: l("10.96.0.2:80", all)},
 		},
-		Guests:   []ipam.Range{{First: netip.MustParseAddr("10.244.1.0"), Last: netip.MustParseAddr("10.244.1.255")}},
+		Pods:     []ipam.Range{{First: netip.MustParseAddr("10.244.1.0"), Last: netip.MustParseAddr("10.244.1.255")}},
 		Reserved: []ipam.Range{{First: netip.MustParseAddr("10.96.0.0"), Last: netip.MustParseAddr("10.96.255.255")}},
 	}
 }
@@ -52,7 +52,7 @@ func TestExplainPackets(t *testing.T) {
 		{"10.244.1.2", "10.96.0.1:80", true, "of which 10.244.2.2:8080 would see 10.244.1.2, and 10.244.1.2:8080 an address of this host"},
 		{"192.0.2.7", "198.51.100.1:80", false, "dropped, because this host has no backend of the service shop/local:http/external and others have"},
 		{"10.244.1.9", "198.51.100.1:80", true, "goes to 10.244.2.2:8080, which sees 10.244.1.9"},
-		{"192.0.2.7", "198.51.100.2:80", false, "the service shop/guests:http is there for those of guests of this host only"},
+		{"192.0.2.7", "198.51.100.2:80", false, "the service shop/pods:http is there for those of pods of this host only"},
 		{"192.0.2.7", "198.51.100.3:80", true, "goes to 10.244.1.2:8080, which sees 192.0.2.7"},
 		{"203.0.113.7", "198.51.100.3:80", false, "in none of the source ranges of the service shop/few:http: 192.0.2.0/24"},
 		{"192.0.2.7", "10.96.0.2:80", false, "refused at 10.96.0.2:80, because no backend of the service shop/none:http is usable"},

@@ -45,15 +45,15 @@ const (
 	FromSockets From = 1 << iota
 	// FromHost are the sockets in the network namespace of the host itself.
 	FromHost
-	// FromGuests are packets that guests of this host send: what has an
+	// FromPods are packets that pods of this host send: what has an
 	// address here but no socket that the kernel could translate, such as a
 	// virtual machine.
-	FromGuests
+	FromPods
 	// FromWorld are packets that arrive from other hosts.
 	FromWorld
 
 	// Anywhere is all of them.
-	Anywhere = FromSockets | FromHost | FromGuests | FromWorld
+	Anywhere = FromSockets | FromHost | FromPods | FromWorld
 )
 
 // Has reports whether clients in any of these places are answered.

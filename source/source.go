@@ -33,7 +33,7 @@ type Update struct {
 // Node is what a cluster says of one of its nodes.
 type Node struct {
 	Checks   []Check        // sorted by port
-	Guests   []netip.Prefix // addresses of the pods of this node
+	Pods     []netip.Prefix // addresses of the pods of this node
 	Reserved []netip.Prefix // addresses that only Services have
 	Leaving  bool           // the Node is being deleted or is about to be
 	Unserved int            // ports of a protocol that pentad does not serve (SCTP)

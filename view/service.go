@@ -27,7 +27,7 @@ type Service struct {
 	Listeners []Listener `json:"listeners"` // what becomes of connections to each
 	Backends  []Backend  `json:"backends"`
 
-	// What packets find that arrive from other hosts and from guests of this one.
+	// What packets find that arrive from other hosts and from pods of this one.
 	Packets []Packets `json:"packets,omitempty"`
 }
 
@@ -110,7 +110,7 @@ type Backend struct {
 // Packets is what the kernel does with packets to a listener.
 type Packets struct {
 	Listen   string   `json:"listen"`
-	From     []string `json:"from"` // guests, world
+	From     []string `json:"from"` // pods, world
 	Balance  string   `json:"balance"`
 	Guarded  bool     `json:"guarded"`
 	Sources  []string `json:"sources,omitempty"` // of guarded ones: who may come
@@ -302,8 +302,8 @@ func newPackets(m nat.Mapping) Packets {
 		Listen: m.Listener.String(), From: []string{}, Balance: service.Random.String(),
 		Guarded: m.Listener.Guarded, Dropped: m.Dropped, Backends: []string{},
 	}
-	if m.Listener.From&service.FromGuests != 0 {
-		out.From = append(out.From, "guests")
+	if m.Listener.From&service.FromPods != 0 {
+		out.From = append(out.From, "pods")
 	}
 	if m.Listener.From&service.FromWorld != 0 {
 		out.From = append(out.From, "world")

@@ -24,7 +24,7 @@ func newExplain(at *places) *cobra.Command {
 		Short: "Explain what becomes of a connection, step by step",
 		Long: "Walk through the decision for a destination, and with --pid a process, as the kernel would take it now, and end\n" +
 			"with one sentence that says what happens and, when it is not what people expect, why and what to do. With --from the\n" +
-			"connection is one whose packets arrive from an address: that of another host, or of a guest of this one. Without a\n" +
+			"connection is one whose packets arrive from an address: that of another host, or of a pod of this one. Without a\n" +
 			"port every listener of the address is explained, and of a service, by its name, every listener that it has.\n" +
 			"Exit code 0: the connection reaches a backend; 1: it does not; 2: the question makes no sense.",
 		Example: "  pentad explain 10.96.0.10:3306\n  pentad explain orders-db\n  pentad explain --pid 4711 10.96.0.53:53/udp\n" +

@@ -25,7 +25,7 @@ func TestAdoptWritesNothing(t *testing.T) {
 	plain := *s
 	plain.Name, plain.Affinity, plain.Listeners = "plain", 0, []service.Listener{{Address: netip.MustParseAddrPort("10.96.0.2:80"), Protocol: service.TCP}}
 	none := &service.Service{Name: "none", Listeners: []service.Listener{{Address: netip.MustParseAddrPort("10.96.0.3:80"), Protocol: service.TCP}}}
-	want := Want{Services: (&service.Snapshot{}).Next([]*service.Service{s, &plain, none}), Ranges: Ranges{Guests: []netip.Prefix{
+	want := Want{Services: (&service.Snapshot{}).Next([]*service.Service{s, &plain, none}), Ranges: Ranges{Pods: []netip.Prefix{
 		netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:1::/64"),
 	}}}
 	if err := h.Do(func() error {

@@ -85,10 +85,10 @@ func (s stale) untranslated(at service.Listener) {
 
 // targetsAt returns the backends to which a listener leads, whoever comes.
 func targetsAt(at service.Listener, of []*service.Service, slots slotTable) []netip.AddrPort {
-	world, guests := leads(at, of)
+	world, pods := leads(at, of)
 	family := service.FamilyOf(at.Address.Addr())
 	var all []netip.AddrPort
-	for _, w := range []*lead{world, guests} {
+	for _, w := range []*lead{world, pods} {
 		if w != nil {
 			all = append(all, slots.of(w.to, family)...)
 		}
@@ -124,7 +124,7 @@ func (s stale) found(c *change) {
 	each(c.remove, func(f flow) { s[f] = true })
 	each(c.add, func(f flow) { delete(s, f) }) // it has another slot
 	for _, e := range c.add {
-		if (e.in.name == setServices || e.in.name == setGuestsTo) && e.data != chainDrop && e.data != chainRefuse {
+		if (e.in.name == setServices || e.in.name == setPodsTo) && e.data != chainDrop && e.data != chainRefuse {
 			l, _ := splitListener(e.key, e.in.family)
 			s.untranslated(l)
 		}

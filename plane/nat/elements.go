@@ -25,14 +25,14 @@ type setName uint8
 // sixteen; a listener is address, protocol and port.
 const (
 	setServices  setName = iota // listener -> verdict, for packets from elsewhere
-	setGuestsTo                 // listener -> verdict, for packets of guests
+	setPodsTo                   // listener -> verdict, for packets of pods
 	setSlots                    // listener and slot -> backend
 	setChoices                  // listener and slot -> number of a backend, of services with affinity
 	setMembers                  // listener and number -> backend, of the same
 	setSources                  // listener and ranges of addresses: who may come
 	setLocal                    // addresses of backends on this host
 	setHairpin                  // the same address twice, of backends on this host
-	setGuests                   // ranges of addresses of guests
+	setPods                     // ranges of addresses of pods
 	setTaken                    // addresses of listeners that lie in reserved ranges
 	setReserved                 // ranges of addresses that only services have
 	setUntracked                // ranges between whose addresses nothing is tracked
@@ -51,9 +51,9 @@ type element struct {
 	note string // with verdicts: the name of the service, for people
 }
 
-// guestSlots is added to slots that guests choose from where they have other
+// podSlots is added to slots that pods choose from where they have other
 // backends than the world.
-const guestSlots = 1 << 16
+const podSlots = 1 << 16
 
 // maxSlots bounds the slots of a service whose backends have unequal weights.
 const maxSlots = 256
@@ -61,7 +61,7 @@ const maxSlots = 256
 // chain describes a chain that leads to a backend: what its name says.
 type chain struct {
 	family   service.Family
-	guests   bool // slots from guestSlots on
+	pods     bool // slots from podSlots on
 	slots    int  // 0: the second half of a chain with affinity
 	hashed   bool // the slot is a hash of the client's address
 	affinity time.Duration
@@ -107,8 +107,8 @@ func (c chain) name() string {
 		return fmt.Sprintf("stick%d-%d", c.family, c.affinity/time.Second) + c.homeName()
 	}
 	name := fmt.Sprintf("backend%d-%d", c.family, c.slots)
-	if c.guests {
-		name += "-guests"
+	if c.pods {
+		name += "-pods"
 	}
 	if c.hashed {
 		name += hashedMark
@@ -161,8 +161,8 @@ const (
 // appendSlots adds what leads from the slots of a listener to backends.
 func appendSlots(all []element, c chain, key string, at []netip.AddrPort) []element {
 	first := uint32(0)
-	if c.guests {
-		first = guestSlots
+	if c.pods {
+		first = podSlots
 	}
 	if c.affinity == 0 {
 		for i, b := range at {

@@ -101,7 +101,7 @@ func TestHistories(t *testing.T) {
 	var log bytes.Buffer
 	p := New(slog.New(slog.NewTextHandler(&log, nil)))
 	ranges := Ranges{
-		Guests: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/30")}, Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/30")},
+		Pods: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/30")}, Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/30")},
 		Untracked: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
 	}
 	snap := &service.Snapshot{}

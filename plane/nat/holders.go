@@ -16,7 +16,7 @@ import (
 type holders map[service.Listener][]*service.Service
 
 // forPackets reports whether a listener answers any clients whose packets pass here.
-func forPackets(l service.Listener) bool { return l.From.Has(service.FromWorld | service.FromGuests) }
+func forPackets(l service.Listener) bool { return l.From.Has(service.FromWorld | service.FromPods) }
 
 // places returns where a service listens for packets, each place once.
 func places(s *service.Service) []service.Listener {
@@ -55,9 +55,9 @@ type lead struct {
 	listener service.Listener
 }
 
-// leads returns what leads those who come from the world, and the guests, at a
+// leads returns what leads those who come from the world, and the pods, at a
 // listener; nil: nothing. Where several would, the first by name does.
-func leads(at service.Listener, of []*service.Service) (world, guests *lead) {
+func leads(at service.Listener, of []*service.Service) (world, pods *lead) {
 	for _, s := range of {
 		i, _ := slices.BinarySearchFunc(s.Listeners, at, service.Listener.Compare)
 		for ; i < len(s.Listeners) && s.Listeners[i].At() == at; i++ {
@@ -65,12 +65,12 @@ func leads(at service.Listener, of []*service.Service) (world, guests *lead) {
 			if world == nil && l.From.Has(service.FromWorld) {
 				world = &lead{s, l}
 			}
-			if guests == nil && l.From.Has(service.FromGuests) {
-				guests = &lead{s, l}
+			if pods == nil && l.From.Has(service.FromPods) {
+				pods = &lead{s, l}
 			}
 		}
 	}
-	return world, guests
+	return world, pods
 }
 
 // equal reports whether both lead to the same, for the same reason.
@@ -98,13 +98,13 @@ func (t slotTable) of(s *service.Service, family service.Family) []netip.AddrPor
 // elementsAt is all that the sets have of a listener, except what concerns addresses
 // alone. It is pure. chains gets the chains that it needs.
 func elementsAt(at service.Listener, of []*service.Service, slots slotTable, chains map[string]chain) []element {
-	world, guests := leads(at, of)
+	world, pods := leads(at, of)
 	key, family := listenerKey(at), service.FamilyOf(at.Address.Addr())
-	if world.equal(guests) {
-		return appendSources(world.elements(setServices, slots, chains, setGuestsTo), key, sourcesOf(world), family)
+	if world.equal(pods) {
+		return appendSources(world.elements(setServices, slots, chains, setPodsTo), key, sourcesOf(world), family)
 	}
-	all := append(world.elements(setServices, slots, chains), guests.elements(setGuestsTo, slots, chains)...)
-	return appendSources(once(all), key, sourcesOf(world, guests), family)
+	all := append(world.elements(setServices, slots, chains), pods.elements(setPodsTo, slots, chains)...)
+	return appendSources(once(all), key, sourcesOf(world, pods), family)
 }
 
 // sourcesOf returns who may come by any of the ways, sorted.
@@ -143,7 +143,7 @@ func (w *lead) elements(in setName, slots slotTable, chains map[string]chain, al
 	family := service.FamilyOf(l.Address.Addr())
 	at := slots.of(s, family)
 	key := listenerKey(l)
-	c := chain{family: family, guests: in == setGuestsTo, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
+	c := chain{family: family, pods: in == setPodsTo, slots: len(at), hashed: s.Balance == service.SourceHash, affinity: s.Affinity, guarded: l.Guarded}
 	if s.Affinity > 0 {
 		c.home = homeOf(s.Name, family)
 	}

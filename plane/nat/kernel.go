@@ -216,14 +216,14 @@ func (e element) size() int { return 2*(perElement+len(e.key)) + len(e.data) + l
 func (e element) encode() []nftables.SetElement {
 	key := []byte(e.key)
 	switch e.in.name {
-	case setServices, setGuestsTo:
+	case setServices, setPodsTo:
 		return []nftables.SetElement{{Key: key, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.data}, Comment: e.note}}
 	case setSlots, setChoices, setMembers:
 		return []nftables.SetElement{{Key: key, Val: []byte(e.data)}}
 	case setSources:
 		half := len(key) / 2
 		return []nftables.SetElement{{Key: key[:half], KeyEnd: key[half:]}}
-	case setGuests, setReserved, setUntracked:
+	case setPods, setReserved, setUntracked:
 		half := len(key) / 2
 		all := []nftables.SetElement{{Key: key[:half]}}
 		if end, ok := after(key[half:]); ok {
@@ -289,13 +289,13 @@ func (k *kernel) of(name setName) ([]element, error) {
 }
 
 func decode(s set, have []nftables.SetElement) []element {
-	if s.name == setGuests || s.name == setReserved || s.name == setUntracked {
+	if s.name == setPods || s.name == setReserved || s.name == setUntracked {
 		return decodeIntervals(s, have)
 	}
 	all := make([]element, 0, len(have))
 	for _, h := range have {
 		e := element{in: s, key: string(h.Key) + string(h.KeyEnd), data: string(h.Val)}
-		if s.name == setServices || s.name == setGuestsTo {
+		if s.name == setServices || s.name == setPodsTo {
 			e.data, e.note = verdictChain(h.Val), h.Comment
 		}
 		all = append(all, e)

@@ -1,4 +1,4 @@
-// Package nat serves what arrives at this host from elsewhere, and what guests
+// Package nat serves what arrives at this host from elsewhere, and what pods
 // without sockets of their own here send: it translates the destination of the
 // first packet of a connection with one nftables table, and the kernel's
 // connection tracking does the rest. It has one verb: Apply makes the kernel look
@@ -35,9 +35,9 @@ type Want struct {
 // Ranges are the addresses that mean something to a host besides those of services.
 // All are sorted.
 type Ranges struct {
-	// Guests are the addresses of what runs on this host with an address of its
+	// Pods are the addresses of what runs on this host with an address of its
 	// own: what they are sent passes here.
-	Guests []netip.Prefix
+	Pods []netip.Prefix
 
 	// Reserved are ranges whose addresses only services have: what is sent there
 	// and finds no listener is nobody's.
@@ -50,7 +50,7 @@ type Ranges struct {
 
 // Equal reports whether both are the same.
 func (w Want) Equal(o Want) bool {
-	return w.Services == o.Services && slices.Equal(w.Guests, o.Guests) &&
+	return w.Services == o.Services && slices.Equal(w.Pods, o.Pods) &&
 		slices.Equal(w.Reserved, o.Reserved) && slices.Equal(w.Untracked, o.Untracked)
 }
 
@@ -123,7 +123,7 @@ func (p *Plane) apply(want Want) error {
 	for _, s := range changed {
 		p.replace(w, p.applied.Services.Find(s.Name), s, &want.Ranges)
 	}
-	w.common.differ(rangeElements(setGuests, p.applied.Guests), rangeElements(setGuests, want.Guests))
+	w.common.differ(rangeElements(setPods, p.applied.Pods), rangeElements(setPods, want.Pods))
 	w.common.settle()
 	c, ended := p.finish(w)
 	err = p.commit(k, &c, w.needed)
@@ -294,7 +294,7 @@ func (p *Plane) reconcile(k *kernel, wanted Want) error {
 	}
 	want, _ := p.finish(w)
 	needed := w.needed
-	want.add = append(want.add, rangeElements(setGuests, wanted.Guests)...)
+	want.add = append(want.add, rangeElements(setPods, wanted.Pods)...)
 	want.add = append(want.add, rangeElements(setReserved, wanted.Reserved)...)
 	want.add = append(want.add, rangeElements(setUntracked, wanted.Untracked)...)
 	if len(wanted.Untracked) > 0 {
@@ -401,7 +401,7 @@ func (p *Plane) commit(k *kernel, c *change, needed map[string]chain) error {
 // no other listeners behind these.
 func order(e element) int {
 	switch e.in.name {
-	case setServices, setGuestsTo:
+	case setServices, setPodsTo:
 		return 1
 	case setTaken, setReserved, setUntracked:
 		return 2
@@ -431,7 +431,7 @@ func chainsOf(c *change, needed map[string]chain) map[string]chain {
 		}
 	}
 	for _, e := range c.add {
-		if x, ok := needed[e.data]; ok && (e.in.name == setServices || e.in.name == setGuestsTo) {
+		if x, ok := needed[e.data]; ok && (e.in.name == setServices || e.in.name == setPodsTo) {
 			found[e.data] = x
 			if x.affinity > 0 {
 				found[x.sticks().name()] = x.sticks()

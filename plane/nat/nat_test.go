@@ -26,12 +26,12 @@ import (
 
 // network is a node between a client and the hosts of three backends:
 //
-//	client 192.0.2.2 --- 192.0.2.1 node 10.1.0.1 --- 10.1.0.2 guest (of the node)
+//	client 192.0.2.2 --- 192.0.2.1 node 10.1.0.1 --- 10.1.0.2 pod (of the node)
 //	                                    10.2.0.1 --- 10.2.0.2 far, 10.2.0.3 far
 type network struct {
-	t                        *testing.T
-	node, client, guest, far *lab.Host
-	plane                    *nat.Plane
+	t                      *testing.T
+	node, client, pod, far *lab.Host
+	plane                  *nat.Plane
 }
 
 func newNetwork(t *testing.T) *network {
@@ -52,15 +52,15 @@ func newNetwork(t *testing.T) *network {
 		})
 		return h
 	}
-	n.node, n.client, n.guest, n.far = host(), host(), host(), host()
+	n.node, n.client, n.pod, n.far = host(), host(), host(), host()
 	n.wire(n.client, "192.0.2.2/24", "2001:db8:1::2/64", "192.0.2.1/24", "2001:db8:1::1/64")
-	n.wire(n.guest, "10.1.0.2/24", "2001:db8:2::2/64", "10.1.0.1/24", "2001:db8:2::1/64")
+	n.wire(n.pod, "10.1.0.2/24", "2001:db8:2::2/64", "10.1.0.1/24", "2001:db8:2::1/64")
 	n.wire(n.far, "10.2.0.2/24", "2001:db8:3::2/64", "10.2.0.1/24", "2001:db8:3::1/64")
 	n.check(n.far.AddAddress("10.2.0.3/32", "2001:db8:3::3/128"))
 	n.check(n.node.Route("10.2.0.3/32", "10.2.0.2"))
 	n.check(n.node.Route("2001:db8:3::3/128", "2001:db8:3::2"))
 	n.check(n.node.Forward())
-	for _, h := range []*lab.Host{n.guest, n.far, n.client} {
+	for _, h := range []*lab.Host{n.pod, n.far, n.client} {
 		// The neighbours of IPv6 have found each other.
 		n.check(lab.Eventually(10*time.Second, func() error {
 			if _, err := n.ask(h, "tcp", "[2001:db8:3::2]:9"); !errors.Is(err, unix.ECONNREFUSED) {
@@ -161,7 +161,7 @@ func to(local bool, addresses ...string) []service.Backend {
 
 func of(services ...*service.Service) nat.Want {
 	return nat.Want{Services: (&service.Snapshot{}).Next(services), Ranges: nat.Ranges{
-		Guests:   []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:2::/64")},
+		Pods:     []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:2::/64")},
 		Reserved: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("2001:db8:96::/64")},
 	}}
 }
@@ -171,7 +171,7 @@ func of(services ...*service.Service) nat.Want {
 func TestTranslate(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	n.serve(n.far, "far", "10.2.0.2:80", "[2001:db8:3::2]:80")
 	n.apply(of(
 		&service.Service{Name: "near", Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"),
@@ -180,21 +180,21 @@ func TestTranslate(t *testing.T) {
 			Backends: to(false, "10.2.0.2:80", "[2001:db8:3::2]:80")},
 		&service.Service{Name: "none", Listeners: at(service.Anywhere, "10.96.0.3:8080", "[2001:db8:96::3]:8080")},
 		&service.Service{Name: "elsewhere", Listeners: at(service.Anywhere, "10.96.0.4:8080"), Elsewhere: service.Families{V4: true, V6: true}},
-		&service.Service{Name: "for-guests", Listeners: at(service.FromGuests, "10.96.0.5:8080"), Backends: to(false, "10.2.0.2:80")},
-		&service.Service{Name: "for-guests/external", Listeners: at(service.FromWorld, "10.96.0.5:8080"), Backends: to(true, "10.1.0.2:80")},
+		&service.Service{Name: "for-pods", Listeners: at(service.FromPods, "10.96.0.5:8080"), Backends: to(false, "10.2.0.2:80")},
+		&service.Service{Name: "for-pods/external", Listeners: at(service.FromWorld, "10.96.0.5:8080"), Backends: to(true, "10.1.0.2:80")},
 	))
 	for _, network := range []string{"tcp", "udp"} {
-		n.expect(n.client, network, "10.96.0.1:8080", "guest 192.0.2.2")
-		n.expect(n.client, network, "[2001:db8:96::1]:8080", "guest 2001:db8:1::2")
+		n.expect(n.client, network, "10.96.0.1:8080", "pod 192.0.2.2")
+		n.expect(n.client, network, "[2001:db8:96::1]:8080", "pod 2001:db8:1::2")
 		n.expect(n.client, network, "10.96.0.2:8080", "far 10.2.0.1")
 		n.expect(n.client, network, "[2001:db8:96::2]:8080", "far 2001:db8:3::1")
-		// A guest keeps its address: replies to it come here.
-		n.expect(n.guest, network, "10.96.0.2:8080", "far 10.1.0.2")
-		// A guest that reaches itself would answer itself directly.
-		n.expect(n.guest, network, "10.96.0.1:8080", "guest 10.1.0.1")
-		n.expect(n.guest, network, "[2001:db8:96::1]:8080", "guest 2001:db8:2::1")
-		n.expect(n.client, network, "10.96.0.5:8080", "guest 192.0.2.2")
-		n.expect(n.guest, network, "10.96.0.5:8080", "far 10.1.0.2")
+		// A pod keeps its address: replies to it come here.
+		n.expect(n.pod, network, "10.96.0.2:8080", "far 10.1.0.2")
+		// A pod that reaches itself would answer itself directly.
+		n.expect(n.pod, network, "10.96.0.1:8080", "pod 10.1.0.1")
+		n.expect(n.pod, network, "[2001:db8:96::1]:8080", "pod 2001:db8:2::1")
+		n.expect(n.client, network, "10.96.0.5:8080", "pod 192.0.2.2")
+		n.expect(n.pod, network, "10.96.0.5:8080", "far 10.1.0.2")
 		for _, refused := range []string{"10.96.0.3:8080", "[2001:db8:96::3]:8080"} {
 			if _, err := n.ask(n.client, network, refused); !errors.Is(err, unix.ECONNREFUSED) {
 				t.Errorf("%s %s: %v, want connection refused", network, refused, err)
@@ -211,7 +211,7 @@ func TestTranslate(t *testing.T) {
 func TestSources(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	guarded := at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080")
 	for i := range guarded {
 		guarded[i].Guarded = true
@@ -232,8 +232,8 @@ func TestSources(t *testing.T) {
 	}
 	n.apply(svc("192.0.0.0/16", "192.0.2.0/24", "192.0.2.2/32", "198.51.100.0/24", "2001:db8::/32"))
 	for _, network := range []string{"tcp", "udp"} {
-		n.expect(n.client, network, "10.96.0.1:8080", "guest 192.0.2.2")
-		n.expect(n.client, network, "[2001:db8:96::1]:8080", "guest 2001:db8:1::2")
+		n.expect(n.client, network, "10.96.0.1:8080", "pod 192.0.2.2")
+		n.expect(n.client, network, "[2001:db8:96::1]:8080", "pod 2001:db8:1::2")
 	}
 }
 
@@ -243,7 +243,7 @@ func TestSourceHash(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
 	far4, far6 := "10.2.0.2:80", "[2001:db8:3::2]:80"
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	n.serve(n.far, "far", far4, far6)
 	web := &service.Service{
 		Name: "web", Balance: service.SourceHash, Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"),
@@ -280,7 +280,7 @@ func TestSourceHash(t *testing.T) {
 		counts[server]++
 	}
 	// 48 clients: that one of two has less than 8 happens once in a million.
-	if counts["guest"] < 8 || counts["far"] < 8 {
+	if counts["pod"] < 8 || counts["far"] < 8 {
 		t.Errorf("not shared out: %v", counts)
 	}
 	// A third one takes clients from both, and hardly anybody else changes: in a
@@ -328,7 +328,7 @@ func (n *network) askFrom(h *lab.Host, client, to string) (answer string, err er
 func TestReserved(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	// The host itself would reach these by a route that it has.
 	n.serve(n.far, "lost", "10.2.0.2:9000")
 	n.check(n.node.Route("10.96.0.0/16", "10.2.0.2"))
@@ -353,12 +353,12 @@ func TestReserved(t *testing.T) {
 		}
 	}
 	for _, network := range []string{"tcp", "udp"} {
-		for _, from := range []*lab.Host{n.client, n.guest} {
+		for _, from := range []*lab.Host{n.client, n.pod} {
 			refused(from, network, "10.96.0.1:9000")
 			refused(from, network, "[2001:db8:96::1]:9000")
 		}
 		dropped(n.client, network, "10.96.0.2:8080")
-		dropped(n.guest, network, "[2001:db8:96::2]:8080")
+		dropped(n.pod, network, "[2001:db8:96::2]:8080")
 	}
 	// A process of the host: a datagram that is dropped there fails at once.
 	refused(n.node, "tcp", "10.96.0.1:9000")
@@ -378,14 +378,14 @@ func TestReserved(t *testing.T) {
 			t.Fatalf("%s: %v: %s", rule, err, out)
 		}
 	}
-	n.expect(n.client, "tcp", "10.96.0.77:80", "guest 192.0.2.2")
+	n.expect(n.client, "tcp", "10.96.0.77:80", "pod 192.0.2.2")
 	n.check(n.node.AddAddress("10.96.0.78/32"))
 	n.serve(n.node, "node", "10.96.0.78:80")
 	n.expect(n.client, "tcp", "10.96.0.78:80", "node 192.0.2.2")
 	next := *web
 	next.Name, next.Listeners = "next", at(service.Anywhere, "10.96.0.2:8080")
 	n.apply(of(web, outside, &next))
-	n.expect(n.client, "tcp", "10.96.0.2:8080", "guest 192.0.2.2")
+	n.expect(n.client, "tcp", "10.96.0.2:8080", "pod 192.0.2.2")
 	refused(n.client, "tcp", "10.96.0.2:9000")
 	n.apply(of(web, outside))
 	dropped(n.client, "tcp", "10.96.0.2:8080")
@@ -398,7 +398,7 @@ func TestReserved(t *testing.T) {
 func TestAffinity(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	n.serve(n.far, "far", "10.2.0.2:80", "10.2.0.3:80", "[2001:db8:3::2]:80", "[2001:db8:3::3]:80")
 	web := &service.Service{
 		Name: "web", Affinity: time.Minute, Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"),
@@ -417,10 +417,10 @@ func TestAffinity(t *testing.T) {
 		without := *web
 		without.Backends = web.Backends[:2]
 		n.apply(of(&without))
-		n.expect(n.client, "tcp", "10.96.0.1:8080", "guest 192.0.2.2")
-		n.expect(n.client, "tcp", "[2001:db8:96::1]:8080", "guest 2001:db8:1::2")
+		n.expect(n.client, "tcp", "10.96.0.1:8080", "pod 192.0.2.2")
+		n.expect(n.client, "tcp", "[2001:db8:96::1]:8080", "pod 2001:db8:1::2")
 		n.apply(of(web))
-		n.expect(n.client, "tcp", "10.96.0.1:8080", "guest 192.0.2.2")
+		n.expect(n.client, "tcp", "10.96.0.1:8080", "pod 192.0.2.2")
 		without.Backends = web.Backends[2:]
 		n.apply(of(&without))
 		for range 10 {
@@ -441,7 +441,7 @@ func TestAffinityIsOfTheService(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
 	n.serve(n.far, "far", "10.2.0.2:80", "[2001:db8:3::2]:80")
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	everywhere := []string{"10.96.0.1:8080", "10.96.0.2:8080", "192.0.2.1:30080", "[2001:db8:96::1]:8080", "[2001:db8:96::2]:8080"}
 	web := &service.Service{
 		Name: "web", Affinity: time.Minute, Listeners: at(service.Anywhere, everywhere...),
@@ -496,7 +496,7 @@ func TestAffinityIsOfTheService(t *testing.T) {
 func TestAffinityHasNoRoom(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.serve(n.guest, "guest", "10.1.0.2:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80")
 	one, two := to(true, "10.1.0.2:80"), at(service.Anywhere, "10.96.0.2:80", "10.96.0.3:80")
 	n.apply(of(
 		&service.Service{Name: "alone", Affinity: time.Minute, Listeners: at(service.Anywhere, "10.96.0.1:80"), Backends: one},
@@ -516,7 +516,7 @@ func TestAffinityHasNoRoom(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	for _, v := range []string{"10.96.0.1:80", "10.96.0.2:80", "10.96.0.3:80"} {
-		n.expect(n.client, "tcp", v, "guest 192.0.2.2")
+		n.expect(n.client, "tcp", v, "pod 192.0.2.2")
 	}
 }
 
@@ -537,7 +537,7 @@ func everything(backends ...service.Backend) nat.Want {
 		&service.Service{Name: "affinity", Listeners: at(service.Anywhere, "10.96.0.3:80", "10.96.0.3:81", "[2001:db8:96::3]:80", "[2001:db8:96::3]:81"),
 			Affinity: time.Hour, Backends: backends},
 		&service.Service{Name: "guarded", Listeners: guarded, Sources: sources, Backends: backends, Affinity: time.Minute},
-		&service.Service{Name: "guests", Listeners: at(service.FromGuests, "10.96.0.5:80", "[2001:db8:96::5]:80"), Backends: uneven},
+		&service.Service{Name: "pods", Listeners: at(service.FromPods, "10.96.0.5:80", "[2001:db8:96::5]:80"), Backends: uneven},
 		&service.Service{Name: "hashed", Listeners: at(service.Anywhere, "10.96.0.6:80", "[2001:db8:96::6]:80"), Backends: backends, Balance: service.SourceHash},
 		&service.Service{Name: "world", Listeners: at(service.FromWorld, "10.96.0.5:80", "[2001:db8:96::5]:80"), Elsewhere: service.Families{V4: true, V6: true}},
 	)
@@ -595,15 +595,15 @@ func TestAdopt(t *testing.T) {
 		for _, m := range v.Mappings {
 			text += fmt.Sprintln(m.Service, m.Listener, m.Listener.From, m.Sources, m.Affinity, m.Hashed, m.Dropped, m.Backends)
 		}
-		if fmt.Sprint(v.Guests, v.Reserved) != "[10.1.0.0/24 2001:db8:2::/64] [10.96.0.0/16 2001:db8:96::/64]" ||
+		if fmt.Sprint(v.Pods, v.Reserved) != "[10.1.0.0/24 2001:db8:2::/64] [10.96.0.0/16 2001:db8:96::/64]" ||
 			!v.Taken(netip.MustParseAddr("2001:db8:96::4")) || v.Taken(netip.MustParseAddr("10.96.0.9")) {
-			t.Errorf("guests %v, reserved %v", v.Guests, v.Reserved)
+			t.Errorf("pods %v, reserved %v", v.Pods, v.Reserved)
 		}
 		for _, want := range []string{
 			"plain 10.96.0.1:80 12 [] 0s false false [{10.1.0.2:80 1 true} {10.2.0.2:80 1 false}]\n",
 			"affinity [2001:db8:96::3]:80/udp 12 [] 1h0m0s false false [{[2001:db8:2::2]:80 1 true} {[2001:db8:3::2]:80 1 false}]\n",
 			"guarded 10.96.0.4:80 12 [192.0.2.0/24] 1m0s false false [{10.1.0.2:80 1 true} {10.2.0.2:80 1 false}]\n",
-			"guests 10.96.0.5:80 4 [] 0s false false [{10.1.0.2:80 1 true} {10.2.0.2:80 3 false}]\n",
+			"pods 10.96.0.5:80 4 [] 0s false false [{10.1.0.2:80 1 true} {10.2.0.2:80 3 false}]\n",
 			"world 10.96.0.5:80 8 [] 0s false true []\n", "none 10.96.0.2:80 12 [] 0s false false []\n",
 			"hashed 10.96.0.6:80 12 [] 0s true false [{10.1.0.2:80 126 true} {10.2.0.2:80 125 false}]\n",
 		} {
@@ -672,7 +672,7 @@ func diff(a, b string) string {
 func TestStale(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	n.serve(n.far, "far", "10.2.0.2:80", "[2001:db8:3::2]:80")
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -697,7 +697,7 @@ func TestStale(t *testing.T) {
 		for _, step := range []struct {
 			backends []service.Backend
 			name     string
-		}{{near, "guest"}, {far, "far"}, {append(drained(far), near...), "guest"}} {
+		}{{near, "pod"}, {far, "far"}, {append(drained(far), near...), "pod"}} {
 			n.apply(svc(step.backends...))
 			if err := lab.Eventually(10*time.Second, func() error {
 				answer, err := say(c)
@@ -765,7 +765,7 @@ func (n *network) portAgain(vip string, first, then nat.Want) {
 			return err
 		}
 		answer, err := say(c)
-		if err == nil && !strings.HasPrefix(answer, "guest") {
+		if err == nil && !strings.HasPrefix(answer, "pod") {
 			err = fmt.Errorf("%s answers", answer)
 		}
 		return err

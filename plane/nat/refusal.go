@@ -83,7 +83,7 @@ func (c *change) parts() (common change, parts []part) {
 	byListener := make(map[service.Listener]*part)
 	of := func(e element) *change {
 		switch e.in.name {
-		case setServices, setGuestsTo, setSlots, setChoices, setMembers, setSources:
+		case setServices, setPodsTo, setSlots, setChoices, setMembers, setSources:
 		default:
 			return &common
 		}

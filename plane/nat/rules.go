@@ -16,15 +16,15 @@ import (
 // The table, as `nft list table inet pentad` shows it:
 //
 //	chain prerouting { type nat hook prerouting priority dstnat
-//	    ip saddr @guests4 goto guests4                    # what guests send
+//	    ip saddr @pods4 goto pods4                    # what pods send
 //	    ip daddr . meta l4proto . th dport vmap @services4
 //	    (the same for IPv6)
 //	}
 //	chain output { type nat hook output priority dstnat
-//	    meta nfproto ipv4 goto guests4                    # what connect() has not translated
+//	    meta nfproto ipv4 goto pods4                    # what connect() has not translated
 //	}
-//	chain guests4 {
-//	    ip daddr . meta l4proto . th dport vmap @guests_to4
+//	chain pods4 {
+//	    ip daddr . meta l4proto . th dport vmap @pods_to4
 //	}
 //	chain unserved { type nat hook prerouting priority dstnat + 50
 //	    meta nfproto ipv4 goto nobody4                    # nobody has translated it
@@ -63,11 +63,11 @@ import (
 //	    meta mark set meta mark and not 0x4000
 //	    ip saddr @untracked4 add @tracked4 { ip saddr }
 //	    ip daddr @local4 goto near4
-//	    ip saddr @guests4 return                          # replies pass here anyway
+//	    ip saddr @pods4 return                          # replies pass here anyway
 //	    masquerade
 //	}
 //	chain near4 {                                         # they do from here, but to
-//	    ip saddr . ip daddr @hairpin4 masquerade          # a guest that reaches itself
+//	    ip saddr . ip daddr @hairpin4 masquerade          # a pod that reaches itself
 //	}
 //
 // Rules never change: services are elements. The second rule of a chain of
@@ -89,8 +89,8 @@ const (
 	chainUnserved    = "unserved"
 	chainUnservedOwn = "unserved_here"
 	chainPostrouting = "postrouting"
-	chainGuests4     = "guests4"
-	chainGuests6     = "guests6"
+	chainPods4       = "pods4"
+	chainPods6       = "pods6"
 	chainNobody4     = "nobody4"
 	chainNobody6     = "nobody6"
 	chainFree4       = "free4"
@@ -107,8 +107,8 @@ func reg(n uint32) uint32 { return unix.NFT_REG32_00 + n }
 
 // names of the sets in the table, by setName, without the family.
 var setNames = [setNameEnd]string{
-	setServices: "services", setGuestsTo: "guests_to", setSlots: "slots", setChoices: "choices", setMembers: "members", setSources: "sources",
-	setLocal: "local", setHairpin: "hairpin", setGuests: "guests", setTaken: "taken", setReserved: "reserved",
+	setServices: "services", setPodsTo: "pods_to", setSlots: "slots", setChoices: "choices", setMembers: "members", setSources: "sources",
+	setLocal: "local", setHairpin: "hairpin", setPods: "pods", setTaken: "taken", setReserved: "reserved",
 	setUntracked: "untracked", setVIPs: "vips", setTracked: "tracked", setWaning: "waning",
 	setAffinity: "affinity",
 }
@@ -139,7 +139,7 @@ func (s set) definition(t *nftables.Table) *nftables.Set {
 	d := &nftables.Set{Table: t, Name: s.String()}
 	key := listener
 	switch s.name {
-	case setServices, setGuestsTo:
+	case setServices, setPodsTo:
 		d.IsMap, d.DataType = true, nftables.TypeVerdict
 	case setSlots:
 		// A slot is a number; but nft(8) cannot list plain ones in a concatenation.
@@ -161,7 +161,7 @@ func (s set) definition(t *nftables.Table) *nftables.Set {
 		key = []nftables.SetDatatype{addr}
 	case setHairpin:
 		key = []nftables.SetDatatype{addr, addr}
-	case setGuests, setReserved, setUntracked:
+	case setPods, setReserved, setUntracked:
 		key = []nftables.SetDatatype{addr}
 		d.Interval = true
 	case setAffinity:
@@ -205,8 +205,8 @@ func fixedChains(t *nftables.Table) []fixedChain {
 		{plain(chainFree6), freeRules(service.V6)},
 		{plain(chainNobody4), nobodyRules(service.V4)},
 		{plain(chainNobody6), nobodyRules(service.V6)},
-		{plain(chainGuests4), [][]expr.Any{vmapRule(set{setGuestsTo, service.V4})}},
-		{plain(chainGuests6), [][]expr.Any{vmapRule(set{setGuestsTo, service.V6})}},
+		{plain(chainPods4), [][]expr.Any{vmapRule(set{setPodsTo, service.V4})}},
+		{plain(chainPods6), [][]expr.Any{vmapRule(set{setPodsTo, service.V6})}},
 		{plain(chainNear4), nearRules(service.V4)},
 		{plain(chainNear6), nearRules(service.V6)},
 		{plain(chainSource4), sourceRules(service.V4)},
@@ -297,18 +297,18 @@ func preroutingRules() [][]expr.Any {
 	var rules [][]expr.Any
 	for _, family := range service.EachFamily {
 		rules = append(rules,
-			append(ofFamily(family), loadSource(family, reg(0)), lookup(set{setGuests, family}, reg(0)), goTo(byFamily(family, chainGuests4, chainGuests6))),
+			append(ofFamily(family), loadSource(family, reg(0)), lookup(set{setPods, family}, reg(0)), goTo(byFamily(family, chainPods4, chainPods6))),
 			append(ofFamily(family), vmapRule(set{setServices, family})...))
 	}
 	return rules
 }
 
 // outputRules serve what this host sends to listeners as it is: from a socket that is
-// older than the service, or of the kernel. It is led where guests are.
+// older than the service, or of the kernel. It is led where pods are.
 func outputRules() [][]expr.Any {
 	return [][]expr.Any{
-		append(ofFamily(service.V4), goTo(chainGuests4)),
-		append(ofFamily(service.V6), goTo(chainGuests6)),
+		append(ofFamily(service.V4), goTo(chainPods4)),
+		append(ofFamily(service.V6), goTo(chainPods6)),
 	}
 }
 
@@ -454,7 +454,7 @@ func sourceRules(family service.Family) [][]expr.Any {
 		setMark(false),
 		note(family),
 		{loadDestination(family, reg(0)), lookup(set{setLocal, family}, reg(0)), goTo(byFamily(family, chainNear4, chainNear6))},
-		{loadSource(family, reg(0)), lookup(set{setGuests, family}, reg(0)), &expr.Verdict{Kind: expr.VerdictReturn}},
+		{loadSource(family, reg(0)), lookup(set{setPods, family}, reg(0)), &expr.Verdict{Kind: expr.VerdictReturn}},
 		{&expr.Masq{FullyRandom: true}},
 	}
 }
@@ -504,8 +504,8 @@ func (c chain) rules() [][]expr.Any {
 		rules = append(rules, c.again(), c.forget())
 	}
 	first := uint32(0)
-	if c.guests {
-		first = guestSlots
+	if c.pods {
+		first = podSlots
 	}
 	_, n := loadListener(c.family, 0)
 	for _, slot := range [][]expr.Any{

@@ -15,7 +15,7 @@ import (
 	"github.com/pentad/pentad/service"
 )
 
-// untracked is a want whose guests and backends elsewhere are pods, between which
+// untracked is a want in which pods and backends elsewhere have addresses between which
 // nothing is tracked.
 func untracked(services ...*service.Service) nat.Want {
 	want := of(services...)
@@ -52,7 +52,7 @@ func (n *network) tracked(client string) int {
 func TestUntracked(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.serve(n.guest, "guest", "10.1.0.2:80", "[2001:db8:2::2]:80")
+	n.serve(n.pod, "pod", "10.1.0.2:80", "[2001:db8:2::2]:80")
 	n.serve(n.far, "far", "10.2.0.2:80", "[2001:db8:3::2]:80")
 	near := &service.Service{Name: "near", Listeners: at(service.Anywhere, "10.96.0.1:8080", "[2001:db8:96::1]:8080"),
 		Backends: to(true, "10.1.0.2:80", "[2001:db8:2::2]:80")}
@@ -66,10 +66,10 @@ func TestUntracked(t *testing.T) {
 	n.apply(untracked(near, far, within))
 
 	for _, network := range []string{"tcp", "udp"} {
-		n.expect(n.guest, network, "10.2.0.2:80", "far 10.1.0.2")
-		n.expect(n.guest, network, "[2001:db8:3::2]:80", "far 2001:db8:2::2")
-		n.expect(n.far, network, "10.1.0.2:80", "guest 10.2.0.2")
-		n.expect(n.far, network, "[2001:db8:2::2]:80", "guest 2001:db8:3::2")
+		n.expect(n.pod, network, "10.2.0.2:80", "far 10.1.0.2")
+		n.expect(n.pod, network, "[2001:db8:3::2]:80", "far 2001:db8:2::2")
+		n.expect(n.far, network, "10.1.0.2:80", "pod 10.2.0.2")
+		n.expect(n.far, network, "[2001:db8:2::2]:80", "pod 2001:db8:3::2")
 	}
 	for _, client := range []string{"10.1.0.2", "10.2.0.2", "2001:db8:2::2", "2001:db8:3::2"} {
 		// That nobody listened there was asked before there was a table.
@@ -79,23 +79,23 @@ func TestUntracked(t *testing.T) {
 	}
 	n.foreignDNAT()
 	for _, network := range []string{"tcp", "udp"} {
-		n.expect(n.client, network, "10.96.0.1:8080", "guest 192.0.2.2")
+		n.expect(n.client, network, "10.96.0.1:8080", "pod 192.0.2.2")
 		// Masqueraded by an address of the node that lies among those of pods.
 		n.expect(n.client, network, "10.96.0.2:8080", "far 10.2.0.1")
 		n.expect(n.client, network, "[2001:db8:96::2]:8080", "far 2001:db8:3::1")
 		for _, vip := range []string{"10.96.0.1:8080", "10.2.0.200:8080"} {
-			n.expect(n.far, network, vip, "guest 10.2.0.2")
-			n.expect(n.guest, network, vip, "guest 10.1.0.1")
+			n.expect(n.far, network, vip, "pod 10.2.0.2")
+			n.expect(n.pod, network, vip, "pod 10.1.0.1")
 		}
 		for _, vip := range []string{"[2001:db8:96::1]:8080", "[2001:db8:3::200]:8080"} {
-			n.expect(n.far, network, vip, "guest 2001:db8:3::2")
-			n.expect(n.guest, network, vip, "guest 2001:db8:2::1")
+			n.expect(n.far, network, vip, "pod 2001:db8:3::2")
+			n.expect(n.pod, network, vip, "pod 2001:db8:2::1")
 		}
-		n.expect(n.guest, network, "10.96.0.2:8080", "far 10.1.0.2")
-		n.expect(n.guest, network, "[2001:db8:96::2]:8080", "far 2001:db8:2::2")
+		n.expect(n.pod, network, "10.96.0.2:8080", "far 10.1.0.2")
+		n.expect(n.pod, network, "[2001:db8:96::2]:8080", "far 2001:db8:2::2")
 		// And to each other as before.
-		n.expect(n.guest, network, "10.2.0.2:80", "far 10.1.0.2")
-		n.expect(n.far, network, "[2001:db8:2::2]:80", "guest 2001:db8:3::2")
+		n.expect(n.pod, network, "10.2.0.2:80", "far 10.1.0.2")
+		n.expect(n.far, network, "[2001:db8:2::2]:80", "pod 2001:db8:3::2")
 	}
 	// Both directions of it, or conntrack would take one for something else.
 	n.check(n.node.Do(func() error {
@@ -125,7 +125,7 @@ func (n *network) foreignDNAT() {
 			n.t.Fatalf("%s: %v: %s", rule, err, out)
 		}
 	}
-	n.expect(n.far, "tcp", "192.0.2.1:9999", "guest 10.2.0.2")
+	n.expect(n.far, "tcp", "192.0.2.1:9999", "pod 10.2.0.2")
 }
 
 // Connections that are translated go on when tracking is restricted, when the table is
@@ -139,7 +139,7 @@ func TestUntrackedLater(t *testing.T) {
 	n.apply(of(far))
 	var all []net.Conn
 	for _, vip := range []string{"10.96.0.2:8080", "[2001:db8:96::2]:8080"} {
-		all = append(all, n.dial(n.guest, "tcp", vip))
+		all = append(all, n.dial(n.pod, "tcp", vip))
 	}
 	alive := func(when string) {
 		t.Helper()
@@ -205,16 +205,16 @@ func (n *network) rawChain() string {
 func TestUntrackedAgain(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	n.check(n.guest.AddAddress("10.1.0.3/32"))
+	n.check(n.pod.AddAddress("10.1.0.3/32"))
 	n.check(n.node.Route("10.1.0.3/32", "10.1.0.2"))
 	n.serve(n.far, "far", "10.2.0.2:80")
 	defer n.echo(n.far, "10.2.0.2:81")()
 	web := &service.Service{Name: "web", Listeners: at(service.Anywhere, "10.96.0.1:8080"), Backends: to(false, "10.2.0.2:80")}
 	echo := &service.Service{Name: "echo", Listeners: at(service.Anywhere, "10.96.0.2:8080"), Backends: to(false, "10.2.0.2:81")}
 	n.apply(untracked(web, echo))
-	// One guest has a connection that lasts, the other one that ends.
-	lasting := n.dial(n.guest, "tcp", "10.96.0.2:8080")
-	if answer, err := n.askFrom(n.guest, "10.1.0.3", "10.96.0.1:8080"); err != nil || answer != "far 10.1.0.3" {
+	// One pod has a connection that lasts, the other one that ends.
+	lasting := n.dial(n.pod, "tcp", "10.96.0.2:8080")
+	if answer, err := n.askFrom(n.pod, "10.1.0.3", "10.96.0.1:8080"); err != nil || answer != "far 10.1.0.3" {
 		t.Fatalf("%s, %v", answer, err)
 	}
 	members := func(set string) string {
@@ -254,7 +254,7 @@ func TestUntrackedAgain(t *testing.T) {
 	review()
 	step("10.1.0.2", "10.1.0.3")
 	// It begins again while it is waning.
-	if answer, err := n.askFrom(n.guest, "10.1.0.3", "10.96.0.1:8080"); err != nil || answer != "far 10.1.0.3" {
+	if answer, err := n.askFrom(n.pod, "10.1.0.3", "10.96.0.1:8080"); err != nil || answer != "far 10.1.0.3" {
 		t.Errorf("while waning: %s, %v", answer, err)
 	}
 	step(both, "10.1.0.3")
@@ -264,7 +264,7 @@ func TestUntrackedAgain(t *testing.T) {
 	review()
 	review()
 	step("10.1.0.2", "")
-	if answer, err := n.askFrom(n.guest, "10.1.0.3", "10.2.0.2:80"); err != nil || answer != "far 10.1.0.3" || n.tracked("10.1.0.3") != 0 {
+	if answer, err := n.askFrom(n.pod, "10.1.0.3", "10.2.0.2:80"); err != nil || answer != "far 10.1.0.3" || n.tracked("10.1.0.3") != 0 {
 		t.Errorf("directly: %s, %v, and %d connections are tracked", answer, err, n.tracked("10.1.0.3"))
 	}
 }

@@ -20,7 +20,7 @@ var ErrNothingInstalled = errors.New("nothing is installed for packets from else
 // View is what the table does. Its zero value is that of no table.
 type View struct {
 	Mappings []Mapping    // sorted by service and listener
-	Guests   []ipam.Range // addresses of guests, sorted
+	Pods     []ipam.Range // addresses of pods, sorted
 	Reserved []ipam.Range // addresses that only services have, sorted
 
 	taken   map[netip.Addr]bool
@@ -113,8 +113,8 @@ func newView(all, visits []element) *View {
 	}
 	for _, e := range all {
 		switch e.in.name {
-		case setGuests:
-			v.Guests = append(v.Guests, rangeOf(e.key))
+		case setPods:
+			v.Pods = append(v.Pods, rangeOf(e.key))
 		case setReserved:
 			v.Reserved = append(v.Reserved, rangeOf(e.key))
 		case setTaken:
@@ -140,7 +140,7 @@ func newView(all, visits []element) *View {
 	for _, m := range v.Mappings {
 		v.named[m.Listener.At()] = append(v.named[m.Listener.At()], m.Service)
 	}
-	for _, ranges := range [][]ipam.Range{v.Guests, v.Reserved} {
+	for _, ranges := range [][]ipam.Range{v.Pods, v.Reserved} {
 		slices.SortFunc(ranges, ipam.Range.Compare)
 	}
 	return v
@@ -160,7 +160,7 @@ func rangeOf(key string) ipam.Range {
 // have it.
 type reading struct {
 	members map[string]netip.AddrPort         // by listener and number
-	shares  map[string]map[netip.AddrPort]int // also by whether it is for guests
+	shares  map[string]map[netip.AddrPort]int // also by whether it is for pods
 	sources map[string][]ipam.Range
 	local   map[netip.Addr]bool
 }
@@ -179,8 +179,8 @@ func (r *reading) slot(e element) {
 	if !known {
 		return
 	}
-	if fromNative(e.key[n:]) >= guestSlots {
-		key += guestMark
+	if fromNative(e.key[n:]) >= podSlots {
+		key += podMark
 	}
 	if r.shares[key] == nil {
 		r.shares[key] = make(map[netip.AddrPort]int)
@@ -199,8 +199,8 @@ func (r *reading) mappings(all []element) []Mapping {
 		switch e.in.name {
 		case setServices:
 			from[place{e.in.family, e.key, e.data, e.note}] |= service.FromWorld
-		case setGuestsTo:
-			from[place{e.in.family, e.key, e.data, e.note}] |= service.FromGuests
+		case setPodsTo:
+			from[place{e.in.family, e.key, e.data, e.note}] |= service.FromPods
 		}
 	}
 	var out []Mapping
@@ -216,8 +216,8 @@ func (r *reading) mappings(all []element) []Mapping {
 			slices.SortFunc(m.Sources, ipam.Range.Compare)
 		}
 		key := p.key
-		if f == service.FromGuests {
-			key += guestMark
+		if f == service.FromPods {
+			key += podMark
 		}
 		if p.verdict != chainDrop && p.verdict != chainRefuse {
 			for b, n := range r.shares[key] {
@@ -247,5 +247,5 @@ func affinityIn(chain string) time.Duration {
 	return time.Duration(seconds) * time.Second
 }
 
-// guestMark tells the slots of guests from those of the world.
-const guestMark = "guests"
+// podMark tells the slots of pods from those of the world.
+const podMark = "pods"

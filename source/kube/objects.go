@@ -91,13 +91,13 @@ type node struct {
 	addresses []netip.Addr // all that the status names
 	primary   []netip.Addr // of these, the first of each family, internal ones first
 	zone      string
-	guests    []netip.Prefix
+	pods      []netip.Prefix
 	leaving   bool
 }
 
 func (n *node) equal(o *node) bool {
 	return n != nil && o != nil && n.zone == o.zone && n.leaving == o.leaving &&
-		slices.Equal(n.addresses, o.addresses) && slices.Equal(n.guests, o.guests)
+		slices.Equal(n.addresses, o.addresses) && slices.Equal(n.pods, o.pods)
 }
 
 var errUnexpected = errors.New("unexpected object")
@@ -317,7 +317,7 @@ func trimNode(o *corev1.Node) *node {
 	}
 	for _, text := range cidrs {
 		if p, err := netip.ParsePrefix(text); err == nil {
-			n.guests = append(n.guests, p.Masked())
+			n.pods = append(n.pods, p.Masked())
 		}
 	}
 	for _, t := range o.Spec.Taints {

@@ -37,14 +37,14 @@ func trimCIDR(o *networkingv1.ServiceCIDR) *cidr {
 
 // reserve returns the ranges whose addresses only Services have, sorted. A range in
 // which somebody else has an address is left out, and said: the addresses of this
-// host, of its guests, and of endpoints (by Service).
-func reserve(all []*cidr, own map[netip.Addr]bool, guests []netip.Prefix, endpoints map[types.NamespacedName]netip.Addr) ([]netip.Prefix, []source.Problem) {
+// host, of its pods, and of endpoints (by Service).
+func reserve(all []*cidr, own map[netip.Addr]bool, pods []netip.Prefix, endpoints map[types.NamespacedName]netip.Addr) ([]netip.Prefix, []source.Problem) {
 	var reserved []netip.Prefix
 	var problems []source.Problem
 	for _, c := range all {
 		said := c.problems
 		for _, r := range c.ranges {
-			who := intruder(r, own, guests, endpoints)
+			who := intruder(r, own, pods, endpoints)
 			if who == "" {
 				reserved = append(reserved, r)
 				continue
@@ -62,14 +62,14 @@ func reserve(all []*cidr, own map[netip.Addr]bool, guests []netip.Prefix, endpoi
 }
 
 // intruder names who has an address in a range that Services should have alone.
-func intruder(r netip.Prefix, own map[netip.Addr]bool, guests []netip.Prefix, endpoints map[types.NamespacedName]netip.Addr) string {
+func intruder(r netip.Prefix, own map[netip.Addr]bool, pods []netip.Prefix, endpoints map[types.NamespacedName]netip.Addr) string {
 	var all []string
 	for a := range own {
 		if r.Contains(a) {
 			all = append(all, fmt.Sprintf("the address %s of this node", a))
 		}
 	}
-	for _, g := range guests {
+	for _, g := range pods {
 		if r.Overlaps(g) {
 			all = append(all, fmt.Sprintf("addresses of pods (%s)", g))
 		}

@@ -21,7 +21,7 @@ func testCIDR(name string, ranges ...string) *cidr {
 func TestReserve(t *testing.T) {
 	t.Parallel()
 	own := map[netip.Addr]bool{netip.MustParseAddr("10.0.0.1"): true, netip.MustParseAddr("2001:db8::1"): true}
-	guests := []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}
+	pods := []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}
 	endpoints := map[types.NamespacedName]netip.Addr{{Namespace: "shop", Name: "web"}: netip.MustParseAddr("192.0.2.7")}
 	for _, c := range []struct {
 		name    string
@@ -38,7 +38,7 @@ func TestReserve(t *testing.T) {
 		{"an endpoint", []*cidr{testCIDR("a", "192.0.2.0/29")}, "[]", "the endpoint 192.0.2.7 of the Service shop/web"},
 		{"no range", []*cidr{testCIDR("a", "10.96.0.0")}, "[]", `"10.96.0.0" is no range`},
 	} {
-		got, problems := reserve(c.cidrs, own, guests, endpoints)
+		got, problems := reserve(c.cidrs, own, pods, endpoints)
 		if fmt.Sprint(got) != c.want {
 			t.Errorf("%s: %v, want %s", c.name, got, c.want)
 		}

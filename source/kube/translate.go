@@ -124,7 +124,7 @@ func (s *clusterService) listen(p servicePort, at *surroundings, cluster, intern
 		to.Listeners, to.as = append(to.Listeners, l), append(to.as, as)
 	}
 	// What comes from the world goes by the external policy; the sockets and
-	// guests of this node always reach the whole cluster.
+	// pods of this node always reach the whole cluster.
 	outside := func(as asked, l service.Listener, a netip.Addr, port uint16) {
 		if !s.externalLocal {
 			add(cluster, as, l, a, port)
@@ -167,7 +167,7 @@ func (s *clusterService) listen(p servicePort, at *surroundings, cluster, intern
 		if guarded {
 			// The address of a pod's socket is not known yet when it connects:
 			// its packets are looked at instead. This node's own is.
-			from = service.FromGuests | service.FromWorld
+			from = service.FromPods | service.FromWorld
 			if at.within(s.sources, service.FamilyOf(a)) {
 				from |= service.FromHost
 			}
@@ -202,7 +202,7 @@ const (
 // alone: something on this node answers at the address itself, or wants to see it.
 func (s *clusterService) insiders() service.From {
 	if s.annotations[localAnnotation] == localBypass {
-		return service.FromGuests | service.FromWorld
+		return service.FromPods | service.FromWorld
 	}
 	return service.Anywhere
 }

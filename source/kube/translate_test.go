@@ -371,7 +371,7 @@ func TestTrimNode(t *testing.T) {
 			{Type: corev1.NodeInternalIP, Address: "10.0.0.1"}, {Type: corev1.NodeInternalIP, Address: "10.0.0.2"}, {Type: corev1.NodeExternalIP, Address: "2001:db8::1"},
 		}},
 	})
-	if fmt.Sprint(n.primary) != "[10.0.0.1 2001:db8::1]" || len(n.addresses) != 4 || n.zone != "z1" || !n.leaving || len(n.guests) != 2 {
+	if fmt.Sprint(n.primary) != "[10.0.0.1 2001:db8::1]" || len(n.addresses) != 4 || n.zone != "z1" || !n.leaving || len(n.pods) != 2 {
 		t.Errorf("node is %+v", n)
 	}
 }

@@ -435,9 +435,9 @@ func (s *Source) update() (source.Update, bool) {
 		u.Unserved += ports
 	}
 	if n != nil {
-		u.Guests, u.Leaving = n.guests, n.leaving
+		u.Pods, u.Leaving = n.pods, n.leaving
 	}
-	reserved, problems := reserve(s.cidrs(), s.at.own, u.Guests, s.strays)
+	reserved, problems := reserve(s.cidrs(), s.at.own, u.Pods, s.strays)
 	u.Reserved, u.Problems = reserved, append(append(u.Problems, problems...), s.rangesProblem()...)
 	return u, true
 }

@@ -355,9 +355,9 @@ func TestExternalTrafficPolicy(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{"service", "list"}, []string{name + " ", "sockets, guests", name + "/external  198.51.100.1:80", "world"}},
+		{[]string{"service", "list"}, []string{name + " ", "sockets, pods", name + "/external  198.51.100.1:80", "world"}},
 		{[]string{"service", "show", name + "/external"}, []string{"198.51.100.1:80", "10.244.1.2:8080"}},
-		{[]string{"explain", "198.51.100.1"}, []string{"of other hosts are led to 10.244.1.2:8080 (" + name + "/external)", "of guests are led to 10.244.1.2:8080, 10.244.2.2:8080"}},
+		{[]string{"explain", "198.51.100.1"}, []string{"of other hosts are led to 10.244.1.2:8080 (" + name + "/external)", "of pods are led to 10.244.1.2:8080, 10.244.2.2:8080"}},
 		{[]string{"status"}, []string{"served by the table inet pentad"}},
 	} {
 		out, _ := s.a.pentad(c.args...)
