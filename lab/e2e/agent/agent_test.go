@@ -1,36 +1,23 @@
-package e2e
+package agent_test
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
-
-// answers asks a VIP n times and counts who answered.
-func (w *world) answers(vip string, n int, args ...string) map[string]int {
-	w.t.Helper()
-	counts := make(map[string]int)
-	for line := range strings.Lines(w.client("ask", append([]string{vip, fmt.Sprint(n)}, args...)...) + "\n") {
-		counts[strings.TrimSpace(line)]++
-	}
-	return counts
-}
 
 const webTwo = `services:
 - name: web
@@ -48,7 +35,7 @@ func TestReload(t *testing.T) {
 	}
 	shows := func(vip string) {
 		t.Helper()
-		w.eventually("the kernel shows "+vip, func() error {
+		w.Eventually("the kernel shows "+vip, func() error {
 			v, err := socket.Read(w.Pins)
 			if err != nil {
 				return err
@@ -67,8 +54,8 @@ func TestReload(t *testing.T) {
 		}
 	}
 	write(path, text("192.0.2.1"))
-	w.agent = w.launch()
-	w.ready()
+	w.Agent = w.Launch()
+	w.Ready()
 	shows("192.0.2.1")
 
 	write(path, text("192.0.2.2"))
@@ -108,9 +95,9 @@ func TestReload(t *testing.T) {
 	// Invalid: said in the log and by status, with the line; nothing changes.
 	w.WriteFile("pentad.yaml", "services:\n- name: web\n  lisen: [192.0.2.7:80]\n")
 	var status string
-	w.eventually("status shows the error", func() error {
+	w.Eventually("status shows the error", func() error {
 		var err error
-		if status, err = w.pentad("status"); err == nil {
+		if status, err = w.Pentad("status"); err == nil {
 			return fmt.Errorf("status is fine: %s", status)
 		}
 		if !strings.Contains(status, `pentad.yaml:3:3: unknown key "lisen" in a service; did you mean "listen"?`) {
@@ -118,16 +105,16 @@ func TestReload(t *testing.T) {
 		}
 		return nil
 	})
-	if !strings.Contains(w.agent.Log.String(), `did you mean`) {
-		t.Errorf("the log does not say it:\n%s", w.agent.Log)
+	if !strings.Contains(w.Agent.Log.String(), `did you mean`) {
+		t.Errorf("the log does not say it:\n%s", w.Agent.Log)
 	}
 	shows("192.0.2.6")
 	// Gone: the same.
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	w.eventually("status shows that the file is gone", func() error {
-		if out, _ := w.pentad("status"); !strings.Contains(out, "cannot be read") {
+	w.Eventually("status shows that the file is gone", func() error {
+		if out, _ := w.Pentad("status"); !strings.Contains(out, "cannot be read") {
 			return fmt.Errorf("status: %s", out)
 		}
 		return nil
@@ -136,223 +123,7 @@ func TestReload(t *testing.T) {
 	// Mended.
 	write(path, text("192.0.2.8"))
 	shows("192.0.2.8")
-	w.ready()
-}
-
-func TestHealthAndGroups(t *testing.T) {
-	t.Parallel()
-	lab.Need(t)
-	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	one := w.serve("one", "10.0.0.1:7000")
-	two := w.serve("two", "10.0.0.2:7000")
-	three := w.serve("three", "10.0.0.3:7000")
-	w.run(`services:
-- name: web
-  listen: [192.0.2.10:80]
-  health: {interval: 100ms, timeout: 50ms}
-  backends:
-  - 10.0.0.1:7000
-  - 10.0.0.2:7000
-  - {address: 10.0.0.3:7000, group: 1}`)
-	expect := func(want ...string) {
-		t.Helper()
-		have := w.answers("192.0.2.10:80", 60)
-		for _, name := range want {
-			if have[name] == 0 {
-				t.Errorf("answers are %v, want from all of %v", have, want)
-			}
-			delete(have, name)
-		}
-		if len(have) > 0 {
-			t.Errorf("also answered %v, want only %v", have, want)
-		}
-	}
-	const up, standby, down = service.Serving, service.Standby, service.Down
-	w.awaitStates("web", up, up, standby)
-	expect("one", "two")
-	one.Kill()
-	w.awaitStates("web", down, up, standby)
-	expect("two")
-	two.Kill()
-	w.awaitStates("web", down, down, up)
-	expect("three")
-	three.Kill()
-	w.awaitStates("web", down, down, down)
-	expect("connection refused")
-	if out := w.mustPentad("service", "list"); !strings.Contains(out, "nothing: refused") {
-		t.Errorf("service list:\n%s", out)
-	}
-	w.serve("three", "10.0.0.3:7000")
-	w.awaitStates("web", down, down, up)
-	expect("three")
-	w.serve("one", "10.0.0.1:7000")
-	w.awaitStates("web", up, down, standby)
-	expect("one")
-}
-
-func TestHTTPProbe(t *testing.T) {
-	t.Parallel()
-	lab.Need(t, "nginx")
-	w := newWorld(t, "10.0.0.1")
-	conf, err := w.WriteFile("nginx.conf", fmt.Sprintf(`daemon off; pid %[1]s/nginx.pid; error_log stderr; worker_processes 1;
-events {} http { access_log off; client_body_temp_path %[1]s/t1; proxy_temp_path %[1]s/t2; fastcgi_temp_path %[1]s/t3; uwsgi_temp_path %[1]s/t4; scgi_temp_path %[1]s/t5;
-server { listen 10.0.0.1:7000; server_name _;
-location /well { return 200 "fine\n"; } location /moved { return 302 /well; } location /ill { return 503; }
-location /host { if ($host != "shop.example") { return 400; } return 204; } } }`, w.Dir))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Start(command("nginx", "-c", conf, "-e", "stderr"), lab.Outside); err != nil {
-		t.Fatal(err)
-	}
-	w.listening("10.0.0.1:7000")
-	text := "services:"
-	for i, health := range []string{
-		"path: /well", "path: /moved", "path: /moved, expect: '200'", "path: /ill", "path: /ill, expect: '200,500-599'",
-		"path: /host", "path: /host, host: shop.example",
-	} {
-		text += fmt.Sprintf("\n- {name: s%d, listen: ['192.0.2.%d:80'], backends: ['10.0.0.1:7000'], health: {probe: http, interval: 100ms, timeout: 90ms, %s}}", i, 10+i, health)
-	}
-	w.run(text)
-	for i, want := range []service.State{service.Serving, service.Serving, service.Down, service.Down, service.Serving, service.Down, service.Serving} {
-		w.awaitStates(fmt.Sprintf("s%d", i), want)
-	}
-}
-
-// A probe goes to the backend that it names, also when that address is the VIP
-// of another service, or becomes it, and the agent lies in the scope.
-func TestProbeIsNotTranslated(t *testing.T) {
-	t.Parallel()
-	lab.Need(t)
-	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("two", "10.0.0.2:7000")
-	outer := `services:
-- name: outer
-  listen: [192.0.2.10:80]
-  backends: [10.0.0.1:7000]
-  health: {interval: 100ms, timeout: 50ms}`
-	inner := `
-- name: inner
-  listen: [10.0.0.1:7000]
-  backends: [10.0.0.2:7000]
-  health: {interval: 100ms, timeout: 50ms}`
-	w.configure(outer)
-	p, err := w.Start(command(program, w.args("run", "-c", "pentad.yaml")...), lab.Inside)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.agent = p
-	w.ready()
-	// Nobody listens on 10.0.0.1:7000; once it is a VIP, a translated probe succeeds.
-	w.awaitStates("outer", service.Down)
-	w.configure(outer + inner)
-	w.awaitStates("inner", service.Serving)
-	done := func() uint64 {
-		var s struct {
-			Agent struct{ Probes struct{ Done uint64 } }
-		}
-		if err := json.Unmarshal([]byte(w.mustPentad("status", "-o", "json")), &s); err != nil {
-			t.Fatal(err)
-		}
-		return s.Agent.Probes.Done
-	}
-	before := done()
-	w.eventually("ten more probes are done", func() error {
-		if n := done() - before; n < 10 {
-			return fmt.Errorf("%d are", n)
-		}
-		return nil
-	})
-	w.awaitStates("outer", service.Down)
-	if strings.Contains(w.agent.Log.String(), `"backend is up" service=outer`) {
-		t.Error("a probe of outer was translated")
-	}
-}
-
-func TestAffinityAndSourceHash(t *testing.T) {
-	t.Parallel()
-	lab.Need(t)
-	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	for i, name := range []string{"one", "two", "three"} {
-		w.serve(name, fmt.Sprintf("10.0.0.%d:7000", i+1))
-	}
-	text := `services:
-- name: sticky
-  listen: [192.0.2.10:80]
-  affinity: {timeout: 1h}
-  health: {probe: none}
-  backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]
-- name: short
-  listen: [192.0.2.12:80]
-  affinity: {timeout: 1s}
-  health: {probe: none}
-  backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]
-- name: hashed
-  listen: [192.0.2.11:80]
-  balance: source-hash
-  health: {probe: none}
-  backends: [%s]`
-	w.run(fmt.Sprintf(text, "10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000"))
-	sticky := w.answers("192.0.2.10:80", 50)
-	if len(sticky) != 1 {
-		t.Errorf("one client with affinity was served by %v", sticky)
-	}
-	// The backend leaves the choice: the client moves, and stays there.
-	who := onlyKey(sticky)
-	w.mustPentad("backend", "drain", "sticky", "10.0.0."+map[string]string{"one": "1", "two": "2", "three": "3"}[who]+":7000")
-	moved := w.answers("192.0.2.10:80", 50)
-	if len(moved) != 1 || moved[who] > 0 {
-		t.Errorf("after the drain of %s one client was served by %v", who, moved)
-	}
-	// After the time-out a client is a new one: within many time-outs it
-	// meets another backend.
-	w.eventually("affinity ends", func() error {
-		first := onlyKey(w.answers("192.0.2.12:80", 1))
-		// Longer than the time-out: the client is idle for that long.
-		time.Sleep(1200 * time.Millisecond)
-		if next := onlyKey(w.answers("192.0.2.12:80", 1)); next == first {
-			return fmt.Errorf("still %s", first)
-		}
-		return nil
-	})
-
-	// One network namespace is one client, unless the socket bound an address.
-	if hashed := w.answers("192.0.2.11:80", 50); len(hashed) != 1 {
-		t.Errorf("one client of source-hash was served by %v", hashed)
-	}
-	before := make(map[string]string)
-	reached := make(map[string]int)
-	for i := range 60 {
-		from := fmt.Sprintf("127.0.1.%d:0", i+1)
-		before[from] = onlyKey(w.answers("192.0.2.11:80", 1, from))
-		reached[before[from]]++
-	}
-	if len(reached) != 3 {
-		t.Errorf("60 clients reached only %v", reached)
-	}
-	// One backend goes: only its clients move, but for the odd one (Maglev).
-	w.configure(fmt.Sprintf(text, "10.0.0.1:7000, 10.0.0.2:7000"))
-	w.awaitStates("hashed", service.Serving, service.Serving)
-	moves := 0
-	for from, was := range before {
-		now := onlyKey(w.answers("192.0.2.11:80", 1, from))
-		if now == "three" {
-			t.Errorf("%s still reaches a removed backend", from)
-		}
-		if was != "three" && now != was {
-			moves++
-		}
-	}
-	if moves > 10 {
-		t.Errorf("%d clients moved without need", moves)
-	}
-}
-
-func onlyKey(m map[string]int) string {
-	for k := range m {
-		return k
-	}
-	return ""
+	w.Ready()
 }
 
 // A drain lasts across agents, and so does what probes found out.
@@ -360,34 +131,34 @@ func TestDrain(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.serve("two", "10.0.0.2:7000")
-	w.run(webTwo)
-	w.mustPentad("backend", "drain", "web", "10.0.0.1:7000")
-	w.awaitStates("web", service.Drained, service.Serving)
-	if have := w.answers("192.0.2.10:80", 30); have["two"] != 30 {
+	w.Serve("one", "10.0.0.1:7000")
+	w.Serve("two", "10.0.0.2:7000")
+	w.RunAgent(webTwo)
+	w.MustPentad("backend", "drain", "web", "10.0.0.1:7000")
+	w.AwaitStates("web", service.Drained, service.Serving)
+	if have := w.Answers("192.0.2.10:80", 30); have["two"] != 30 {
 		t.Errorf("answers are %v", have)
 	}
-	w.agent.Kill()
-	w.awaitStates("web", service.Drained, service.Serving)
-	w.agent = w.launch()
-	w.ready()
-	w.awaitStates("web", service.Drained, service.Serving)
-	w.mustPentad("backend", "enable", "web", "10.0.0.1:7000")
-	w.awaitStates("web", service.Serving, service.Serving)
+	w.Agent.Kill()
+	w.AwaitStates("web", service.Drained, service.Serving)
+	w.Agent = w.Launch()
+	w.Ready()
+	w.AwaitStates("web", service.Drained, service.Serving)
+	w.MustPentad("backend", "enable", "web", "10.0.0.1:7000")
+	w.AwaitStates("web", service.Serving, service.Serving)
 
 	for _, c := range []struct{ args, want string }{
 		{"drain nope 10.0.0.1:7000", "service nope"},
 		{"drain web 10.0.0.9:7000", "backend 10.0.0.9:7000"},
 		{"drain web 10.0.0.9", "want ADDRESS:PORT"},
 	} {
-		out, err := w.pentad(append([]string{"backend"}, strings.Fields(c.args)...)...)
+		out, err := w.Pentad(append([]string{"backend"}, strings.Fields(c.args)...)...)
 		if err == nil || !strings.Contains(out, c.want) {
 			t.Errorf("backend %s: %v: %s", c.args, err, out)
 		}
 	}
-	w.agent.Kill()
-	if out, err := w.pentad("backend", "drain", "web", "10.0.0.1:7000"); err == nil || !strings.Contains(out, "no agent is running") {
+	w.Agent.Kill()
+	if out, err := w.Pentad("backend", "drain", "web", "10.0.0.1:7000"); err == nil || !strings.Contains(out, "no agent is running") {
 		t.Errorf("drain without an agent: %v: %s", err, out)
 	}
 }
@@ -396,14 +167,14 @@ func TestTwoAgents(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.run(webTwo)
-	second := w.launch()
+	w.RunAgent(webTwo)
+	second := w.Launch()
 	err := second.Wait()
-	want := fmt.Sprintf("another pentad, process %d (", w.agent.Process.Pid)
+	want := fmt.Sprintf("another pentad, process %d (", w.Agent.Process.Pid)
 	if err == nil || !strings.Contains(second.Log.String(), want) || !strings.Contains(second.Log.String(), "pentad run") {
 		t.Errorf("the second agent: %v: %s; want %q", err, second.Log, want)
 	}
-	w.ready()
+	w.Ready()
 }
 
 // Down leaves nothing, from whatever state, and may be repeated.
@@ -414,7 +185,7 @@ func TestDown(t *testing.T) {
 	gone := func(state string) {
 		t.Helper()
 		for range 2 {
-			w.mustPentad("down")
+			w.MustPentad("down")
 		}
 		for _, path := range []string{w.Pins, filepath.Join(w.Dir, "run")} {
 			if _, err := os.Stat(path); !os.IsNotExist(err) {
@@ -426,21 +197,21 @@ func TestDown(t *testing.T) {
 		}
 	}
 	gone("nothing was there")
-	w.run(webTwo)
+	w.RunAgent(webTwo)
 	if n := attached(t, w); n == 0 {
 		t.Fatal("no program is attached")
 	}
 	gone("an agent ran")
-	if err := w.agent.Wait(); err != nil {
+	if err := w.Agent.Wait(); err != nil {
 		t.Errorf("the agent did not end well: %v", err)
 	}
-	w.agent = w.launch()
-	w.ready()
-	w.agent.Kill()
+	w.Agent = w.Launch()
+	w.Ready()
+	w.Agent.Kill()
 	gone("the agent was dead")
-	w.agent = w.launch()
-	w.ready()
-	w.agent.Kill()
+	w.Agent = w.Launch()
+	w.Ready()
+	w.Agent.Kill()
 	if err := os.Remove(filepath.Join(w.Pins, "socket", "links", "connect4")); err != nil {
 		t.Fatal(err)
 	}
@@ -463,7 +234,7 @@ func attached(t *testing.T, w *world) int {
 		ebpf.AttachCGroupUDP4Recvmsg, ebpf.AttachCGroupUDP6Recvmsg, ebpf.AttachCgroupInet4GetPeername, ebpf.AttachCgroupInet6GetPeername,
 		ebpf.AttachCgroupInetSockRelease,
 	} {
-		n += queryPrograms(t, filepath.Join(root, w.Scope()), at)
+		n += e2e.QueryPrograms(t, filepath.Join(root, w.Scope()), at)
 	}
 	return n
 }
@@ -474,25 +245,25 @@ func TestRepair(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.run("services: [{name: web, listen: ['192.0.2.10:80'], health: {probe: none}, backends: ['10.0.0.1:7000']}]")
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent("services: [{name: web, listen: ['192.0.2.10:80'], health: {probe: none}, backends: ['10.0.0.1:7000']}]")
 	works := func(after string) {
 		t.Helper()
-		if have := w.answers("192.0.2.10:80", 5); have["one"] != 5 {
+		if have := w.Answers("192.0.2.10:80", 5); have["one"] != 5 {
 			t.Errorf("after %s: answers are %v", after, have)
 		}
 	}
 	pin := filepath.Join(w.Pins, "socket", "links", "connect4")
 	repaired := func(after string) {
 		t.Helper()
-		w.eventually("the agent repairs "+after, func() error {
+		w.Eventually("the agent repairs "+after, func() error {
 			if n := attached(t, w); n != 9 {
 				return fmt.Errorf("%d programs are attached", n)
 			}
-			_, err := w.pentad("service", "list")
+			_, err := w.Pentad("service", "list")
 			return err
 		})
-		w.ready()
+		w.Ready()
 		works(after)
 	}
 	// With the agent alive: a hook is detached, a pin removed, all pins removed.
@@ -515,7 +286,7 @@ func TestRepair(t *testing.T) {
 	repaired("removed pins")
 
 	// With the agent dead: a listener and a hook are gone.
-	w.agent.Kill()
+	w.Agent.Kill()
 	listeners, err := ebpf.LoadPinnedMap(filepath.Join(w.Pins, "socket", "set-1", "listeners4"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -531,83 +302,11 @@ func TestRepair(t *testing.T) {
 	if err := os.Remove(pin); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := w.pentad("status"); err == nil || !strings.Contains(out, "hooks are not attached: connect4") {
+	if out, err := w.Pentad("status"); err == nil || !strings.Contains(out, "hooks are not attached: connect4") {
 		t.Errorf("status does not show the missing hook: %s", out)
 	}
-	w.agent = w.launch()
+	w.Agent = w.Launch()
 	repaired("what happened while it was dead")
-}
-
-// More services than the maps were made for: the maps grow, and what sockets did
-// before is not lost.
-func TestGrowth(t *testing.T) {
-	t.Parallel()
-	lab.Need(t)
-	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	small := "services:\n- {name: web, listen: ['192.0.2.10:80'], health: {probe: none}, affinity: {timeout: 1h}, backends: ['10.0.0.1:7000', '10.0.0.2:7000']}\n"
-	w.run(small)
-	before := w.view().Memory["backends"]
-	var big strings.Builder
-	big.WriteString(small)
-	for i := range 5000 {
-		fmt.Fprintf(&big, "- {name: s%d, listen: ['192.0.3.%d:%d'], health: {probe: none}, backends: ['10.0.0.1:7000']}\n", i, i%256, 1000+i)
-	}
-	w.configure(big.String())
-	w.eventually("all services are in the kernel", func() error {
-		v, err := socket.Read(w.Pins)
-		if err != nil {
-			return err
-		}
-		if len(v.Services) != 5001 {
-			return fmt.Errorf("there are %d", len(v.Services))
-		}
-		return nil
-	})
-	if have := w.answers("192.0.3.200:1200", 3); have["one"] != 3 {
-		t.Errorf("a new service answers %v", have)
-	}
-	if after := w.view().Memory["backends"]; after <= before {
-		t.Errorf("the map backends has %d bytes, had %d", after, before)
-	}
-	if _, err := os.Stat(filepath.Join(w.Pins, "socket", "set-1")); !os.IsNotExist(err) {
-		t.Errorf("the old set of maps is still there: %v", err)
-	}
-	w.ready()
-}
-
-// When everything changes at once the old tables stand beside the new ones until
-// the listeners are switched: there must be room for both.
-func TestGrowthForBoth(t *testing.T) {
-	t.Parallel()
-	lab.Need(t)
-	w := newWorld(t, "10.0.0.1")
-	text := func(services, backend int) string {
-		var b strings.Builder
-		b.WriteString("guard: off\nservices:\n")
-		for i := range services {
-			fmt.Fprintf(&b, "- {name: s%d, listen: ['192.0.2.%d:80'], balance: source-hash, health: {probe: none}, backends: ['10.0.%d.%d:80', '10.0.200.%d:80']}\n",
-				i, i, i, backend, i)
-		}
-		return b.String()
-	}
-	w.run(text(2, 1))
-	for backend, services := range []int{3, 4, 6, 9, 2, 20} {
-		w.configure(text(services, backend+2))
-		w.eventually("the change is in the kernel", func() error {
-			v, err := socket.Read(w.Pins)
-			if err != nil {
-				return err
-			}
-			want := fmt.Sprintf("10.0.%d.%d:80", services-1, backend+2)
-			s := (&service.Snapshot{Services: v.Services}).Find(fmt.Sprintf("s%d", services-1))
-			if len(v.Services) != services || s == nil || s.Backends[0].Address.String() != want {
-				return fmt.Errorf("%d services, want %d; the last is %+v, want %s", len(v.Services), services, s, want)
-			}
-			return nil
-		})
-		w.ready()
-	}
 }
 
 // What scripts and scrapers see.
@@ -615,10 +314,10 @@ func TestOutputs(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.run(webTwo)
-	w.awaitStates("web", service.Serving, service.Down)
-	w.answers("192.0.2.10:80", 3)
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent(webTwo)
+	w.AwaitStates("web", service.Serving, service.Down)
+	w.Answers("192.0.2.10:80", 3)
 
 	var list []struct {
 		Name     string
@@ -629,26 +328,26 @@ func TestOutputs(t *testing.T) {
 			Weight         int
 		}
 	}
-	if err := json.Unmarshal([]byte(w.mustPentad("service", "list", "-o", "json")), &list); err != nil {
+	if err := json.Unmarshal([]byte(w.MustPentad("service", "list", "-o", "json")), &list); err != nil {
 		t.Fatal(err)
 	}
 	if len(list) != 1 || list[0].Name != "web" || list[0].Listen[0] != "192.0.2.10:80" || list[0].Backends[1].State != "down" || list[0].Backends[0].Weight != 100 {
 		t.Errorf("service list -o json: %+v", list)
 	}
-	if out := w.mustPentad("service", "show", "web", "-o", "yaml"); !strings.Contains(out, "listen:\n  - 192.0.2.10:80\n") {
+	if out := w.MustPentad("service", "show", "web", "-o", "yaml"); !strings.Contains(out, "listen:\n  - 192.0.2.10:80\n") {
 		t.Errorf("service show -o yaml:\n%s", out)
 	}
-	if out := w.mustPentad("backend", "list", "-o", "wide"); !strings.Contains(out, "SINCE") || !strings.Contains(out, "10.0.0.2:7000") {
+	if out := w.MustPentad("backend", "list", "-o", "wide"); !strings.Contains(out, "SINCE") || !strings.Contains(out, "10.0.0.2:7000") {
 		t.Errorf("backend list:\n%s", out)
 	}
-	if out := w.mustPentad("status"); !strings.Contains(out, "12 of 12 attached") || !strings.Contains(out, "1 serving, 1 down") || !strings.Contains(out, "MiB") {
+	if out := w.MustPentad("status"); !strings.Contains(out, "12 of 12 attached") || !strings.Contains(out, "1 serving, 1 down") || !strings.Contains(out, "MiB") {
 		t.Errorf("status:\n%s", out)
 	}
 	st, err := os.Stat(filepath.Join(w.Dir, "run", "pentad.sock"))
 	if err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("agent socket: %v %v", st.Mode(), err)
 	}
-	metrics := get(t, w, "http://127.0.0.1:9464/metrics")
+	metrics := w.Get("/metrics")
 	for _, want := range []string{
 		`pentad_backends{state="down"} 1`, `pentad_connections_translated_total 3`, `pentad_hook_attached{hook="connect4"} 1`,
 		`pentad_backend_connections_total{backend="10.0.0.1:7000",service="web"} 3`, `pentad_backend_ejected{backend="10.0.0.2:7000",service="web"} 0`,
@@ -659,24 +358,24 @@ func TestOutputs(t *testing.T) {
 			t.Errorf("metrics lack %s:\n%s", want, metrics)
 		}
 	}
-	if out := get(t, w, "http://127.0.0.1:9464/healthz"); out != "ok\n" {
+	if out := w.Get("/healthz"); out != "ok\n" {
 		t.Errorf("healthz: %s", out)
 	}
 	// Without an agent the kernel is read all the same.
-	w.agent.Kill()
-	w.mustPentad("service", "list")
-	if out, err := w.pentad("status"); err == nil || !strings.Contains(out, "no agent is running") || !strings.Contains(out, "12 of 12 attached") {
+	w.Agent.Kill()
+	w.MustPentad("service", "list")
+	if out, err := w.Pentad("status"); err == nil || !strings.Contains(out, "no agent is running") || !strings.Contains(out, "12 of 12 attached") {
 		t.Errorf("status without an agent: %v\n%s", err, out)
 	}
-	if out, err := w.pentad("service", "show", "nope"); err == nil || !strings.Contains(out, "pentad service list") {
+	if out, err := w.Pentad("service", "show", "nope"); err == nil || !strings.Contains(out, "pentad service list") {
 		t.Errorf("service show of nothing: %s", out)
 	}
-	w.mustPentad("down")
-	if out, err := w.pentad("service", "list"); err == nil || !strings.Contains(out, "nothing in this kernel") {
+	w.MustPentad("down")
+	if out, err := w.Pentad("service", "list"); err == nil || !strings.Contains(out, "nothing in this kernel") {
 		t.Errorf("service list after down: %s", out)
 	}
 	for _, args := range []string{"nope", "service list extra", "service list -o xml", "run --nope", "backend drain one"} {
-		p, err := w.Start(command(program, strings.Fields(args)...), lab.Outside)
+		p, err := w.Start(exec.Command(e2e.Program(), strings.Fields(args)...), lab.Outside)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -687,40 +386,16 @@ func TestOutputs(t *testing.T) {
 }
 
 // get fetches a URL on the host.
-func get(t *testing.T, w *world, url string) string {
-	t.Helper()
-	var body string
-	err := w.Do(func() error {
-		// The connection is opened on this thread, which is on the host.
-		c, err := net.Dial("tcp", "127.0.0.1:9464")
-		if err != nil {
-			return err
-		}
-		client := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil }}}
-		resp, err := client.Get(url)
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		b, err := io.ReadAll(resp.Body)
-		body = string(b)
-		return err
-	})
-	if err != nil {
-		t.Fatalf("%s: %v", url, err)
-	}
-	return body
-}
 
 // What is wrong with the host is said in words, and nothing is changed.
 func TestBadHost(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "setpriv", "curl")
 	w := newWorld(t, "10.0.0.1")
-	w.configure("services: []")
+	w.Configure("services: []")
 	says := func(want string, args ...string) {
 		t.Helper()
-		p, err := w.Start(command(args[0], args[1:]...), lab.Outside)
+		p, err := w.Start(exec.Command(args[0], args[1:]...), lab.Outside)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -731,7 +406,7 @@ func TestBadHost(t *testing.T) {
 			t.Errorf("%v left something: %v", args, err)
 		}
 	}
-	run := w.args(program, "run", "-c", "pentad.yaml")
+	run := w.Args(e2e.Program(), "run", "-c", "pentad.yaml")
 	says("missing CAP_BPF", append([]string{"setpriv", "--bounding-set", "-all", "--inh-caps", "-all"}, run...)...)
 	says("missing CAP_PERFMON (to pass", append([]string{"setpriv", "--bounding-set", "-all,+bpf,+net_admin", "--inh-caps", "-all"}, run...)...)
 	says("CAP_NET_ADMIN (to attach", append([]string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"}, run...)...)
@@ -739,11 +414,11 @@ func TestBadHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	says("no such cgroup: /there/is/none", run...)
-	says("does not lie on a bpf filesystem", program, "run", "-c", "pentad.yaml", "--pins", w.Dir, "--run-dir", w.Dir)
+	says("does not lie on a bpf filesystem", e2e.Program(), "run", "-c", "pentad.yaml", "--pins", w.Dir, "--run-dir", w.Dir)
 	w.WriteFile("pentad.yaml", "services: {}\nscop: 1\n")
 	says("pentad.yaml:2:1: unknown key \"scop\" in the file; did you mean \"scope\"?", run...)
 	says("pentad.yaml:1:11: want a list of services", run...)
-	says("cannot be read", w.args(program, "run", "-c", "none.yaml")...)
+	says("cannot be read", w.Args(e2e.Program(), "run", "-c", "none.yaml")...)
 }
 
 // The capabilities of the systemd unit are enough.
@@ -751,17 +426,17 @@ func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "setpriv")
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.configure(webTwo)
-	p, err := w.Start(command("setpriv", append([]string{"--bounding-set", "-all,+bpf,+net_admin,+perfmon", "--inh-caps", "-all", "--no-new-privs", program},
-		w.args("run", "-c", "pentad.yaml")...)...), lab.Outside)
+	w.Serve("one", "10.0.0.1:7000")
+	w.Configure(webTwo)
+	p, err := w.Start(exec.Command("setpriv", append([]string{"--bounding-set", "-all,+bpf,+net_admin,+perfmon", "--inh-caps", "-all", "--no-new-privs", e2e.Program()},
+		w.Args("run", "-c", "pentad.yaml")...)...), lab.Outside)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.agent = p
-	w.ready()
-	w.awaitStates("web", service.Serving, service.Down)
-	if have := w.answers("192.0.2.10:80", 5); have["one"] != 5 {
+	w.Agent = p
+	w.Ready()
+	w.AwaitStates("web", service.Serving, service.Down)
+	if have := w.Answers("192.0.2.10:80", 5); have["one"] != 5 {
 		t.Errorf("answers are %v", have)
 	}
 }
@@ -771,23 +446,23 @@ func TestMountsBPFFS(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "unshare")
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.configure(webTwo)
+	w.Configure(webTwo)
 	// A mount namespace of its own, whose /sys has no bpf filesystem.
-	script := "while umount /sys/fs/bpf 2>/dev/null; do :; done; exec " + program + " " + strings.Join(w.args("run", "-c", "pentad.yaml"), " ")
-	p, err := w.Start(command("unshare", "-m", "sh", "-c", script), lab.Outside)
+	script := "while umount /sys/fs/bpf 2>/dev/null; do :; done; exec " + e2e.Program() + " " + strings.Join(w.Args("run", "-c", "pentad.yaml"), " ")
+	p, err := w.Start(exec.Command("unshare", "-m", "sh", "-c", script), lab.Outside)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.agent = p
-	w.eventually("the agent has installed all", func() error {
+	w.Agent = p
+	w.Eventually("the agent has installed all", func() error {
 		if n := attached(t, w); n != 9 {
 			return fmt.Errorf("%d programs are attached: %s", n, p.Log)
 		}
 		return nil
 	})
-	w.agent.Kill()
+	w.Agent.Kill()
 	// The pins were on that mount, which went with its namespace.
-	w.eventually("the mount is gone with all of it", func() error {
+	w.Eventually("the mount is gone with all of it", func() error {
 		if n := attached(t, w); n != 0 {
 			return fmt.Errorf("%d programs are attached", n)
 		}
@@ -806,13 +481,13 @@ func TestDemo(t *testing.T) {
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		cmd := command(program, "demo")
+		cmd := exec.Command(e2e.Program(), "demo")
 		cmd.Env = append(os.Environ(), "TMPDIR="+dir)
 		p, err := w.Start(cmd, lab.Outside)
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.eventually("the demo's clients run", func() error {
+		w.Eventually("the demo's clients run", func() error {
 			if !strings.Contains(p.Log.String(), "requests, 0 failed") {
 				return fmt.Errorf("it printed:\n%s", p.Log)
 			}

@@ -1,4 +1,4 @@
-package e2e
+package agent_test
 
 import (
 	"encoding/json"
@@ -14,40 +14,11 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 	"github.com/pentad/pentad/view"
 )
-
-// run1 runs pentad and returns what it printed and its exit code.
-func (w *world) run1(args ...string) (string, int) {
-	w.t.Helper()
-	out, err := w.pentad(args...)
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		return out, 0
-	case errors.As(err, &exit):
-		return out, exit.ExitCode()
-	}
-	w.t.Fatalf("pentad %s: %v", strings.Join(args, " "), err)
-	return "", 0
-}
-
-// says fails the test unless a command ends with a code and prints all texts.
-func (w *world) says(code int, command string, texts ...string) string {
-	w.t.Helper()
-	out, have := w.run1(strings.Fields(command)...)
-	if have != code {
-		w.t.Errorf("pentad %s: exit code %d, want %d: %s", command, have, code, out)
-	}
-	for _, text := range texts {
-		if !strings.Contains(out, text) {
-			w.t.Errorf("pentad %s prints no %q:\n%s", command, text, out)
-		}
-	}
-	return out
-}
 
 const daily = `services:
 - {name: web, listen: ['192.0.2.10:80', '[2001:db8:f::10]:80'], health: {probe: none},
@@ -61,7 +32,7 @@ func TestUsage(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "2001:db8::1")
-	w.run(daily)
+	w.RunAgent(daily)
 	for _, c := range []struct {
 		code          int
 		command, want string
@@ -114,9 +85,9 @@ func TestUsage(t *testing.T) {
 		{1, "explain 192.0.2.12:80", "10.0.0.1:7000 is of weight 0"},
 		{0, "service list --refusing", "nothing: refused (1 backend: weight 0)"},
 	} {
-		w.says(c.code, c.command, c.want)
+		w.Says(c.code, c.command, c.want)
 	}
-	if out := w.says(0, "service list --refusing"); strings.Contains(out, "192.0.2.10:80") {
+	if out := w.Says(0, "service list --refusing"); strings.Contains(out, "192.0.2.10:80") {
 		t.Errorf("a listener that serves is listed as refusing:\n%s", out)
 	}
 }
@@ -126,35 +97,35 @@ func TestDrainByHand(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "2001:db8::1")
-	w.serve("", "10.0.0.1:7000", "10.0.0.2:7000")
-	w.run(daily)
-	w.says(1, "backend drain one 10.0.0.1:7000", "192.0.2.11:80 (one) would refuse every connection", "--force")
-	w.awaitStates("one", service.Serving)
-	w.says(0, "backend drain one 10.0.0.1:7000 --force", "one 10.0.0.1:7000: drained, 0 connections left", "warning: 192.0.2.11:80 (one) refuses every connection now")
-	w.says(0, "backend drain one 10.0.0.1:7000 --force", "it was drained before")
-	w.says(0, "backend enable one 10.0.0.1:7000", "one 10.0.0.1:7000: enabled")
-	w.says(0, "backend enable zero 10.0.0.1:7000", "its weight is 0")
+	w.Serve("", "10.0.0.1:7000", "10.0.0.2:7000")
+	w.RunAgent(daily)
+	w.Says(1, "backend drain one 10.0.0.1:7000", "192.0.2.11:80 (one) would refuse every connection", "--force")
+	w.AwaitStates("one", service.Serving)
+	w.Says(0, "backend drain one 10.0.0.1:7000 --force", "one 10.0.0.1:7000: drained, 0 connections left", "warning: 192.0.2.11:80 (one) refuses every connection now")
+	w.Says(0, "backend drain one 10.0.0.1:7000 --force", "it was drained before")
+	w.Says(0, "backend enable one 10.0.0.1:7000", "one 10.0.0.1:7000: enabled")
+	w.Says(0, "backend enable zero 10.0.0.1:7000", "its weight is 0")
 	// The IPv6 listener of web has one backend, and it is not meant.
-	w.says(0, "backend drain web 10.0.0.1", "web 10.0.0.1:7000: drained")
-	w.says(1, "backend drain web 10.0.0.2:7000", "192.0.2.10:80 (web) would refuse")
-	w.says(0, "backend enable --all 10.0.0.1", "web 10.0.0.1:7000: enabled", "one 10.0.0.1:7000: it was enabled before", "zero 10.0.0.1:7000")
-	w.says(1, "backend drain --all 10.0.0.9", "no service has the backend 10.0.0.9")
-	w.says(1, "backend drain wbe 10.0.0.1:7000", `did you mean "web"?`)
+	w.Says(0, "backend drain web 10.0.0.1", "web 10.0.0.1:7000: drained")
+	w.Says(1, "backend drain web 10.0.0.2:7000", "192.0.2.10:80 (web) would refuse")
+	w.Says(0, "backend enable --all 10.0.0.1", "web 10.0.0.1:7000: enabled", "one 10.0.0.1:7000: it was enabled before", "zero 10.0.0.1:7000")
+	w.Says(1, "backend drain --all 10.0.0.9", "no service has the backend 10.0.0.9")
+	w.Says(1, "backend drain wbe 10.0.0.1:7000", `did you mean "web"?`)
 
 	// --wait returns when the last connection is over.
-	holder := w.startClient(w.Host, "watch", "1", "192.0.2.10:80")
-	w.prints(holder, "watching", 1)
+	holder := w.StartClient(w.Host, "watch", "1", "192.0.2.10:80")
+	w.Prints(holder, "watching", 1)
 	var target string
-	for address, l := range w.view().Loads["web"] {
+	for address, l := range w.View().Loads["web"] {
 		if l.InFlight > 0 {
 			target = address.String()
 		}
 	}
-	waiting, err := w.Start(exec.Command(program, w.args("backend", "drain", "web", target, "--wait")...), lab.Outside)
+	waiting, err := w.Start(exec.Command(e2e.Program(), w.Args("backend", "drain", "web", target, "--wait")...), lab.Outside)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.eventually("the drain", func() error {
+	w.Eventually("the drain", func() error {
 		if !strings.Contains(waiting.Log.String(), "drained, 1 connection left") {
 			return errors.New(waiting.Log.String())
 		}
@@ -173,7 +144,7 @@ func TestDrainByHand(t *testing.T) {
 	// Its line goes and comes, the service has another name, the host starts anew.
 	isDrained := func(what, service string) {
 		t.Helper()
-		w.eventually(what, func() error {
+		w.Eventually(what, func() error {
 			v, err := socket.Read(w.Pins)
 			if err != nil {
 				return err
@@ -189,27 +160,27 @@ func TestDrainByHand(t *testing.T) {
 		})
 	}
 	isDrained("at first", "web")
-	w.configure(strings.Replace(daily, "'"+target+"', ", "", 1))
-	w.eventually("without it", func() error {
-		if n := len(w.view().Services[1].Backends); n != 2 {
+	w.Configure(strings.Replace(daily, "'"+target+"', ", "", 1))
+	w.Eventually("without it", func() error {
+		if n := len(w.View().Services[1].Backends); n != 2 {
 			return fmt.Errorf("%d backends", n)
 		}
 		return nil
 	})
-	w.configure(daily)
+	w.Configure(daily)
 	isDrained("after its line came back", "web")
-	w.configure(strings.Replace(daily, "name: web", "name: site", 1))
+	w.Configure(strings.Replace(daily, "name: web", "name: site", 1))
 	isDrained("under another name", "site")
-	w.agent.Kill()
+	w.Agent.Kill()
 	if err := socket.Remove(w.Pins); err != nil {
 		t.Fatal(err)
 	}
-	w.agent = w.launch()
-	w.ready()
+	w.Agent = w.Launch()
+	w.Ready()
 	isDrained("after everything in the kernel was gone", "site")
-	w.says(0, "backend enable site "+target, "enabled")
-	w.agent.Kill()
-	w.says(1, "backend drain site "+target, "no agent is running")
+	w.Says(0, "backend enable site "+target, "enabled")
+	w.Agent.Kill()
+	w.Says(1, "backend drain site "+target, "no agent is running")
 }
 
 // A file is put in force, or it is said why not; one that takes away too much waits for
@@ -226,89 +197,89 @@ func TestReloadByHand(t *testing.T) {
 		}
 		return b.String()
 	}
-	w.run(many(6))
+	w.RunAgent(many(6))
 	services := func(n int) {
 		t.Helper()
-		w.eventually(fmt.Sprint(n, " services"), func() error {
-			if have := len(w.view().Services); have != n {
+		w.Eventually(fmt.Sprint(n, " services"), func() error {
+			if have := len(w.View().Services); have != n {
 				return fmt.Errorf("%d", have)
 			}
 			return nil
 		})
 	}
-	w.says(0, "reload", "with 6 services is in force")
-	w.says(0, "diff pentad.yaml", "nothing would change")
-	w.configure(many(7))
-	w.says(0, "reload", "with 7 services")
+	w.Says(0, "reload", "with 6 services is in force")
+	w.Says(0, "diff pentad.yaml", "nothing would change")
+	w.Configure(many(7))
+	w.Says(0, "reload", "with 7 services")
 	services(7)
 	// Half may go, more may not.
-	w.configure(many(2))
-	w.says(1, "diff pentad.yaml", "- s6: 192.0.2.7:80, 1 backend, 0 connections would be closed")
-	w.says(1, "reload", "takes away 5 of 7 listeners", "pentad reload --force")
-	w.says(1, "status", "PROBLEM", "held back")
+	w.Configure(many(2))
+	w.Says(1, "diff pentad.yaml", "- s6: 192.0.2.7:80, 1 backend, 0 connections would be closed")
+	w.Says(1, "reload", "takes away 5 of 7 listeners", "pentad reload --force")
+	w.Says(1, "status", "PROBLEM", "held back")
 	services(7)
 	// Nor does a new agent put it in force.
-	w.agent.Kill()
-	w.agent = w.launch()
-	w.eventually("holding it back still", func() error {
-		if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "held back") {
+	w.Agent.Kill()
+	w.Agent = w.Launch()
+	w.Eventually("holding it back still", func() error {
+		if out, code := w.RunCode("status"); code != 1 || !strings.Contains(out, "held back") {
 			return errors.New(out)
 		}
 		return nil
 	})
 	services(7)
-	w.says(0, "reload --force", "with 2 services is in force")
-	w.agent.Kill()
-	w.agent = w.launch()
-	w.ready()
+	w.Says(0, "reload --force", "with 2 services is in force")
+	w.Agent.Kill()
+	w.Agent = w.Launch()
+	w.Ready()
 	services(2)
-	w.says(0, "status")
+	w.Says(0, "status")
 	// Few listeners have no guard, and a guard can be off.
-	w.configure(many(0) + "  []")
+	w.Configure(many(0) + "  []")
 	services(0)
-	w.configure(many(6) + "guard: off\n")
+	w.Configure(many(6) + "guard: off\n")
 	services(6)
-	w.configure("services: []\nguard: off\n")
+	w.Configure("services: []\nguard: off\n")
 	services(0)
 
-	w.configure("services: [\n")
-	w.says(1, "reload", "pentad.yaml:", "this is not YAML")
-	w.eventually("the problem", func() error {
-		if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "not valid and not in force") {
+	w.Configure("services: [\n")
+	w.Says(1, "reload", "pentad.yaml:", "this is not YAML")
+	w.Eventually("the problem", func() error {
+		if out, code := w.RunCode("status"); code != 1 || !strings.Contains(out, "not valid and not in force") {
 			return errors.New(out)
 		}
 		return nil
 	})
-	w.configure(many(1))
+	w.Configure(many(1))
 	services(1)
-	if log := w.agent.Log.String(); !strings.Contains(log, "the configuration is valid again") {
+	if log := w.Agent.Log.String(); !strings.Contains(log, "the configuration is valid again") {
 		t.Error("nothing says that the file is valid again")
 	}
 	// SIGHUP reads it, and ends nothing.
-	if err := w.agent.Process.Signal(syscall.SIGHUP); err != nil {
+	if err := w.Agent.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	w.eventually("reading it again", func() error {
-		if log := w.agent.Log.String(); !strings.Contains(log, "as a signal asks") {
+	w.Eventually("reading it again", func() error {
+		if log := w.Agent.Log.String(); !strings.Contains(log, "as a signal asks") {
 			return errors.New("not yet")
 		}
 		return nil
 	})
-	w.says(0, "status")
+	w.Says(0, "status")
 	// Of a file that is wrong in every line nobody reads them all.
-	w.configure("services:\n" + strings.Repeat("- {nme: x}\n", 500))
-	w.eventually("not valid", func() error {
-		out, _ := w.run1("status")
+	w.Configure("services:\n" + strings.Repeat("- {nme: x}\n", 500))
+	w.Eventually("not valid", func() error {
+		out, _ := w.RunCode("status")
 		if !strings.Contains(out, "more errors") || len(out) > 10_000 {
 			return fmt.Errorf("%d bytes: %s", len(out), out[:min(len(out), 500)])
 		}
 		return nil
 	})
-	if err := w.agent.Process.Signal(syscall.SIGTERM); err != nil {
+	if err := w.Agent.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	<-w.agent.Done()
-	if log := w.agent.Log.String(); !strings.Contains(log, "signal: terminated") || strings.Count(log, "unknown key") > 25 {
+	<-w.Agent.Done()
+	if log := w.Agent.Log.String(); !strings.Contains(log, "signal: terminated") || strings.Count(log, "unknown key") > 25 {
 		t.Errorf("the end of the log:\n%s", log[max(0, len(log)-500):])
 	}
 }
@@ -327,7 +298,7 @@ func TestServiceManager(t *testing.T) {
 	defer manager.Close()
 	hears := func(want string) {
 		t.Helper()
-		if err := manager.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		if err := manager.SetReadDeadline(time.Now().Add(e2e.Patience)); err != nil {
 			t.Fatal(err)
 		}
 		b := make([]byte, 1000)
@@ -341,20 +312,20 @@ func TestServiceManager(t *testing.T) {
 			}
 		}
 	}
-	w.configure("services: [\n")
+	w.Configure("services: [\n")
 	// At a terminal the reason is all that is wanted.
-	if out, code := w.run1("run", "-c", "pentad.yaml"); code != 1 || !strings.Contains(out, "this is not YAML") {
+	if out, code := w.RunCode("run", "-c", "pentad.yaml"); code != 1 || !strings.Contains(out, "this is not YAML") {
 		t.Errorf("exit code %d: %s", code, out)
 	}
-	cmd := exec.Command(program, w.args("run", "-c", "pentad.yaml")...)
+	cmd := exec.Command(e2e.Program(), w.Args("run", "-c", "pentad.yaml")...)
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+at, "WATCHDOG_USEC=300000")
-	if w.agent, err = w.Start(cmd, lab.Outside); err != nil {
+	if w.Agent, err = w.Start(cmd, lab.Outside); err != nil {
 		t.Fatal(err)
 	}
 	hears("READY=1")
-	w.says(1, "status", "this is not YAML", "none in force yet")
-	w.configure(daily)
-	w.eventually("the services", func() error {
+	w.Says(1, "status", "this is not YAML", "none in force yet")
+	w.Configure(daily)
+	w.Eventually("the services", func() error {
 		v, err := socket.Read(w.Pins)
 		if err == nil && len(v.Services) != 3 {
 			err = fmt.Errorf("%d services", len(v.Services))
@@ -364,8 +335,8 @@ func TestServiceManager(t *testing.T) {
 	hears("WATCHDOG=1")
 	// It does not wait for a manager that does not listen.
 	time.Sleep(2 * time.Second)
-	w.says(0, "reload")
-	w.says(0, "reload")
+	w.Says(0, "reload")
+	w.Says(0, "reload")
 	// What lies there since is read away.
 	for b := make([]byte, 1000); ; {
 		if err := manager.SetReadDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
@@ -375,10 +346,10 @@ func TestServiceManager(t *testing.T) {
 			break
 		}
 	}
-	w.says(0, "reload")
+	w.Says(0, "reload")
 	hears("RELOADING=1")
 	hears("READY=1")
-	if err := w.agent.Process.Signal(syscall.SIGTERM); err != nil {
+	if err := w.Agent.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	hears("STOPPING=1")
@@ -389,39 +360,39 @@ func TestOneTruth(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "2001:db8::1")
-	w.serve("", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.Serve("", "10.0.0.1:7000", "[2001:db8::1]:7000")
 	// Of IPv4 nobody is left, of IPv6 somebody; one is full; one has its probe fail.
-	w.run(`services:
+	w.RunAgent(`services:
 - {name: half, listen: ['192.0.2.10:80', '[2001:db8:f::10]:80'], health: {interval: 200ms, timeout: 100ms},
    backends: ['10.0.0.2:7000', '[2001:db8::1]:7000']}
 - {name: full, listen: ['192.0.2.11:80'], health: {probe: none}, breaker: {maxConnections: 1}, backends: ['10.0.0.1:7000']}
 - {name: chain, listen: ['192.0.2.12:80'], health: {probe: none}, backends: ['192.0.2.11:80']}
 `)
-	holder := w.startClient(w.Host, "watch", "1", "192.0.2.11:80")
-	w.prints(holder, "watching", 1)
-	w.eventually("the probe", func() error {
-		if out, _ := w.run1("backend", "list", "--service", "half"); !strings.Contains(out, "connection refused") {
+	holder := w.StartClient(w.Host, "watch", "1", "192.0.2.11:80")
+	w.Prints(holder, "watching", 1)
+	w.Eventually("the probe", func() error {
+		if out, _ := w.RunCode("backend", "list", "--service", "half"); !strings.Contains(out, "connection refused") {
 			return errors.New(out)
 		}
 		return nil
 	})
-	w.says(0, "backend list --service half", "down", "its probe fails: connection refused after", "again in")
-	w.says(0, "backend list --service half -o wide", "tcp: failed in", "tcp: ok in")
-	w.says(0, "backend list --state full", "full", "it has 1 connection, as many as maxConnections allows")
-	w.says(0, "service list", "nothing: refused (1 backend: down)", "nothing: refused (1 backend: full)")
-	w.says(1, "explain 192.0.2.11:80", "is refused at once", "full")
-	w.says(0, "status", "2 listeners without a backend that takes connections: 192.0.2.11:80 (full), 192.0.2.10:80 (half)", "1 full", "1 down")
-	w.says(0, "service show half", "refused", "192.0.2.10:80: 1 backend: down")
-	w.says(1, "explain 192.0.2.12:80", "is itself a virtual address", "of the service full")
-	if _, err := w.inside("true"); err != nil {
+	w.Says(0, "backend list --service half", "down", "its probe fails: connection refused after", "again in")
+	w.Says(0, "backend list --service half -o wide", "tcp: failed in", "tcp: ok in")
+	w.Says(0, "backend list --state full", "full", "it has 1 connection, as many as maxConnections allows")
+	w.Says(0, "service list", "nothing: refused (1 backend: down)", "nothing: refused (1 backend: full)")
+	w.Says(1, "explain 192.0.2.11:80", "is refused at once", "full")
+	w.Says(0, "status", "2 listeners without a backend that takes connections: 192.0.2.11:80 (full), 192.0.2.10:80 (half)", "1 full", "1 down")
+	w.Says(0, "service show half", "refused", "192.0.2.10:80: 1 backend: down")
+	w.Says(1, "explain 192.0.2.12:80", "is itself a virtual address", "of the service full")
+	if _, err := w.Inside("true"); err != nil {
 		t.Fatal(err)
 	}
 	var status view.Status
-	if err := json.Unmarshal([]byte(w.says(0, "status -o json")), &status); err != nil || !status.Healthy || len(status.Refusing) != 2 || status.Backends["full"] != 1 {
+	if err := json.Unmarshal([]byte(w.Says(0, "status -o json")), &status); err != nil || !status.Healthy || len(status.Refusing) != 2 || status.Backends["full"] != 1 {
 		t.Errorf("%v: %+v", err, status)
 	}
 	var services []view.Service
-	if err := json.Unmarshal([]byte(w.says(0, "service list -o json")), &services); err != nil || len(services) != 3 {
+	if err := json.Unmarshal([]byte(w.Says(0, "service list -o json")), &services); err != nil || len(services) != 3 {
 		t.Fatalf("%v: %+v", err, services)
 	}
 	half := services[2]
@@ -429,11 +400,11 @@ func TestOneTruth(t *testing.T) {
 		t.Errorf("listeners of half: %+v", half.Listeners)
 	}
 	var explained []struct{ Verdict, Service string }
-	if err := json.Unmarshal([]byte(w.says(1, "explain -o json 192.0.2.11:80")), &explained); err != nil || explained[0].Verdict != "refused" || explained[0].Service != "full" {
+	if err := json.Unmarshal([]byte(w.Says(1, "explain -o json 192.0.2.11:80")), &explained); err != nil || explained[0].Verdict != "refused" || explained[0].Service != "full" {
 		t.Errorf("%v: %+v", err, explained)
 	}
 	// Both forms have the same keys.
-	yaml := w.says(0, "status -o yaml")
+	yaml := w.Says(0, "status -o yaml")
 	for _, key := range []string{"healthy: true", "lateSeconds:", "problems: []", "inFlight: 1"} {
 		if !strings.Contains(yaml, key) {
 			t.Errorf("status -o yaml has no %q:\n%s", key, yaml)
@@ -449,7 +420,7 @@ func TestOneTruth(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.eventually("a namespace of its own", func() error {
+	w.Eventually("a namespace of its own", func() error {
 		theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", lonely.Process.Pid))
 		host, err2 := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", holder.Process.Pid))
 		if err == nil && err2 == nil && (theirs == own || theirs == host) {
@@ -458,13 +429,13 @@ func TestOneTruth(t *testing.T) {
 		return errors.Join(err, err2)
 	})
 	holder.Kill()
-	w.eventually("room again", func() error {
-		if out, code := w.run1("explain", "192.0.2.11:80"); code != 0 {
+	w.Eventually("room again", func() error {
+		if out, code := w.RunCode("explain", "192.0.2.11:80"); code != 0 {
 			return errors.New(out)
 		}
 		return nil
 	})
-	w.says(1, fmt.Sprintf("explain --pid %d 192.0.2.11:80", lonely.Process.Pid), "has no way to any backend", "network is unreachable")
+	w.Says(1, fmt.Sprintf("explain --pid %d 192.0.2.11:80", lonely.Process.Pid), "has no way to any backend", "network is unreachable")
 }
 
 // Files that are included are watched as the file itself; one that is not valid takes
@@ -487,9 +458,9 @@ func TestIncludedFiles(t *testing.T) {
 	}
 	names := func(want string) {
 		t.Helper()
-		w.eventually("the services "+want, func() error {
+		w.Eventually("the services "+want, func() error {
 			var have []string
-			for _, s := range w.view().Services {
+			for _, s := range w.View().Services {
 				have = append(have, s.Name+"@"+s.Listeners[0].String())
 			}
 			if strings.Join(have, " ") != want {
@@ -498,24 +469,24 @@ func TestIncludedFiles(t *testing.T) {
 			return nil
 		})
 	}
-	w.run("include: {files: [conf.d/*.yaml], onError: skip}\n")
+	w.RunAgent("include: {files: [conf.d/*.yaml], onError: skip}\n")
 	names("")
 	write("a.yaml", part("a", 1))
 	names("a@192.0.2.1:80")
 	write("b.yaml", part("b", 2))
 	names("a@192.0.2.1:80 b@192.0.2.2:80")
 	write("a.yaml", "services: [\n")
-	w.eventually("the problem", func() error {
-		if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "a.yaml is not valid and not in force") {
+	w.Eventually("the problem", func() error {
+		if out, code := w.RunCode("status"); code != 1 || !strings.Contains(out, "a.yaml is not valid and not in force") {
 			return errors.New(out)
 		}
 		return nil
 	})
 	// A new agent has a as it was, too.
-	w.agent.Kill()
-	w.agent = w.launch()
-	w.eventually("the problem again", func() error {
-		if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "a.yaml is not valid and not in force") {
+	w.Agent.Kill()
+	w.Agent = w.Launch()
+	w.Eventually("the problem again", func() error {
+		if out, code := w.RunCode("status"); code != 1 || !strings.Contains(out, "a.yaml is not valid and not in force") {
 			return errors.New(out)
 		}
 		return nil
@@ -526,12 +497,12 @@ func TestIncludedFiles(t *testing.T) {
 	names("a@192.0.2.1:80 b@192.0.2.3:80")
 	write("a.yaml", part("a", 4))
 	names("a@192.0.2.4:80 b@192.0.2.3:80")
-	w.says(0, "status")
+	w.Says(0, "status")
 	if err := os.Remove(filepath.Join(w.Dir, "conf.d/b.yaml")); err != nil {
 		t.Fatal(err)
 	}
 	names("a@192.0.2.4:80")
-	w.says(0, "config show pentad.yaml --service a", "default", "a.yaml:2")
+	w.Says(0, "config show pentad.yaml --service a", "default", "a.yaml:2")
 
 	// That many are of a broken file is no reason to hold the others back.
 	var many strings.Builder
@@ -542,8 +513,8 @@ func TestIncludedFiles(t *testing.T) {
 	write("m.yaml", many.String())
 	count := func(n int) {
 		t.Helper()
-		w.eventually(fmt.Sprint(n, " services"), func() error {
-			if have := len(w.view().Services); have != n {
+		w.Eventually(fmt.Sprint(n, " services"), func() error {
+			if have := len(w.View().Services); have != n {
 				return fmt.Errorf("%d", have)
 			}
 			return nil
@@ -555,25 +526,25 @@ func TestIncludedFiles(t *testing.T) {
 	count(11)
 	// What the file drains it does not drain for ever.
 	write("m.yaml", "services: []\n")
-	w.says(1, "reload", "held back")
-	w.says(0, "reload --force")
+	w.Says(1, "reload", "held back")
+	w.Says(0, "reload --force")
 	count(2)
 	write("m.yaml", "services: [\n")
-	w.says(1, "reload", "m.yaml is not valid and not in force")
+	w.Says(1, "reload", "m.yaml is not valid and not in force")
 	write("m.yaml", "services: []\n")
-	w.says(0, "reload")
+	w.Says(0, "reload")
 	admin := func(word string) string {
 		return "services:\n- {name: b, listen: ['192.0.2.5:80'], health: {probe: none}, backends: [{address: '10.0.0.1:7000', admin: " + word + "}]}\n"
 	}
 	write("b.yaml", admin("drain"))
-	w.awaitStates("b", service.Drained)
-	w.says(0, "backend enable b 10.0.0.1:7000", "the file says admin: drain")
-	w.agent.Kill()
-	w.agent = w.launch()
-	w.ready()
-	w.awaitStates("b", service.Drained)
+	w.AwaitStates("b", service.Drained)
+	w.Says(0, "backend enable b 10.0.0.1:7000", "the file says admin: drain")
+	w.Agent.Kill()
+	w.Agent = w.Launch()
+	w.Ready()
+	w.AwaitStates("b", service.Drained)
 	write("b.yaml", admin("up"))
-	w.awaitStates("b", service.Serving)
+	w.AwaitStates("b", service.Serving)
 }
 
 // An agent that starts with a broken file goes on with the one that was in force last: it
@@ -582,39 +553,39 @@ func TestBrokenAtStart(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	two := w.serve("", "10.0.0.1:7000", "10.0.0.2:7000")
+	two := w.Serve("", "10.0.0.1:7000", "10.0.0.2:7000")
 	const text = "services:\n- {name: web, listen: ['192.0.2.10:80'], health: {interval: 200ms, fall: 1, rise: 1}, backends: ['10.0.0.1:7000', '10.0.0.2:7000']}\n"
-	w.run(text)
-	w.awaitStates("web", service.Serving, service.Serving)
+	w.RunAgent(text)
+	w.AwaitStates("web", service.Serving, service.Serving)
 	saved := filepath.Join(w.Dir, "run", "last-good.json")
-	w.eventually("the configuration is saved", func() error {
+	w.Eventually("the configuration is saved", func() error {
 		_, err := os.Stat(saved)
 		return err
 	})
 	for _, gone := range []bool{false, true} {
-		w.agent.Kill()
+		w.Agent.Kill()
 		if gone {
 			if err := socket.Remove(w.Pins); err != nil {
 				t.Fatal(err)
 			}
 		}
-		w.configure("services: [\n")
-		w.agent = w.launch()
-		w.eventually("the problem", func() error {
-			if out, code := w.run1("status"); code != 1 || !strings.Contains(out, "this is not YAML") || !strings.Contains(out, "2 backends") {
+		w.Configure("services: [\n")
+		w.Agent = w.Launch()
+		w.Eventually("the problem", func() error {
+			if out, code := w.RunCode("status"); code != 1 || !strings.Contains(out, "this is not YAML") || !strings.Contains(out, "2 backends") {
 				return errors.New(out)
 			}
 			return nil
 		})
-		w.awaitStates("web", service.Serving, service.Serving)
-		w.says(0, "backend drain web 10.0.0.1:7000", "drained")
-		w.says(0, "backend enable web 10.0.0.1:7000", "enabled")
+		w.AwaitStates("web", service.Serving, service.Serving)
+		w.Says(0, "backend drain web 10.0.0.1:7000", "drained")
+		w.Says(0, "backend enable web 10.0.0.1:7000", "enabled")
 	}
 	two.Kill()
-	w.awaitStates("web", service.Down, service.Down)
-	w.configure(text)
-	w.eventually("all is well", func() error {
-		if out, code := w.run1("status"); code != 0 {
+	w.AwaitStates("web", service.Down, service.Down)
+	w.Configure(text)
+	w.Eventually("all is well", func() error {
+		if out, code := w.RunCode("status"); code != 0 {
 			return errors.New(out)
 		}
 		return nil

@@ -1,4 +1,4 @@
-package e2e
+package flow_test
 
 import (
 	"context"
@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/plane/socket"
 )
 
@@ -29,11 +30,11 @@ type flowLine struct {
 
 // follow starts `pentad flow -f`; the function returned gives what it printed.
 func (w *world) follow(args ...string) func() []flowLine {
-	w.t.Helper()
-	all := w.args(append([]string{"flow", "-f", "-o", "json"}, args...)...)
-	p, err := w.Start(exec.Command(program, all...), lab.Outside)
+	w.T.Helper()
+	all := w.Args(append([]string{"flow", "-f", "-o", "json"}, args...)...)
+	p, err := w.Start(exec.Command(e2e.Program(), all...), lab.Outside)
 	if err != nil {
-		w.t.Fatal(err)
+		w.T.Fatal(err)
 	}
 	return func() []flowLine {
 		var lines []flowLine
@@ -50,9 +51,9 @@ func (w *world) follow(args ...string) func() []flowLine {
 
 // awaitFlow waits for a flow for which holds is true.
 func (w *world) awaitFlow(what string, lines func() []flowLine, holds func(flowLine) bool) flowLine {
-	w.t.Helper()
+	w.T.Helper()
 	var found flowLine
-	w.eventually(what, func() error {
+	w.Eventually(what, func() error {
 		all := lines()
 		for _, l := range all {
 			if holds(l) {
@@ -86,14 +87,14 @@ func TestFlow(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.3")
-	w.serveWeb("10.0.0.1:8080", strings.Repeat("x", 1000))
-	w.run(flowServices)
-	w.agent.Kill()
+	w.ServeWeb("10.0.0.1:8080", strings.Repeat("x", 1000))
+	w.RunAgent(flowServices)
+	w.Agent.Kill()
 	flows := w.follow()
 	other := w.follow("--service", "none")
 	// The first follower is there once it has seen something.
-	w.eventually("flows are followed", func() error {
-		_, _ = w.inside("curl", "-sS", "http://192.0.2.12/")
+	w.Eventually("flows are followed", func() error {
+		_, _ = w.Inside("curl", "-sS", "http://192.0.2.12/")
 		if len(flows()) == 0 || len(other()) == 0 {
 			return errors.New("not yet")
 		}
@@ -104,11 +105,11 @@ func TestFlow(t *testing.T) {
 		t.Errorf("refused: %+v", refused)
 	}
 	// The first goes to the backend that refuses, the second to the other group.
-	if out, err := w.inside("curl", "-sS", "http://192.0.2.10/"); err == nil {
+	if out, err := w.Inside("curl", "-sS", "http://192.0.2.10/"); err == nil {
 		t.Errorf("a refusing backend answered %s", out)
 	}
-	w.must("curl", "-sS", "-o", "/dev/null", "http://192.0.2.10/")
-	w.must("curl", "-sS", "-o", "/dev/null", "http://192.0.2.11/")
+	w.Must("curl", "-sS", "-o", "/dev/null", "http://192.0.2.10/")
+	w.Must("curl", "-sS", "-o", "/dev/null", "http://192.0.2.11/")
 	failed := w.awaitFlow("the failed connect", flows, func(l flowLine) bool { return l.Event == "failed" })
 	if failed.Command != "curl" || failed.Backend != "10.0.0.3:8080" || failed.Outcome != "failed: connection refused" {
 		t.Errorf("failed: %+v", failed)
@@ -137,10 +138,10 @@ func TestFlow(t *testing.T) {
 		}
 	}
 	// Open connections, with their processes.
-	watcher := w.startClient(w.Host, "watch", "3", "192.0.2.10:80")
-	w.prints(watcher, "watching", 1)
+	watcher := w.StartClient(w.Host, "watch", "3", "192.0.2.10:80")
+	w.Prints(watcher, "watching", 1)
 	var open []flowLine
-	if err := json.Unmarshal([]byte(w.mustPentad("flow", "-o", "json")), &open); err != nil {
+	if err := json.Unmarshal([]byte(w.MustPentad("flow", "-o", "json")), &open); err != nil {
 		t.Fatal(err)
 	}
 	if len(open) != 3 || open[0].PID != watcher.Process.Pid || open[0].VIP != "192.0.2.10:80" || open[0].Outcome != "open" || open[0].RTTSeconds == 0 || open[0].Cgroup != w.Scope() || !strings.Contains(open[0].Client, ":") {
@@ -150,7 +151,7 @@ func TestFlow(t *testing.T) {
 	if lives.Cgroup != w.Scope() {
 		t.Errorf("established: in the cgroup %q", lives.Cgroup)
 	}
-	if out := w.mustPentad("flow", "--pid", "1"); strings.Contains(out, "192.0.2.10") {
+	if out := w.MustPentad("flow", "--pid", "1"); strings.Contains(out, "192.0.2.10") {
 		t.Errorf("of process 1:\n%s", out)
 	}
 }
@@ -160,7 +161,7 @@ func TestFollowers(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1")
-	w.run(flowServices)
+	w.RunAgent(flowServices)
 	var all []*socket.Follower
 	following, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -184,13 +185,13 @@ func TestFollowers(t *testing.T) {
 	if len(all) != 8 {
 		t.Errorf("%d places", len(all))
 	}
-	if out, err := w.pentad("flow", "-f"); err == nil || !strings.Contains(out, "follow flows already") {
+	if out, err := w.Pentad("flow", "-f"); err == nil || !strings.Contains(out, "follow flows already") {
 		t.Errorf("a ninth follower: %v: %s", err, out)
 	}
 	// From here none of them says that it is still there.
 	stop()
 	runs.Wait()
-	w.eventually("a place is free", func() error {
+	w.Eventually("a place is free", func() error {
 		f, err := socket.Follow(w.Pins)
 		if err == nil {
 			f.Close()
@@ -198,18 +199,16 @@ func TestFollowers(t *testing.T) {
 		return err
 	})
 	// A follower ends when pentad is removed.
-	p, err := w.Start(exec.Command(program, w.args("flow", "-f")...), lab.Outside)
+	p, err := w.Start(exec.Command(e2e.Program(), w.Args("flow", "-f")...), lab.Outside)
 	if err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(100 * time.Millisecond)
-	w.mustPentad("down")
+	w.MustPentad("down")
 	if err := p.Wait(); err == nil || !strings.Contains(p.Log.String(), "nothing in this kernel any more") {
 		t.Errorf("after down: %v: %s", err, p.Log)
 	}
 }
-
-func init() { clients["burst"] = burst }
 
 // burst connects and closes N UDP sockets.
 func burst(args []string) error {
@@ -221,9 +220,13 @@ func burst(args []string) error {
 	if err != nil {
 		return err
 	}
+	vip := &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}
 	for range n {
-		fd, err := dial(unix.SOCK_DGRAM, 0, to)
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
+			return err
+		}
+		if err := unix.Connect(fd, vip); err != nil {
 			return err
 		}
 		unix.Close(fd)
@@ -231,18 +234,23 @@ func burst(args []string) error {
 	return nil
 }
 
-func init() { clients["udp leaves"] = udpLeaves }
-
 // udpLeaves connects a UDP socket to a VIP, and then to a server by its own name.
 func udpLeaves(args []string) error {
-	fd, err := dial(unix.SOCK_DGRAM, 0, netip.MustParseAddrPort(args[0]))
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	if err := unix.Connect(fd, sockaddr(netip.MustParseAddrPort(args[1]))); err != nil {
-		return err
+	defer unix.Close(fd)
+	for _, text := range args {
+		to, err := netip.ParseAddrPort(text)
+		if err != nil {
+			return err
+		}
+		if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}); err != nil {
+			return err
+		}
 	}
-	return unix.Close(fd)
+	return nil
 }
 
 // Whatever a socket leaves its VIP by, followers are told that it has: by its backend's
@@ -251,7 +259,7 @@ func TestLeavingIsTold(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.3")
-	w.run("services:\n- {name: dns, listen: ['192.0.2.53:53/udp'], backends: ['10.0.0.1:53']}\n- {name: other, listen: ['192.0.2.54:53/udp'], backends: ['10.0.0.1:54']}")
+	w.RunAgent("services:\n- {name: dns, listen: ['192.0.2.53:53/udp'], backends: ['10.0.0.1:53']}\n- {name: other, listen: ['192.0.2.54:53/udp'], backends: ['10.0.0.1:54']}")
 	f, err := socket.Follow(w.Pins)
 	if err != nil {
 		t.Fatal(err)
@@ -273,9 +281,9 @@ func TestLeavingIsTold(t *testing.T) {
 	defer run.Wait()
 	defer stop()
 	for _, to := range []string{"10.0.0.1:53", "10.0.0.3:53", "192.0.2.54:53"} {
-		w.client("udp leaves", "192.0.2.53:53", to)
+		w.Client("udp leaves", "192.0.2.53:53", to)
 	}
-	w.eventually("all ends are told", func() error {
+	w.Eventually("all ends are told", func() error {
 		mu.Lock()
 		defer mu.Unlock()
 		if told["connect 192.0.2.53:53"] != 3 || told["closed 192.0.2.53:53"] != 3 ||
@@ -292,7 +300,7 @@ func TestLostEvents(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1")
-	w.run("services: [{name: dns, listen: ['192.0.2.53:53/udp'], backends: ['10.0.0.1:53']}]")
+	w.RunAgent("services: [{name: dns, listen: ['192.0.2.53:53/udp'], backends: ['10.0.0.1:53']}]")
 	f, err := socket.Follow(w.Pins)
 	if err != nil {
 		t.Fatal(err)
@@ -301,10 +309,10 @@ func TestLostEvents(t *testing.T) {
 	// Its lease runs out, so that several bursts may be needed.
 	const n = 40_000
 	seen, bursts := 0, 0
-	w.eventually("events are lost", func() error {
+	w.Eventually("events are lost", func() error {
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
-		w.client("burst", "192.0.2.53:53", fmt.Sprint(n))
+		w.Client("burst", "192.0.2.53:53", fmt.Sprint(n))
 		bursts++
 		lost := f.Lost()
 		quiet := time.AfterFunc(time.Second, stop)
@@ -322,12 +330,12 @@ func TestLostEvents(t *testing.T) {
 	}
 	total := fmt.Sprintf(`pentad_backend_connections_total{backend="10.0.0.1:53",service="dns"} %d`, n*bursts)
 	for range 2 {
-		if metrics := get(t, w, "http://127.0.0.1:9464/metrics"); !strings.Contains(metrics, total+"\n") {
+		if metrics := w.Get("/metrics"); !strings.Contains(metrics, total+"\n") {
 			t.Errorf("the metrics lack %s", total)
 		}
-		w.agent.Kill()
-		w.agent = w.launch()
-		w.ready()
+		w.Agent.Kill()
+		w.Agent = w.Launch()
+		w.Ready()
 	}
 }
 
@@ -336,8 +344,8 @@ func TestExplain(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	w.serve("one", "10.0.0.1:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80, 192.0.2.10:53/udp]
   health: {probe: none}
@@ -360,19 +368,19 @@ func TestExplain(t *testing.T) {
   health: {probe: none}
   breaker: {failures: 1, ejection: 1h}
   backends: [10.0.0.3:7000]`)
-	w.eventually("the dead backend is down", func() error {
-		if out, _ := w.pentad("backend", "list"); !strings.Contains(out, "its probe fails") {
+	w.Eventually("the dead backend is down", func() error {
+		if out, _ := w.Pentad("backend", "list"); !strings.Contains(out, "its probe fails") {
 			return errors.New(out)
 		}
 		return nil
 	})
-	inside := w.startClient(w.Host, "watch", "1", "192.0.2.13:80")
-	w.prints(inside, "watching", 1)
+	inside := w.StartClient(w.Host, "watch", "1", "192.0.2.13:80")
+	w.Prints(inside, "watching", 1)
 	outside, err := w.Start(exec.Command("sleep", "60"), lab.Outside)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.answers("192.0.2.14:80", 3)
+	w.Answers("192.0.2.14:80", 3)
 	for _, c := range []struct {
 		args  []string
 		works bool
@@ -393,16 +401,16 @@ func TestExplain(t *testing.T) {
 		{[]string{"--pid", "99999999", "192.0.2.10:80"}, false, "no such process"},
 		{[]string{"example.org:80"}, false, "names are not resolved"},
 	} {
-		out, err := w.pentad(append([]string{"explain"}, c.args...)...)
+		out, err := w.Pentad(append([]string{"explain"}, c.args...)...)
 		if (err == nil) != c.works || !strings.Contains(out, c.want) {
 			t.Errorf("explain %v: %v, want %q:\n%s", c.args, err, c.want, out)
 		}
 	}
 	// What it says comes true: the first connect fails, the next takes group 1.
-	if a := w.answers("192.0.2.10:80", 2); a["one"] != 1 {
+	if a := w.Answers("192.0.2.10:80", 2); a["one"] != 1 {
 		t.Errorf("answers %v", a)
 	}
-	if out := w.mustPentad("explain", "192.0.2.10:80"); !strings.Contains(out, "goes to 10.0.0.1:7000, in group 1 because none before it is usable") ||
+	if out := w.MustPentad("explain", "192.0.2.10:80"); !strings.Contains(out, "goes to 10.0.0.1:7000, in group 1 because none before it is usable") ||
 		!strings.Contains(out, "ejected for 1 client, for another") {
 		t.Errorf("after the ejection:\n%s", out)
 	}

@@ -1,4 +1,4 @@
-package e2e
+package health_test
 
 import (
 	"fmt"
@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/service"
 )
 
@@ -43,61 +44,51 @@ func TestRedisRoles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.listening(address + ":6379")
+		w.Listening(address + ":6379")
 		return p
 	}
 	cli := func(vip string, args ...string) string {
-		return w.must("redis-cli", append([]string{"-h", vip, "-a", "hunter2", "--no-auth-warning"}, args...)...)
+		return w.Must("redis-cli", append([]string{"-h", vip, "-a", "hunter2", "--no-auth-warning"}, args...)...)
 	}
-	password := w.password()
+	password := w.Password()
 	first := start("10.0.0.1")
 	start("10.0.0.2", "--replicaof", "10.0.0.1 6379")
-	w.eventually("the replica follows", func() error {
-		out, err := w.Run(within(t, patience), lab.Outside, "redis-cli", "-h", "10.0.0.2", "-a", "hunter2", "--no-auth-warning", "ROLE")
+	w.Eventually("the replica follows", func() error {
+		out, err := w.Run(e2e.Within(t, e2e.Patience), lab.Outside, "redis-cli", "-h", "10.0.0.2", "-a", "hunter2", "--no-auth-warning", "ROLE")
 		if err != nil || !strings.Contains(out, "connected") {
 			return fmt.Errorf("it does not: %v: %s", err, out)
 		}
 		return nil
 	})
-	w.run(fmt.Sprintf(rolesConfig, 6379, "redis", "passwordFile: "+password+","))
-	w.awaitStates("primary", up, down)
-	w.awaitStates("replica", down, up)
-	w.awaitStates("all", up, up)
+	w.RunAgent(fmt.Sprintf(rolesConfig, 6379, "redis", "passwordFile: "+password+","))
+	w.AwaitStates("primary", up, down)
+	w.AwaitStates("replica", down, up)
+	w.AwaitStates("all", up, up)
 	if out := cli("192.0.2.1", "SET", "key", "value"); !strings.Contains(out, "OK") {
 		t.Errorf("SET on the primary: %s", out)
 	}
 	if out := cli("192.0.2.2", "SET", "key", "value"); !strings.Contains(out, "READONLY") {
 		t.Errorf("SET on the replica: %s", out)
 	}
-	w.eventually("the replica has the key", func() error {
-		if out, err := w.inside("redis-cli", "-h", "192.0.2.2", "-a", "hunter2", "--no-auth-warning", "GET", "key"); err != nil || !strings.Contains(out, "value") {
+	w.Eventually("the replica has the key", func() error {
+		if out, err := w.Inside("redis-cli", "-h", "192.0.2.2", "-a", "hunter2", "--no-auth-warning", "GET", "key"); err != nil || !strings.Contains(out, "value") {
 			return fmt.Errorf("it has not: %v: %s", err, out)
 		}
 		return nil
 	})
 	first.Kill()
-	w.awaitStates("primary", down, down)
-	if out, err := w.Run(within(t, patience), lab.Outside, "redis-cli", "-h", "10.0.0.2", "-a", "hunter2", "REPLICAOF", "NO", "ONE"); err != nil {
+	w.AwaitStates("primary", down, down)
+	if out, err := w.Run(e2e.Within(t, e2e.Patience), lab.Outside, "redis-cli", "-h", "10.0.0.2", "-a", "hunter2", "REPLICAOF", "NO", "ONE"); err != nil {
 		t.Fatal(out)
 	}
-	w.awaitStates("primary", down, up)
-	w.awaitStates("replica", down, down)
+	w.AwaitStates("primary", down, up)
+	w.AwaitStates("replica", down, down)
 	if out := cli("192.0.2.1", "GET", "key"); !strings.Contains(out, "value") {
 		t.Errorf("GET on the new primary: %s", out)
 	}
-	if strings.Contains(w.agent.Log.String(), "hunter2") {
+	if strings.Contains(w.Agent.Log.String(), "hunter2") {
 		t.Error("the log shows the password")
 	}
-}
-
-// password writes the password file of a test.
-func (w *world) password() string {
-	w.t.Helper()
-	path := filepath.Join(w.Dir, "password")
-	if err := os.WriteFile(path, []byte("hunter2\n"), 0o600); err != nil {
-		w.t.Fatal(err)
-	}
-	return path
 }
 
 func TestPostgresRoles(t *testing.T) {
@@ -115,18 +106,18 @@ func TestPostgresRoles(t *testing.T) {
 	}
 	postgres := func(program string, args ...string) {
 		t.Helper()
-		if out, err := w.Run(within(t, 2*patience), lab.Outside, "runuser", append([]string{"-u", "postgres", "--", bin + "/" + program}, args...)...); err != nil {
+		if out, err := w.Run(e2e.Within(t, 2*e2e.Patience), lab.Outside, "runuser", append([]string{"-u", "postgres", "--", bin + "/" + program}, args...)...); err != nil {
 			t.Fatalf("%s: %v: %s", program, err, out)
 		}
 	}
 	start := func(dir, address string) *lab.Process {
 		t.Helper()
-		p := w.start(exec.Command("setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", bin+"/postgres", "-D", dir, "-h", address, "-k", "", "-F",
+		p := w.StartServer(exec.Command("setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", bin+"/postgres", "-D", dir, "-h", address, "-k", "", "-F",
 			"-c", "hot_standby=on", "-c", "password_encryption=scram-sha-256"), "ready to accept")
-		w.listening(address + ":5432")
+		w.Listening(address + ":5432")
 		return p
 	}
-	if out, err := w.Run(within(t, patience), lab.Outside, "chown", "postgres", data); err != nil {
+	if out, err := w.Run(e2e.Within(t, e2e.Patience), lab.Outside, "chown", "postgres", data); err != nil {
 		t.Fatal(out)
 	}
 	one, two := filepath.Join(data, "one"), filepath.Join(data, "two")
@@ -136,30 +127,30 @@ func TestPostgresRoles(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := start(one, "10.0.0.1")
-	if out, err := w.Run(within(t, patience), lab.Outside, "psql", "-h", "10.0.0.1", "-U", "postgres", "-c", "create user probe password 'hunter2'", "-c", "create table t (x int)"); err != nil {
+	if out, err := w.Run(e2e.Within(t, e2e.Patience), lab.Outside, "psql", "-h", "10.0.0.1", "-U", "postgres", "-c", "create user probe password 'hunter2'", "-c", "create table t (x int)"); err != nil {
 		t.Fatal(out)
 	}
 	postgres("pg_basebackup", "-h", "10.0.0.1", "-U", "postgres", "-D", two, "-R", "--no-sync", "-c", "fast")
 	start(two, "10.0.0.2")
-	w.run(fmt.Sprintf(rolesConfig, 5432, "postgres", "user: probe, passwordFile: "+w.password()+","))
-	w.awaitStates("primary", up, down)
-	w.awaitStates("replica", down, up)
-	w.awaitStates("all", up, up)
+	w.RunAgent(fmt.Sprintf(rolesConfig, 5432, "postgres", "user: probe, passwordFile: "+w.Password()+","))
+	w.AwaitStates("primary", up, down)
+	w.AwaitStates("replica", down, up)
+	w.AwaitStates("all", up, up)
 	write := []string{"-h", "192.0.2.1", "-U", "postgres", "-Atc", "insert into t values (1) returning inet_server_addr()"}
-	if out := w.must("psql", write...); !strings.Contains(out, "10.0.0.1") {
+	if out := w.Must("psql", write...); !strings.Contains(out, "10.0.0.1") {
 		t.Errorf("insert: %s", out)
 	}
-	if out, err := w.inside("psql", "-h", "192.0.2.2", "-U", "postgres", "-c", "insert into t values (1)"); err == nil || !strings.Contains(out, "read-only") {
+	if out, err := w.Inside("psql", "-h", "192.0.2.2", "-U", "postgres", "-c", "insert into t values (1)"); err == nil || !strings.Contains(out, "read-only") {
 		t.Errorf("insert on the replica: %s", out)
 	}
 	first.Kill()
-	w.awaitStates("primary", down, down)
+	w.AwaitStates("primary", down, down)
 	postgres("pg_ctl", "promote", "-D", two)
-	w.awaitStates("primary", down, up)
-	if out := w.must("psql", write...); !strings.Contains(out, "10.0.0.2") {
+	w.AwaitStates("primary", down, up)
+	if out := w.Must("psql", write...); !strings.Contains(out, "10.0.0.2") {
 		t.Errorf("insert after the promotion: %s", out)
 	}
-	if strings.Contains(w.agent.Log.String(), "hunter2") {
+	if strings.Contains(w.Agent.Log.String(), "hunter2") {
 		t.Error("the log shows the password")
 	}
 }
@@ -171,7 +162,7 @@ func TestMariaDBRoles(t *testing.T) {
 	start := func(name, address string, args ...string) *lab.Process {
 		t.Helper()
 		dir := filepath.Join(w.Dir, name)
-		if out, err := w.Run(within(t, 2*patience), lab.Outside, "mariadb-install-db", "--no-defaults", "--datadir="+dir, "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"); err != nil {
+		if out, err := w.Run(e2e.Within(t, 2*e2e.Patience), lab.Outside, "mariadb-install-db", "--no-defaults", "--datadir="+dir, "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"); err != nil {
 			t.Fatalf("mariadb-install-db: %v: %s", err, out)
 		}
 		init := filepath.Join(w.Dir, name+".sql")
@@ -183,7 +174,7 @@ func TestMariaDBRoles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.eventually(name+" listens", func() error {
+		w.Eventually(name+" listens", func() error {
 			if !strings.Contains(p.Log.String(), "ready for connections") {
 				return fmt.Errorf("it printed: %s", p.Log)
 			}
@@ -193,21 +184,21 @@ func TestMariaDBRoles(t *testing.T) {
 	}
 	first := start("one", "10.0.0.1")
 	start("two", "10.0.0.2", "--read-only=1")
-	w.run(fmt.Sprintf(rolesConfig, 3306, "mysql", "user: probe, passwordFile: "+w.password()+","))
-	w.awaitStates("primary", up, down)
-	w.awaitStates("replica", down, up)
-	w.awaitStates("all", up, up)
+	w.RunAgent(fmt.Sprintf(rolesConfig, 3306, "mysql", "user: probe, passwordFile: "+w.Password()+","))
+	w.AwaitStates("primary", up, down)
+	w.AwaitStates("replica", down, up)
+	w.AwaitStates("all", up, up)
 	first.Kill()
-	w.awaitStates("primary", down, down)
+	w.AwaitStates("primary", down, down)
 	sql := func(vip, text string) string {
-		return w.must("mariadb", "--no-defaults", "--skip-ssl", "-h", vip, "-uapp", "-papp", "-Ne", text)
+		return w.Must("mariadb", "--no-defaults", "--skip-ssl", "-h", vip, "-uapp", "-papp", "-Ne", text)
 	}
 	sql("192.0.2.2", "set global read_only = 0")
-	w.awaitStates("primary", down, up)
+	w.AwaitStates("primary", down, up)
 	if out := sql("192.0.2.1", "select @@hostname is not null, @@bind_address"); !strings.Contains(out, "10.0.0.2") {
 		t.Errorf("the new primary: %s", out)
 	}
-	if strings.Contains(w.agent.Log.String(), "hunter2") {
+	if strings.Contains(w.Agent.Log.String(), "hunter2") {
 		t.Error("the log shows the password")
 	}
 }

@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"bufio"
@@ -22,6 +22,7 @@ import (
 
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/lab/actor"
+	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/service"
 )
 
@@ -164,14 +165,14 @@ func TestChurn(t *testing.T) {
 			all = append(all, churnBackend(n, i))
 		}
 		if n != flapping {
-			w.serve(fmt.Sprintf("service-%d", n), all...)
+			w.Serve(fmt.Sprintf("service-%d", n), all...)
 			continue
 		}
 		for i := 1; i <= 4; i++ {
-			flappers[i] = w.serve("service-2", all[i-1])
+			flappers[i] = w.Serve("service-2", all[i-1])
 		}
 	}
-	w.run(churnConfig(random))
+	w.RunAgent(churnConfig(random))
 	ids := objectIDs(t, w)
 	agentAtStart := usage(t, w)
 
@@ -188,16 +189,16 @@ func TestChurn(t *testing.T) {
 	for end := time.Now().Add(length); time.Now().Before(end); {
 		switch random.IntN(10) {
 		default:
-			w.configure(churnConfig(random))
+			w.Configure(churnConfig(random))
 			changes++
 		case 0:
 			i := 2 + random.IntN(3)
 			flappers[i].Kill()
-			flappers[i] = w.serve("service-2", churnBackend(flapping, i))
+			flappers[i] = w.Serve("service-2", churnBackend(flapping, i))
 		case 1:
-			w.agent.Kill()
-			w.agent = w.launch()
-			w.ready()
+			w.Agent.Kill()
+			w.Agent = w.Launch()
+			w.Ready()
 			kills++
 		}
 		time.Sleep(time.Duration(random.IntN(60)) * time.Millisecond)
@@ -209,23 +210,23 @@ func TestChurn(t *testing.T) {
 	report := p.Log.String()
 	found := regexp.MustCompile(`tries=(\d+) failures=(\d+)\n$`).FindStringSubmatch(report)
 	if found == nil || strings.Count(report, "\n") != 1 {
-		t.Errorf("not explained by the configuration:\n%s", firstLines(report, 20))
+		t.Errorf("not explained by the configuration:\n%s", e2e.FirstLines(report, 20))
 	}
 	t.Logf("%d changes of the file, %d kills of the agent: %v", changes, kills, found)
 
-	w.ready()
-	if v := w.view(); v.Counters.Untracked != 0 {
+	w.Ready()
+	if v := w.View(); v.Counters.Untracked != 0 {
 		t.Errorf("%d sockets were not tracked", v.Counters.Untracked)
 	}
 	w.atRest()
 	// A process that looks at another's files holds them for a moment longer.
-	w.eventually("no socket is remembered", func() error {
+	w.Eventually("no socket is remembered", func() error {
 		if n := remembered(t, w); n != 0 {
 			return fmt.Errorf("%d are, though all are closed", n)
 		}
 		return nil
 	})
-	w.eventually("the agent is as small as at its start", func() error {
+	w.Eventually("the agent is as small as at its start", func() error {
 		now := usage(t, w)
 		if now.fds > agentAtStart.fds+2 || now.goroutines > agentAtStart.goroutines+5 {
 			return fmt.Errorf("it has %+v, had %+v", now, agentAtStart)
@@ -233,8 +234,8 @@ func TestChurn(t *testing.T) {
 		return nil
 	})
 	ids = append(ids, objectIDs(t, w)...)
-	w.mustPentad("down")
-	w.eventually("every map is gone", func() error {
+	w.MustPentad("down")
+	w.Eventually("every map is gone", func() error {
 		for _, id := range ids {
 			if m, err := ebpf.NewMapFromID(id); err == nil {
 				defer m.Close()
@@ -285,11 +286,6 @@ func churnConfig(random *rand.Rand) string {
 		b.WriteString("]}\n")
 	}
 	return b.String()
-}
-
-func firstLines(text string, n int) string {
-	lines := strings.SplitN(text, "\n", n+1)
-	return strings.Join(lines[:min(n, len(lines))], "\n")
 }
 
 // objectIDs returns the ids of the maps that are pinned on the host.
@@ -345,12 +341,12 @@ type footprint struct{ fds, goroutines int }
 
 func usage(t *testing.T, w *world) footprint {
 	t.Helper()
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", w.agent.Process.Pid))
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", w.Agent.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
 	}
 	f := footprint{fds: len(fds)}
-	for lines := bufio.NewScanner(strings.NewReader(get(t, w, "http://127.0.0.1:9464/metrics"))); lines.Scan(); {
+	for lines := bufio.NewScanner(strings.NewReader(w.Get("/metrics"))); lines.Scan(); {
 		if v, ok := strings.CutPrefix(lines.Text(), "go_goroutines "); ok {
 			f.goroutines, _ = strconv.Atoi(v)
 		}

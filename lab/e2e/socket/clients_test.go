@@ -1,12 +1,9 @@
-package e2e
+package socket_test
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
-	"os"
 	"strings"
 	"time"
 
@@ -47,7 +44,6 @@ var clients = map[string]actor.Role{
 	"fast open":              fastOpen,
 	"crowd":                  crowd,
 	"churn":                  churn,
-	"ask":                    askWho,
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {
@@ -503,34 +499,6 @@ func crowd([]string) error {
 		if err := peerIs(fd, vipUDP); err != nil {
 			return fmt.Errorf("old socket %d: %w", i, err)
 		}
-	}
-	return nil
-}
-
-// askWho asks a VIP who serves it, a number of times, and prints the answers.
-func askWho(args []string) error {
-	var n int
-	if _, err := fmt.Sscan(args[1], &n); err != nil {
-		return err
-	}
-	d := net.Dialer{Timeout: 5 * time.Second}
-	if len(args) > 2 {
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.MustParseAddrPort(args[2]))
-	}
-	out := bufio.NewWriter(os.Stdout)
-	defer out.Flush()
-	for range n {
-		c, err := d.Dial("tcp", args[0])
-		if err != nil {
-			fmt.Fprintln(out, errors.Unwrap(errors.Unwrap(err)))
-			continue
-		}
-		line, err := bufio.NewReader(c).ReadString('\n')
-		c.Close()
-		if err != nil {
-			return err
-		}
-		fmt.Fprint(out, line)
 	}
 	return nil
 }

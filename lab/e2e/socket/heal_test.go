@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -27,27 +27,11 @@ const healing = `services:
 func healingWorld(t *testing.T, text string) (w *world, two *lab.Process) {
 	t.Helper()
 	w = newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	w.serve("one", "10.0.0.1:7000")
-	two = w.serve("two", "10.0.0.2:7000")
-	w.serve("three", "10.0.0.3:7000")
-	w.run(text)
+	w.Serve("one", "10.0.0.1:7000")
+	two = w.Serve("two", "10.0.0.2:7000")
+	w.Serve("three", "10.0.0.3:7000")
+	w.RunAgent(text)
 	return w, two
-}
-
-// load returns what the kernel knows of a backend of the service web.
-func (w *world) load(address string) socket.Load {
-	w.t.Helper()
-	return w.view().Loads["web"][netip.MustParseAddrPort(address)]
-}
-
-func (w *world) awaitLoad(what, address string, holds func(socket.Load) bool) {
-	w.t.Helper()
-	w.eventually(address+" is "+what, func() error {
-		if l := w.load(address); !holds(l) {
-			return fmt.Errorf("it is %+v", l)
-		}
-		return nil
-	})
 }
 
 func ejected(l socket.Load) bool { return l.Ejected }
@@ -56,9 +40,9 @@ func serving(l socket.Load) bool { return !l.Ejected }
 
 // awaitTraffic waits until every backend has had connections.
 func (w *world) awaitTraffic() {
-	w.t.Helper()
+	w.T.Helper()
 	for _, a := range []string{"10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000"} {
-		w.awaitLoad("used", a, func(l socket.Load) bool { return l.Connections > 100 })
+		w.AwaitLoad("used", a, func(l socket.Load) bool { return l.Connections > 100 })
 	}
 }
 
@@ -73,18 +57,18 @@ func TestRefusingBackend(t *testing.T) {
 			t.Parallel()
 			w, two := healingWorld(t, healing)
 			if agent == "dead" {
-				w.agent.Kill()
+				w.Agent.Kill()
 			}
 			const n = 64
 			end := w.startStorm("192.0.2.10:80", n, 0)
 			w.awaitTraffic()
 			two.Kill()
-			w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
+			w.AwaitLoad("ejected", "10.0.0.2:7000", ejected)
 			// Ejected again by a failed trial, for twice as long.
-			w.awaitLoad("ejected again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 2 })
-			l := w.load("10.0.0.2:7000")
-			w.serve("two again", "10.0.0.2:7000")
-			w.awaitLoad("back", "10.0.0.2:7000", func(l socket.Load) bool { return !l.Ejected && l.InFlight > 0 })
+			w.AwaitLoad("ejected again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 2 })
+			l := w.Load("10.0.0.2:7000")
+			w.Serve("two again", "10.0.0.2:7000")
+			w.AwaitLoad("back", "10.0.0.2:7000", func(l socket.Load) bool { return !l.Ejected && l.InFlight > 0 })
 			r := end()
 			t.Log(r)
 			trials := int(l.Ejections)
@@ -108,7 +92,7 @@ func TestCutOffBackend(t *testing.T) {
 			t.Parallel()
 			w, _ := healingWorld(t, healing)
 			if agent == "dead" {
-				w.agent.Kill()
+				w.Agent.Kill()
 			}
 			end := w.startStorm("192.0.2.10:80", 64, 0)
 			w.awaitTraffic()
@@ -116,18 +100,18 @@ func TestCutOffBackend(t *testing.T) {
 				t.Fatal(err)
 			}
 			left := time.Now().Add(250 * time.Millisecond)
-			w.awaitLoad("ejected", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 1 })
+			w.AwaitLoad("ejected", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 1 })
 			if now := time.Now(); now.After(left) {
 				// The kernel's timers are late where the machine is busy.
 				t.Logf("ejected %s later than it should be", now.Sub(left))
 				left = now
 			}
-			w.awaitLoad("ejected again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 2 })
-			trials := int(w.load("10.0.0.2:7000").Ejections)
+			w.AwaitLoad("ejected again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Ejections >= 2 })
+			trials := int(w.Load("10.0.0.2:7000").Ejections)
 			if err := w.Mend(); err != nil {
 				t.Fatal(err)
 			}
-			w.awaitLoad("back", "10.0.0.2:7000", serving)
+			w.AwaitLoad("back", "10.0.0.2:7000", serving)
 			r := end()
 			t.Log(r)
 			tooLate := 0
@@ -170,43 +154,43 @@ func TestThreeNginx(t *testing.T) {
 			t.Run(strings.ReplaceAll(fault, " ", "-")+"-agent-"+agent, func(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-				w.serveWeb("10.0.0.1:7000", "one")
+				w.ServeWeb("10.0.0.1:7000", "one")
 				var two *lab.Process
 				if fault == "late" {
-					w.start(actor.Command("late web", "127.0.0.1:9100"), "ready")
-					two = w.nginx("server { listen 10.0.0.2:7000; location / { proxy_pass http://127.0.0.1:9100; } }", "10.0.0.2:7000")
+					w.StartServer(actor.Command("late web", "127.0.0.1:9100"), "ready")
+					two = w.Nginx("server { listen 10.0.0.2:7000; location / { proxy_pass http://127.0.0.1:9100; } }", "10.0.0.2:7000")
 				} else {
-					two = w.serveWeb("10.0.0.2:7000", "two")
+					two = w.ServeWeb("10.0.0.2:7000", "two")
 				}
-				w.serveWeb("10.0.0.3:7000", "three")
-				w.run(healing)
+				w.ServeWeb("10.0.0.3:7000", "three")
+				w.RunAgent(healing)
 				if agent == "dead" {
-					w.agent.Kill()
+					w.Agent.Kill()
 				}
 				const n = 8
 				end := w.startStorm("192.0.2.10:80", n, time.Millisecond)
-				w.awaitLoad("used", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > 5 })
+				w.AwaitLoad("used", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > 5 })
 				switch fault {
 				case "killed":
 					two.Kill()
-					w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
+					w.AwaitLoad("ejected", "10.0.0.2:7000", ejected)
 				case "cut off":
 					if err := w.CutOff(netip.MustParseAddr("10.0.0.2")); err != nil {
 						t.Fatal(err)
 					}
-					w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
+					w.AwaitLoad("ejected", "10.0.0.2:7000", ejected)
 				case "late":
-					w.awaitLoad("known to be late", "10.0.0.2:7000", func(l socket.Load) bool { return l.Response > 10*time.Millisecond })
+					w.AwaitLoad("known to be late", "10.0.0.2:7000", func(l socket.Load) bool { return l.Response > 10*time.Millisecond })
 				}
 				end()
 				// From here on it gets next to nothing.
-				ejections := w.load("10.0.0.2:7000").Ejections
-				others := w.load("10.0.0.1:7000").Connections
+				ejections := w.Load("10.0.0.2:7000").Ejections
+				others := w.Load("10.0.0.1:7000").Connections
 				end = w.startStorm("192.0.2.10:80", n, time.Millisecond)
-				w.awaitLoad("used", "10.0.0.1:7000", func(l socket.Load) bool { return l.Connections > others+500 })
+				w.AwaitLoad("used", "10.0.0.1:7000", func(l socket.Load) bool { return l.Connections > others+500 })
 				r := end()
 				t.Log(r)
-				trials := int(w.load("10.0.0.2:7000").Ejections-ejections) + 1
+				trials := int(w.Load("10.0.0.2:7000").Ejections-ejections) + 1
 				if len(r.Failed) > trials || r.Share("two") > 0.1 || r.Share("one") < 0.25 || r.Share("three") < 0.25 {
 					t.Errorf("%d failed in %d trials: %v", len(r.Failed), trials, r)
 				}
@@ -218,9 +202,9 @@ func TestThreeNginx(t *testing.T) {
 
 // atRest fails the test unless, with all clients gone, nothing is in flight.
 func (w *world) atRest() {
-	w.t.Helper()
-	w.eventually("nothing is in flight", func() error {
-		v := w.view()
+	w.T.Helper()
+	w.Eventually("nothing is in flight", func() error {
+		v := w.View()
 		for name, loads := range v.Loads {
 			for addr, l := range loads {
 				if l.InFlight != 0 {
@@ -244,28 +228,28 @@ func TestLeastLatency(t *testing.T) {
 		t.Run(fmt.Sprintf("clients-%d", clients), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-			w.serve("one", "10.0.0.1:7000")
-			slow := w.start(actor.Command("who", "-echo", "-mptcp", "-delay", "50ms", "two", "10.0.0.2:7000"), "ready")
-			w.serve("three", "10.0.0.3:7000")
-			w.run(`services:
+			w.Serve("one", "10.0.0.1:7000")
+			slow := w.StartServer(actor.Command("who", "-echo", "-mptcp", "-delay", "50ms", "two", "10.0.0.2:7000"), "ready")
+			w.Serve("three", "10.0.0.3:7000")
+			w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80]
   health: {probe: none}
   backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]`)
 			end := w.startStorm("192.0.2.10:80", clients, time.Millisecond)
-			w.awaitLoad("measured", "10.0.0.2:7000", func(l socket.Load) bool { return l.Response > 20*time.Millisecond })
-			w.awaitLoad("used", "10.0.0.1:7000", func(l socket.Load) bool { return l.Connections > 500 })
-			w.awaitLoad("used", "10.0.0.3:7000", func(l socket.Load) bool { return l.Connections > 500 })
+			w.AwaitLoad("measured", "10.0.0.2:7000", func(l socket.Load) bool { return l.Response > 20*time.Millisecond })
+			w.AwaitLoad("used", "10.0.0.1:7000", func(l socket.Load) bool { return l.Connections > 500 })
+			w.AwaitLoad("used", "10.0.0.3:7000", func(l socket.Load) bool { return l.Connections > 500 })
 			if r := end(); len(r.Failed) > 0 || r.Share("two") > 0.05 || r.Share("one") < 0.2 || r.Share("three") < 0.2 {
 				t.Errorf("with a late backend two: %v", r)
 			} else {
 				t.Log(r)
 			}
 			slow.Kill()
-			w.serve("two", "10.0.0.2:7000")
-			before := w.load("10.0.0.2:7000").Connections
+			w.Serve("two", "10.0.0.2:7000")
+			before := w.Load("10.0.0.2:7000").Connections
 			end = w.startStorm("192.0.2.10:80", clients, time.Millisecond)
-			w.awaitLoad("used again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > before+200 })
+			w.AwaitLoad("used again", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > before+200 })
 			end()
 			w.atRest()
 		})
@@ -283,15 +267,15 @@ func TestWeightsAtRest(t *testing.T) {
 			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
 			// One process, because of several a busy host runs one later than another for
 			// a while, which least-latency sees.
-			w.serve("", "10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000")
-			w.run(`services:
+			w.Serve("", "10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000")
+			w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80]
   balance: ` + balance + `
   health: {probe: none}
   backends: [{address: '10.0.0.1:7000', weight: 50}, {address: '10.0.0.2:7000', weight: 100}, {address: '10.0.0.3:7000', weight: 100}]`)
-			w.eventually("connections follow the weights", func() error {
-				answers := w.answers("192.0.2.10:80", 2000)
+			w.Eventually("connections follow the weights", func() error {
+				answers := w.Answers("192.0.2.10:80", 2000)
 				for who, want := range map[string]float64{"10.0.0.1:7000": 0.2, "10.0.0.2:7000": 0.4, "10.0.0.3:7000": 0.4} {
 					if have := float64(answers[who]) / 2000; have < want-0.07 || have > want+0.07 {
 						return fmt.Errorf("%s got %.3f of them, want %.1f: %v", who, have, want, answers)
@@ -312,28 +296,28 @@ func TestFailoverInKernel(t *testing.T) {
 		t.Run(balance, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-			one := w.serve("one", "10.0.0.1:7000")
-			two := w.serve("two", "10.0.0.2:7000")
-			w.serve("three", "10.0.0.3:7000")
-			w.run(`services:
+			one := w.Serve("one", "10.0.0.1:7000")
+			two := w.Serve("two", "10.0.0.2:7000")
+			w.Serve("three", "10.0.0.3:7000")
+			w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80]
   balance: ` + balance + `
   health: {probe: none}
   breaker: {failures: 1, ejection: 1s}
   backends: [10.0.0.1:7000, 10.0.0.2:7000, {address: '10.0.0.3:7000', group: 1}]`)
-			w.agent.Kill()
+			w.Agent.Kill()
 			one.Kill()
 			two.Kill()
-			answers := w.answers("192.0.2.10:80", 40)
+			answers := w.Answers("192.0.2.10:80", 40)
 			// Each of the two is found out by one connect, and by one trial a second.
 			if answers["three"] < 30 || answers["three"] == 40 {
 				t.Errorf("answers %v", answers)
 			}
-			w.serve("one", "10.0.0.1:7000")
-			w.serve("two", "10.0.0.2:7000")
-			w.eventually("group 0 serves again", func() error {
-				if a := w.answers("192.0.2.10:80", 20); a["three"] > 0 || a["error"] > 0 {
+			w.Serve("one", "10.0.0.1:7000")
+			w.Serve("two", "10.0.0.2:7000")
+			w.Eventually("group 0 serves again", func() error {
+				if a := w.Answers("192.0.2.10:80", 20); a["three"] > 0 || a["error"] > 0 {
 					return fmt.Errorf("answers %v", a)
 				}
 				return nil
@@ -347,28 +331,28 @@ func TestPanic(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	w.serve("three", "10.0.0.3:7000")
+	w.Serve("three", "10.0.0.3:7000")
 	text := `services:
 - name: web
   listen: [192.0.2.10:80]
   health: {probe: none}
   breaker: {failures: 1, ejection: 1h, maxEjected: %s}
   backends: [10.0.0.1:7000, 10.0.0.2:7000, 10.0.0.3:7000]`
-	w.run(fmt.Sprintf(text, "50%"))
-	w.agent.Kill()
-	answers := w.answers("192.0.2.10:80", 200)
+	w.RunAgent(fmt.Sprintf(text, "50%"))
+	w.Agent.Kill()
+	answers := w.Answers("192.0.2.10:80", 200)
 	if answers["three"] < 30 || answers["three"] > 150 {
 		t.Errorf("two of three ejected, at most half allowed: %v", answers)
 	}
-	if v := w.view(); v.Counters.Panics == 0 {
+	if v := w.View(); v.Counters.Panics == 0 {
 		t.Errorf("no panic was counted: %+v", v.Counters)
 	}
 	// Two thirds may be ejected: then only the good one is used.
-	w.configure(fmt.Sprintf(text, "67%"))
-	w.agent = w.launch()
-	w.ready()
-	w.answers("192.0.2.10:80", 10)
-	if answers := w.answers("192.0.2.10:80", 100); answers["three"] != 100 {
+	w.Configure(fmt.Sprintf(text, "67%"))
+	w.Agent = w.Launch()
+	w.Ready()
+	w.Answers("192.0.2.10:80", 10)
+	if answers := w.Answers("192.0.2.10:80", 100); answers["three"] != 100 {
 		t.Errorf("two of three ejected, that many allowed: %v", answers)
 	}
 }
@@ -379,22 +363,22 @@ func TestMaxConnections(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.serve("two", "10.0.0.2:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000")
+	w.Serve("two", "10.0.0.2:7000")
+	w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80]
   health: {probe: none}
   breaker: {maxConnections: 5}
   backends: [10.0.0.1:7000, {address: '10.0.0.2:7000', group: 1}]`)
-	out := w.client("fill", "192.0.2.10:80", "14")
+	out := w.Client("fill", "192.0.2.10:80", "14")
 	if want := "5 one, 5 two, 4 refused; after one was closed: one"; out != want {
 		t.Errorf("%q, want %q", out, want)
 	}
 	// Many at once: never one too many.
 	end := w.startStorm("192.0.2.10:80", 64, 0)
 	for range 100 {
-		if l := w.load("10.0.0.1:7000"); l.InFlight > 5+64 {
+		if l := w.Load("10.0.0.1:7000"); l.InFlight > 5+64 {
 			t.Errorf("in flight %d", l.InFlight)
 		}
 	}
@@ -411,8 +395,8 @@ func TestSlowStart(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.serve("two", "10.0.0.2:7000")
+	w.Serve("one", "10.0.0.1:7000")
+	w.Serve("two", "10.0.0.2:7000")
 	text := `services:
 - name: web
   listen: [192.0.2.10:80]
@@ -420,30 +404,30 @@ func TestSlowStart(t *testing.T) {
   balance: random
   slowStart: 1h
   backends: [10.0.0.1:7000%s]`
-	w.run(fmt.Sprintf(text, ""))
-	if a := w.answers("192.0.2.10:80", 50); a["one"] != 50 {
+	w.RunAgent(fmt.Sprintf(text, ""))
+	if a := w.Answers("192.0.2.10:80", 50); a["one"] != 50 {
 		t.Errorf("the first backend: %v", a)
 	}
-	w.configure(fmt.Sprintf(text, ", 10.0.0.2:7000"))
-	w.eventually("two joins", func() error {
-		if a := w.answers("192.0.2.10:80", 50); a["two"] == 0 {
+	w.Configure(fmt.Sprintf(text, ", 10.0.0.2:7000"))
+	w.Eventually("two joins", func() error {
+		if a := w.Answers("192.0.2.10:80", 50); a["two"] == 0 {
 			return fmt.Errorf("%v", a)
 		}
 		return nil
 	})
 	// A tenth of a half.
-	if a := w.answers("192.0.2.10:80", 1000); a["two"] < 10 || a["two"] > 150 {
+	if a := w.Answers("192.0.2.10:80", 1000); a["two"] < 10 || a["two"] > 150 {
 		t.Errorf("a backend that joined a moment ago: %v", a)
 	}
 	// One that comes back from the operator is new, too; the other now takes the rest.
-	w.mustPentad("backend", "drain", "web", "10.0.0.1:7000")
-	if a := w.answers("192.0.2.10:80", 50); a["two"] != 50 {
+	w.MustPentad("backend", "drain", "web", "10.0.0.1:7000")
+	if a := w.Answers("192.0.2.10:80", 50); a["two"] != 50 {
 		t.Errorf("while one is drained: %v", a)
 	}
-	w.configure(strings.Replace(fmt.Sprintf(text, ", 10.0.0.2:7000"), "slowStart: 1h", "slowStart: 500ms", 1))
-	w.mustPentad("backend", "enable", "web", "10.0.0.1:7000")
-	w.eventually("both have their share after slow start", func() error {
-		if a := w.answers("192.0.2.10:80", 300); a["one"] < 110 || a["two"] < 110 {
+	w.Configure(strings.Replace(fmt.Sprintf(text, ", 10.0.0.2:7000"), "slowStart: 1h", "slowStart: 500ms", 1))
+	w.MustPentad("backend", "enable", "web", "10.0.0.1:7000")
+	w.Eventually("both have their share after slow start", func() error {
+		if a := w.Answers("192.0.2.10:80", 300); a["one"] < 110 || a["two"] < 110 {
 			return fmt.Errorf("%v", a)
 		}
 		return nil
@@ -455,8 +439,8 @@ func TestEjectionGrows(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80]
   health: {probe: none}
@@ -466,7 +450,7 @@ func TestEjectionGrows(t *testing.T) {
 	for i, want := range []time.Duration{400, 800, 1600, 3200, 4000, 4000} {
 		want *= time.Millisecond
 		var l socket.Load
-		w.awaitLoad("ejected", "10.0.0.2:7000", func(now socket.Load) bool { l = now; return int(now.Ejections) == i+1 })
+		w.AwaitLoad("ejected", "10.0.0.2:7000", func(now socket.Load) bool { l = now; return int(now.Ejections) == i+1 })
 		// It is seen some time after it began, but not as late as half of it.
 		if l.For > want || l.For < want/2 {
 			t.Errorf("ejection %d lasts another %s, want %s", i+1, l.For, want)
@@ -495,14 +479,14 @@ func TestFlapping(t *testing.T) {
 	began := time.Now()
 	for range flaps {
 		two.Kill()
-		w.awaitLoad("ejected", "10.0.0.2:7000", ejected)
-		two = w.serve("two", "10.0.0.2:7000")
-		w.awaitLoad("back", "10.0.0.2:7000", serving)
-		used := w.load("10.0.0.2:7000").Connections
-		w.awaitLoad("used", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > used+200 })
+		w.AwaitLoad("ejected", "10.0.0.2:7000", ejected)
+		two = w.Serve("two", "10.0.0.2:7000")
+		w.AwaitLoad("back", "10.0.0.2:7000", serving)
+		used := w.Load("10.0.0.2:7000").Connections
+		w.AwaitLoad("used", "10.0.0.2:7000", func(l socket.Load) bool { return l.Connections > used+200 })
 	}
 	took := time.Since(began)
-	l := w.load("10.0.0.2:7000")
+	l := w.Load("10.0.0.2:7000")
 	r := end()
 	t.Logf("%v; %d ejections within %s", r, l.Ejections, took)
 	// One ejection a flap, and at most one for each 200 ms of being away.

@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"errors"
@@ -221,9 +221,9 @@ func TestInFlight(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	w.serve("two", "10.0.0.2:7000")
-	w.run(livesServices)
+	w.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.Serve("two", "10.0.0.2:7000")
+	w.RunAgent(livesServices)
 	length := 10 * time.Second
 	if testing.Short() {
 		length = 2 * time.Second
@@ -249,16 +249,16 @@ func TestInFlight(t *testing.T) {
 		}
 		time.Sleep(time.Duration(100+rand.IntN(300)) * time.Millisecond)
 		v.Kill()
-		w.agent.Kill()
-		w.agent = w.launch()
-		w.ready()
+		w.Agent.Kill()
+		w.Agent = w.Launch()
+		w.Ready()
 	}
 	stop.Close()
 	if err := p.Wait(); err != nil {
 		t.Errorf("lives: %v: %s", err, p.Log)
 	}
 	w.atRest()
-	v := w.view()
+	v := w.View()
 	var made, failed uint64
 	for _, loads := range v.Loads {
 		for _, l := range loads {
@@ -266,7 +266,7 @@ func TestInFlight(t *testing.T) {
 		}
 	}
 	t.Logf("%d connections, %d failed, nothing in flight", made, failed)
-	w.eventually("no socket is remembered", func() error {
+	w.Eventually("no socket is remembered", func() error {
 		if n := remembered(t, w); n != 0 {
 			return fmt.Errorf("%d are, though all are closed", n)
 		}
@@ -282,7 +282,7 @@ func TestInFlight(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.eventually("the sockets are held", func() error {
+	w.Eventually("the sockets are held", func() error {
 		if !strings.Contains(holder.Log.String(), "holding") {
 			return errors.New(holder.Log.String())
 		}
@@ -294,7 +294,7 @@ func TestInFlight(t *testing.T) {
 			kinds++
 		}
 	}
-	if n := inFlight(w.view(), "web"); n != each*kinds {
+	if n := inFlight(w.View(), "web"); n != each*kinds {
 		t.Errorf("%d sockets are held, %d are in flight", each*kinds, n)
 	}
 	holder.Kill()
@@ -317,10 +317,10 @@ func TestDisconnected(t *testing.T) {
 func disconnectedIsCountedBack(t *testing.T, kind string) {
 	t.Helper()
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	w.run(livesServices)
+	w.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.RunAgent(livesServices)
 	if kind == "tcp" {
-		w.agent.Kill()
+		w.Agent.Kill()
 	}
 	holder := actor.Command("hold disconnected", kind)
 	if _, err := holder.StdinPipe(); err != nil {
@@ -329,8 +329,8 @@ func disconnectedIsCountedBack(t *testing.T, kind string) {
 	if _, err := w.Start(holder, lab.Inside); err != nil {
 		t.Fatal(err)
 	}
-	w.eventually("the socket is made", func() error {
-		for _, l := range w.view().Loads["web"] {
+	w.Eventually("the socket is made", func() error {
+		for _, l := range w.View().Loads["web"] {
 			if l.Connections > 0 {
 				return nil
 			}

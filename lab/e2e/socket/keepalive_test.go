@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -54,8 +54,8 @@ func TestKeepalive(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.RunAgent(`services:
 - name: all
   listen: [192.0.2.1:80, "[2001:db8:f::1]:80"]
   keepalive: {idle: 20s, interval: 5s, probes: 3}
@@ -74,14 +74,14 @@ func TestKeepalive(t *testing.T) {
 		"192.0.2.2:80":          "on=1 30 75 9\non=1 77 75 9",
 		"192.0.2.3:80":          "on=0 7200 75 9\non=1 77 75 9",
 	} {
-		if have := w.client("keepalive", vip); have != want {
+		if have := w.Client("keepalive", vip); have != want {
 			t.Errorf("%s: %q, want %q", vip, have, want)
 		}
 	}
-	if out := w.mustPentad("service", "show", "all"); !strings.Contains(out, "after 20s, every 5s, 3 probes") {
+	if out := w.MustPentad("service", "show", "all"); !strings.Contains(out, "after 20s, every 5s, 3 probes") {
 		t.Errorf("service show:\n%s", out)
 	}
-	if out := w.mustPentad("service", "show", "idle", "-o", "yaml"); !strings.Contains(out, "keepalive:\n  idle: 30s\nbreaker:") {
+	if out := w.MustPentad("service", "show", "idle", "-o", "yaml"); !strings.Contains(out, "keepalive:\n  idle: 30s\nbreaker:") {
 		t.Errorf("service show -o yaml:\n%s", out)
 	}
 }

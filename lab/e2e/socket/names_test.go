@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"errors"
@@ -115,9 +115,9 @@ func TestNamesAreShared(t *testing.T) {
 		text += fmt.Sprintf("\n- {name: s-%d, listen: [%s/udp], health: {probe: none}, backends: [%s]}", i, vips[i], servers[i])
 	}
 	w := newWorld(t, addresses...)
-	w.serve("one", servers...)
-	w.run(text)
-	w.client("all names", vips...)
+	w.Serve("one", servers...)
+	w.RunAgent(text)
+	w.Client("all names", vips...)
 	p := w.holdNames(vips)
 	n, err := w.kept("udp_more")
 	if err != nil {
@@ -127,8 +127,8 @@ func TestNamesAreShared(t *testing.T) {
 	if n < share*9/10 || n > share {
 		t.Errorf("%d entries are kept of one user, want up to %d", n, share)
 	}
-	w.client("all names", vips...)
-	if v := w.view(); v.Counters.Untracked != 0 {
+	w.Client("all names", vips...)
+	if v := w.View(); v.Counters.Untracked != 0 {
 		t.Errorf("%d sockets were not tracked", v.Counters.Untracked)
 	}
 	p.Kill()
@@ -136,7 +136,7 @@ func TestNamesAreShared(t *testing.T) {
 
 	// Closed while nobody was told: the next agent finds out.
 	p = w.holdNames(vips)
-	w.agent.Kill()
+	w.Agent.Kill()
 	l, err := link.LoadPinnedLink(filepath.Join(w.Pins, "socket", "links", "sock_release"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -149,23 +149,23 @@ func TestNamesAreShared(t *testing.T) {
 	if n, err := w.kept("udp_more"); err != nil || n == 0 {
 		t.Fatalf("%d entries are kept, %v", n, err)
 	}
-	w.launch()
-	w.ready()
+	w.Launch()
+	w.Ready()
 	w.nothingKept()
-	w.client("all names", vips...)
+	w.Client("all names", vips...)
 }
 
 // holdNames starts a process that holds names, and waits until it does.
 func (w *world) holdNames(vips []string) *lab.Process {
-	w.t.Helper()
+	w.T.Helper()
 	p, err := w.Start(actor.Command("hold names", vips...), lab.Inside)
 	if err != nil {
-		w.t.Fatal(err)
+		w.T.Fatal(err)
 	}
-	w.eventually("the names are held", func() error {
+	w.Eventually("the names are held", func() error {
 		select {
 		case <-p.Done():
-			w.t.Fatalf("it ended: %s", p.Log)
+			w.T.Fatalf("it ended: %s", p.Log)
 		default:
 		}
 		if !strings.Contains(p.Log.String(), "ready") {
@@ -177,8 +177,8 @@ func (w *world) holdNames(vips []string) *lab.Process {
 }
 
 func (w *world) nothingKept() {
-	w.t.Helper()
-	w.eventually("nothing is kept of sockets that are gone", func() error {
+	w.T.Helper()
+	w.Eventually("nothing is kept of sockets that are gone", func() error {
 		more, err := w.kept("udp_more")
 		if err == nil && more > 0 {
 			err = fmt.Errorf("%d entries", more)
@@ -250,9 +250,9 @@ func TestNamesAfterReconnects(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.3", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent(`services:
 - {name: vip, listen: [192.0.2.1:80/udp], health: {probe: none}, backends: [10.0.0.1:7000]}
 - {name: other, listen: [192.0.2.3:80/udp, "[2001:db8:f::3]:80/udp"], health: {probe: none}, backends: [10.0.0.1:9, "[2001:db8::1]:9"]}`)
-	w.client("reconnects")
+	w.Client("reconnects")
 }

@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/e2e"
 )
 
 // Clients and servers that nobody here wrote, through VIPs that lie on no
@@ -20,31 +21,31 @@ func TestCurlAndNginx(t *testing.T) {
 	lab.Need(t, "curl", "nginx")
 	w := newWorld(t, "10.0.0.1", "2001:db8::1")
 	startNginx(w, "10.0.0.1:8080", "[2001:db8::1]:8080")
-	w.run(`services:
+	w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80, "[2001:db8:f::10]:80"]
   backends: [10.0.0.1:8080, "[2001:db8::1]:8080"]`)
 
 	for _, url := range []string{"http://192.0.2.10/", "http://[2001:db8:f::10]/"} {
-		out := w.must("curl", "-sS", "-v", "--max-time", "5", "--write-out", "\npeer=%{remote_ip}\n", url)
+		out := w.Must("curl", "-sS", "-v", "--max-time", "5", "--write-out", "\npeer=%{remote_ip}\n", url)
 		ip := strings.Trim(url[len("http://"):len(url)-1], "[]")
 		if !strings.Contains(out, "peer="+ip+"\n") || !strings.Contains(out, "hello from nginx") {
 			t.Errorf("curl %s:\n%s", url, out)
 		}
 	}
 	// A destination that is no listener is not touched: here, no route.
-	if out, err := w.inside("curl", "-sS", "--max-time", "5", "http://192.0.2.11/"); err == nil || !strings.Contains(out, "(7)") {
+	if out, err := w.Inside("curl", "-sS", "--max-time", "5", "http://192.0.2.11/"); err == nil || !strings.Contains(out, "(7)") {
 		t.Errorf("curl to no VIP: %v: %s", err, out)
 	}
 	// The same for a process outside the scope.
-	if out, err := w.Run(within(t, patience), lab.Outside, "curl", "-sS", "--max-time", "5", "http://192.0.2.10/"); err == nil {
+	if out, err := w.Run(e2e.Within(t, e2e.Patience), lab.Outside, "curl", "-sS", "--max-time", "5", "http://192.0.2.10/"); err == nil {
 		t.Errorf("curl outside the scope reached the VIP: %s", out)
 	}
 }
 
 // startNginx serves "hello from nginx" on the addresses.
 func startNginx(w *world, addresses ...string) {
-	w.t.Helper()
+	w.T.Helper()
 	listen := ""
 	for _, a := range addresses {
 		listen += "listen " + a + ";"
@@ -54,12 +55,12 @@ events { worker_connections 4096; }
 http { access_log off; client_body_temp_path %[1]s/t1; proxy_temp_path %[1]s/t2; fastcgi_temp_path %[1]s/t3; uwsgi_temp_path %[1]s/t4; scgi_temp_path %[1]s/t5;
 server { %[2]s location / { return 200 "hello from nginx\n"; } } }`, w.Dir, listen))
 	if err != nil {
-		w.t.Fatal(err)
+		w.T.Fatal(err)
 	}
 	if _, err := w.Start(exec.Command("nginx", "-c", conf, "-e", "stderr"), lab.Outside); err != nil {
-		w.t.Fatal(err)
+		w.T.Fatal(err)
 	}
-	w.listening(addresses[0])
+	w.Listening(addresses[0])
 }
 
 func TestRedis(t *testing.T) {
@@ -69,15 +70,15 @@ func TestRedis(t *testing.T) {
 	if _, err := w.Start(exec.Command("redis-server", "--bind", "10.0.0.1", "--port", "6379", "--save", "", "--protected-mode", "no"), lab.Outside); err != nil {
 		t.Fatal(err)
 	}
-	w.listening("10.0.0.1:6379")
-	w.run(`services:
+	w.Listening("10.0.0.1:6379")
+	w.RunAgent(`services:
 - name: cache
   listen: [192.0.2.20:6379]
   backends: [10.0.0.1:6379]`)
-	if out := w.must("redis-cli", "-h", "192.0.2.20", "SET", "key", "value"); !strings.Contains(out, "OK") {
+	if out := w.Must("redis-cli", "-h", "192.0.2.20", "SET", "key", "value"); !strings.Contains(out, "OK") {
 		t.Errorf("SET: %s", out)
 	}
-	if out := w.must("redis-cli", "-h", "192.0.2.20", "GET", "key"); !strings.Contains(out, "value") {
+	if out := w.Must("redis-cli", "-h", "192.0.2.20", "GET", "key"); !strings.Contains(out, "value") {
 		t.Errorf("GET: %s", out)
 	}
 }
@@ -100,24 +101,24 @@ func TestPostgreSQL(t *testing.T) {
 	}
 	data = filepath.Join(data, "pg")
 	bin := bins[len(bins)-1]
-	if out, err := w.Run(within(t, patience), lab.Outside, "runuser", "-u", "postgres", "--", bin+"/initdb", "-D", data, "-A", "trust", "--no-sync"); err != nil {
+	if out, err := w.Run(e2e.Within(t, e2e.Patience), lab.Outside, "runuser", "-u", "postgres", "--", bin+"/initdb", "-D", data, "-A", "trust", "--no-sync"); err != nil {
 		t.Fatalf("initdb: %v: %s", err, out)
 	}
 	hba := filepath.Join(data, "pg_hba.conf")
 	if err := os.WriteFile(hba, []byte("host all all all trust\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	w.start(exec.Command("runuser", "-u", "postgres", "--", bin+"/postgres", "-D", data, "-h", "10.0.0.1", "-k", "", "-F"), "ready to accept connections")
-	w.run(`services:
+	w.StartServer(exec.Command("runuser", "-u", "postgres", "--", bin+"/postgres", "-D", data, "-h", "10.0.0.1", "-k", "", "-F"), "ready to accept connections")
+	w.RunAgent(`services:
 - name: orders-db
   listen: [192.0.2.30:5432]
   backends: [10.0.0.1:5432]`)
-	out := w.must("psql", "-h", "192.0.2.30", "-U", "postgres", "-Atc", "select 6*7, inet_server_addr()")
+	out := w.Must("psql", "-h", "192.0.2.30", "-U", "postgres", "-Atc", "select 6*7, inet_server_addr()")
 	if strings.TrimSpace(out) != "42|10.0.0.1" {
 		t.Errorf("psql: %s", out)
 	}
 	// libpq shows the address that it connected to.
-	out = w.must("psql", "-h", "192.0.2.30", "-U", "postgres", "-c", `\conninfo`)
+	out = w.Must("psql", "-h", "192.0.2.30", "-U", "postgres", "-c", `\conninfo`)
 	if !strings.Contains(out, `host "192.0.2.30"`) {
 		t.Errorf("conninfo: %s", out)
 	}
@@ -125,8 +126,8 @@ func TestPostgreSQL(t *testing.T) {
 
 // startDNS serves one name with an A and an AAAA record.
 func startDNS(w *world, address string) {
-	w.t.Helper()
-	w.start(exec.Command("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--log-facility=-", "--user=root",
+	w.T.Helper()
+	w.StartServer(exec.Command("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--log-facility=-", "--user=root",
 		"--pid-file=", "--bind-interfaces", "--listen-address="+address, "--host-record=both.example,198.51.100.7,2001:db8::7"), "started")
 }
 
@@ -139,7 +140,7 @@ func TestGetaddrinfo(t *testing.T) {
 	startDNS(w, "10.0.0.1")
 	startDNS(w, "10.0.0.2")
 	startDNS(w, "2001:db8::1")
-	w.run(`services:
+	w.RunAgent(`services:
 - name: dns
   listen: [192.0.2.53:53/udp, 192.0.2.53:53, "[2001:db8:f::53]:53/udp"]
   backends: [10.0.0.1:53, 10.0.0.2:53, "[2001:db8::1]:53"]`)
@@ -150,7 +151,7 @@ func TestGetaddrinfo(t *testing.T) {
 				t.Fatal(err)
 			}
 			// A mount namespace of its own: nobody else sees this resolv.conf.
-			out := w.must("unshare", "-m", "sh", "-c", "mount --bind "+conf+" /etc/resolv.conf && exec python3 -c '"+`
+			out := w.Must("unshare", "-m", "sh", "-c", "mount --bind "+conf+" /etc/resolv.conf && exec python3 -c '"+`
 import socket, time
 slowest = 0
 for i in range(300):
@@ -172,8 +173,8 @@ func TestJava(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "java")
 	w := newWorld(t, "10.0.0.1")
-	w.serve("one", "10.0.0.1:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent(`services:
 - name: app
   listen: [192.0.2.40:7, 192.0.2.40:7/udp]
   backends: [10.0.0.1:7000]`)
@@ -198,7 +199,7 @@ public class Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := w.must("java", "-Xshare:auto", "-XX:TieredStopAtLevel=1", source)
+	out := w.Must("java", "-Xshare:auto", "-XX:TieredStopAtLevel=1", source)
 	for _, want := range []string{"tcp one /192.0.2.40:7", "udp one hi /192.0.2.40:7"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("want %q in:\n%s", want, out)
@@ -210,12 +211,12 @@ func TestPython(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "python3")
 	w := newWorld(t, "10.0.0.1", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.RunAgent(`services:
 - name: app
   listen: [192.0.2.40:7, "[2001:db8:f::40]:7"]
   backends: [10.0.0.1:7000, "[2001:db8::1]:7000"]`)
-	out := w.must("python3", "-c", `
+	out := w.Must("python3", "-c", `
 import asyncio, socket
 for vip in ("192.0.2.40", "2001:db8:f::40", "::ffff:192.0.2.40"):
     s = socket.create_connection((vip, 7), timeout=5)
@@ -237,8 +238,8 @@ func TestStaticGo(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "go")
 	w := newWorld(t, "10.0.0.1")
-	w.serve("one", "10.0.0.1:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent(`services:
 - name: app
   listen: [192.0.2.40:7]
   backends: [10.0.0.1:7000]`)
@@ -260,7 +261,7 @@ func main() {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if out := w.must(bin); strings.TrimSpace(out) != "192.0.2.40:7 one" {
+	if out := w.Must(bin); strings.TrimSpace(out) != "192.0.2.40:7 one" {
 		t.Error(out)
 	}
 }
@@ -270,12 +271,12 @@ func TestWrk(t *testing.T) {
 	lab.Need(t, "wrk", "nginx")
 	w := newWorld(t, "10.0.0.1")
 	startNginx(w, "10.0.0.1:8080")
-	w.run(`services:
+	w.RunAgent(`services:
 - name: web
   listen: [192.0.2.10:80]
   backends: [10.0.0.1:8080]`)
 	for _, header := range []string{"X-Mode: keep-alive", "Connection: close"} {
-		out := w.must("wrk", "-t1", "-c16", "-d1s", "-H", header, "http://192.0.2.10/")
+		out := w.Must("wrk", "-t1", "-c16", "-d1s", "-H", header, "http://192.0.2.10/")
 		if !regexp.MustCompile(`[1-9]\d* requests in`).MatchString(out) || strings.Contains(out, "Socket errors") || strings.Contains(out, "Non-2xx") {
 			t.Errorf("%s:\n%s", header, out)
 		}

@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"errors"
@@ -44,14 +44,14 @@ func TestRename(t *testing.T) {
 		t.Run("agent-"+agent, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-			w.serve("one", "10.0.0.1:7000")
-			w.serve("three", "10.0.0.3:7000")
+			w.Serve("one", "10.0.0.1:7000")
+			w.Serve("three", "10.0.0.3:7000")
 			text := func(a, b string) string {
 				return "services:\n- {name: " + a + `, listen: [192.0.2.10:80], health: {interval: 1s, timeout: 500ms}, backends: [10.0.0.1:7000, 10.0.0.2:7000]}
 - {name: ` + b + `, listen: [192.0.2.11:80], health: {interval: 1s, timeout: 500ms}, backends: [10.0.0.3:7000]}`
 			}
-			w.run(text("a", "b"))
-			w.awaitStates("a", service.Serving, service.Down)
+			w.RunAgent(text("a", "b"))
+			w.AwaitStates("a", service.Serving, service.Down)
 			cmd := actor.Command("hold one", "192.0.2.10:80")
 			stdin, err := cmd.StdinPipe()
 			if err != nil {
@@ -61,7 +61,7 @@ func TestRename(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			w.eventually("a connection is there", func() error {
+			w.Eventually("a connection is there", func() error {
 				if !strings.Contains(p.Log.String(), "holds one") {
 					return errors.New("not yet")
 				}
@@ -70,30 +70,30 @@ func TestRename(t *testing.T) {
 			// Another name, then the names of both change.
 			for _, names := range [][2]string{{"orders", "b"}, {"b", "orders"}} {
 				if agent == "restarted" {
-					w.agent.Kill()
+					w.Agent.Kill()
 				}
-				w.configure(text(names[0], names[1]))
+				w.Configure(text(names[0], names[1]))
 				if agent == "restarted" {
-					w.agent = w.launch()
+					w.Agent = w.Launch()
 				}
-				w.eventually("the new name", func() error {
-					s := (&service.Snapshot{Services: w.view().Services}).Find(names[0])
+				w.Eventually("the new name", func() error {
+					s := (&service.Snapshot{Services: w.View().Services}).Find(names[0])
 					if s == nil || s.Listeners[0].Address.String() != "192.0.2.10:80" {
-						return fmt.Errorf("services are %v", w.view().Services)
+						return fmt.Errorf("services are %v", w.View().Services)
 					}
 					return nil
 				})
 				// At once: what is down is known to be.
-				if a := w.answers("192.0.2.10:80", 50); a["one"] != 50 {
+				if a := w.Answers("192.0.2.10:80", 50); a["one"] != 50 {
 					t.Errorf("answers %v", a)
 				}
-				w.awaitStates(names[0], service.Serving, service.Down)
+				w.AwaitStates(names[0], service.Serving, service.Down)
 			}
 			stdin.Close()
 			if err := p.Wait(); err != nil {
 				t.Errorf("%v: %s", err, p.Log)
 			}
-			if n := w.view().Counters.Reset; n != 0 {
+			if n := w.View().Counters.Reset; n != 0 {
 				t.Errorf("%d connections were reset", n)
 			}
 			w.atRest()

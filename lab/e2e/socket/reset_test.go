@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"context"
@@ -8,71 +8,21 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
-	"github.com/pentad/pentad/lab/actor"
+	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
 
 func init() {
-	clients["watch"] = watch
-	clients["keep asking"] = keepAsking
-}
 
-// watch makes N connections to each address and prints, for each that ends, the
-// address that was named and the error.
-func watch(args []string) error {
-	n, err := strconv.Atoi(args[0])
-	if err != nil {
-		return err
-	}
-	ended := make(chan string)
-	for _, address := range args[1:] {
-		to, err := netip.ParseAddrPort(address)
-		if err != nil {
-			return err
-		}
-		for range n {
-			fd, err := unix.Socket(familyOf(to), unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-			if err != nil {
-				return err
-			}
-			if err := unix.Connect(fd, sockaddr(to)); err != nil {
-				return fmt.Errorf("%s: %w", to, err)
-			}
-			go func() {
-				b := make([]byte, 100)
-				for {
-					if n, err := read(fd, b); err != nil {
-						ended <- fmt.Sprintf("%s %v", to, err)
-						return
-					} else if n == 0 {
-						ended <- fmt.Sprintf("%s closed", to)
-						return
-					}
-				}
-			}()
-		}
-	}
-	fmt.Println("watching")
-	go func() {
-		_, _ = os.Stdin.Read(make([]byte, 1))
-		os.Exit(0)
-	}()
-	for line := range ended {
-		fmt.Println(line)
-	}
-	return nil
+	clients["keep asking"] = keepAsking
 }
 
 // keepAsking asks over one connected UDP socket, again and again; when the socket
@@ -110,35 +60,6 @@ func keepAsking(args []string) error {
 	}
 }
 
-// startClient starts a client that runs until its standard input or the host ends.
-func (w *world) startClient(at *lab.Host, name string, args ...string) *lab.Process {
-	w.t.Helper()
-	cmd := actor.Command(name, args...)
-	if _, err := cmd.StdinPipe(); err != nil {
-		w.t.Fatal(err)
-	}
-	p, err := at.StartPod(cmd, w.Host, lab.Inside)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return p
-}
-
-func (w *world) prints(p *lab.Process, word string, times int) {
-	w.t.Helper()
-	w.eventually(fmt.Sprintf("%q is printed %d times", word, times), func() error {
-		select {
-		case <-p.Done():
-			return fmt.Errorf("it ended: %s", p.Log)
-		default:
-		}
-		if n := strings.Count(p.Log.String(), word); n != times {
-			return fmt.Errorf("%d times: %s", n, firstLines(p.Log.String(), 20))
-		}
-		return nil
-	})
-}
-
 const resetServices = `services:
 - name: resets
   listen: [192.0.2.10:80]
@@ -158,41 +79,41 @@ func TestResetOnDown(t *testing.T) {
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1")
 	pod := newWorld(t, "10.0.0.1") // a network of its own, with a server of its own
-	pod.serve("one", "10.0.0.1:7000")
-	w.serve("one", "10.0.0.1:7000")
+	pod.Serve("one", "10.0.0.1:7000")
+	w.Serve("one", "10.0.0.1:7000")
 	// This one was there before the agent.
-	w.run(resetServices)
+	w.RunAgent(resetServices)
 	const n = 50
-	here := w.startClient(w.Host, "watch", fmt.Sprint(n), "192.0.2.10:80", "192.0.2.11:80", "10.0.0.1:7000")
-	there := w.startClient(pod.Host, "watch", fmt.Sprint(n), "192.0.2.10:80", "192.0.2.11:80", "10.0.0.1:7000")
-	w.prints(here, "watching", 1)
-	w.prints(there, "watching", 1)
-	if have := inFlight(w.view(), "resets"); have != 2*n {
+	here := w.StartClient(w.Host, "watch", fmt.Sprint(n), "192.0.2.10:80", "192.0.2.11:80", "10.0.0.1:7000")
+	there := w.StartClient(pod.Host, "watch", fmt.Sprint(n), "192.0.2.10:80", "192.0.2.11:80", "10.0.0.1:7000")
+	w.Prints(here, "watching", 1)
+	w.Prints(there, "watching", 1)
+	if have := inFlight(w.View(), "resets"); have != 2*n {
 		t.Errorf("%d in flight, want %d", have, 2*n)
 	}
 	// Packets vanish, so that no server and no client notices anything by itself.
 	if err := w.CutOff(netip.MustParseAddr("10.0.0.1")); err != nil {
 		t.Fatal(err)
 	}
-	w.awaitStates("resets", service.Down)
+	w.AwaitStates("resets", service.Down)
 	const aborted = "192.0.2.10:80 software caused connection abort"
-	w.prints(here, aborted, n)
-	w.prints(there, aborted, n)
+	w.Prints(here, aborted, n)
+	w.Prints(there, aborted, n)
 	for _, p := range []*lab.Process{here, there} {
 		if lines := strings.Count(p.Log.String(), "\n"); lines != n+1 {
-			t.Errorf("other connections ended, too:\n%s", firstLines(p.Log.String(), 100))
+			t.Errorf("other connections ended, too:\n%s", e2e.FirstLines(p.Log.String(), 100))
 		}
 	}
-	if have := inFlight(w.view(), "keeps"); have != 2*n {
+	if have := inFlight(w.View(), "keeps"); have != 2*n {
 		t.Errorf("%d in flight of the service that keeps, want %d", have, 2*n)
 	}
-	if have := w.view().Counters.Reset; have != 2*n {
+	if have := w.View().Counters.Reset; have != 2*n {
 		t.Errorf("%d resets were counted, want %d", have, 2*n)
 	}
 	if err := w.Mend(); err != nil {
 		t.Fatal(err)
 	}
-	w.awaitStates("resets", service.Serving)
+	w.AwaitStates("resets", service.Serving)
 }
 
 // Connections to a backend that is removed are closed, also when its service goes
@@ -202,40 +123,40 @@ func TestResetOnRemovalAndDrain(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	w.serve("one", "10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000")
+	w.Serve("one", "10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000")
 	text := func(services ...string) string { return "services:\n" + strings.Join(services, "\n") }
 	one := func(n int, backends string) string {
 		return fmt.Sprintf("- {name: s%d, listen: ['192.0.2.%d:80'], health: {probe: none}, backends: [%s]}", n, n, backends)
 	}
-	w.run(text(one(1, "'10.0.0.1:7000'"), one(2, "'10.0.0.2:7000'"), one(3, "'10.0.0.3:7000'")))
-	p := w.startClient(w.Host, "watch", "10", "192.0.2.1:80", "192.0.2.2:80", "192.0.2.3:80")
-	w.prints(p, "watching", 1)
+	w.RunAgent(text(one(1, "'10.0.0.1:7000'"), one(2, "'10.0.0.2:7000'"), one(3, "'10.0.0.3:7000'")))
+	p := w.StartClient(w.Host, "watch", "10", "192.0.2.1:80", "192.0.2.2:80", "192.0.2.3:80")
+	w.Prints(p, "watching", 1)
 	// A backend is replaced.
-	w.configure(text(one(1, "'10.0.0.3:7000'"), one(2, "'10.0.0.2:7000'"), one(3, "'10.0.0.3:7000'")))
-	w.prints(p, "192.0.2.1:80 ", 10)
+	w.Configure(text(one(1, "'10.0.0.3:7000'"), one(2, "'10.0.0.2:7000'"), one(3, "'10.0.0.3:7000'")))
+	w.Prints(p, "192.0.2.1:80 ", 10)
 	// A service goes while there is no agent.
-	w.agent.Kill()
-	w.configure(text(one(1, "'10.0.0.3:7000'"), one(3, "'10.0.0.3:7000'")))
-	w.agent = w.launch()
-	w.ready()
-	w.prints(p, "192.0.2.2:80 ", 10)
+	w.Agent.Kill()
+	w.Configure(text(one(1, "'10.0.0.3:7000'"), one(3, "'10.0.0.3:7000'")))
+	w.Agent = w.Launch()
+	w.Ready()
+	w.Prints(p, "192.0.2.2:80 ", 10)
 	// Draining leaves them until its time is over, which outlives the agent.
-	w.mustPentad("backend", "drain", "s3", "10.0.0.3:7000", "--timeout", "3s", "--force")
+	w.MustPentad("backend", "drain", "s3", "10.0.0.3:7000", "--timeout", "3s", "--force")
 	drained := time.Now()
-	if out := w.mustPentad("backend", "list"); !strings.Contains(out, "what is left is closed in") {
+	if out := w.MustPentad("backend", "list"); !strings.Contains(out, "what is left is closed in") {
 		t.Errorf("backend list:\n%s", out)
 	}
-	w.agent.Kill()
-	w.agent = w.launch()
-	w.ready()
-	if have := inFlight(w.view(), "s3"); have != 10 {
+	w.Agent.Kill()
+	w.Agent = w.Launch()
+	w.Ready()
+	if have := inFlight(w.View(), "s3"); have != 10 {
 		t.Errorf("%d in flight while draining, want 10", have)
 	}
-	w.prints(p, "192.0.2.3:80 ", 10)
+	w.Prints(p, "192.0.2.3:80 ", 10)
 	if took := time.Since(drained); took < 2900*time.Millisecond {
 		t.Errorf("the drained backend's connections were closed after %s", took)
 	}
-	w.prints(p, "\n", 31)
+	w.Prints(p, "\n", 31)
 	w.atRest()
 }
 
@@ -245,15 +166,15 @@ func TestResetUDP(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2")
-	w.serve("one", "10.0.0.1:7000")
-	w.serve("two", "10.0.0.2:7000")
+	w.Serve("one", "10.0.0.1:7000")
+	w.Serve("two", "10.0.0.2:7000")
 	text := "services: [{name: dns, listen: ['192.0.2.53:53/udp'], backends: ['%s:7000']}]"
-	w.run(fmt.Sprintf(text, "10.0.0.1"))
-	p := w.startClient(w.Host, "keep asking", "192.0.2.53:53")
-	w.prints(p, "one x", 1)
-	w.configure(fmt.Sprintf(text, "10.0.0.2"))
-	w.prints(p, "two x", 1)
-	w.prints(p, "gave up", 1)
+	w.RunAgent(fmt.Sprintf(text, "10.0.0.1"))
+	p := w.StartClient(w.Host, "keep asking", "192.0.2.53:53")
+	w.Prints(p, "one x", 1)
+	w.Configure(fmt.Sprintf(text, "10.0.0.2"))
+	w.Prints(p, "two x", 1)
+	w.Prints(p, "gave up", 1)
 }
 
 // A kernel without bpf_sock_destroy closes through sock_diag(7): TCP and UDP, in
@@ -263,8 +184,8 @@ func TestResetByDiag(t *testing.T) {
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "2001:db8::1")
 	pod := newWorld(t, "10.0.0.1", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	pod.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	pod.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
 	lock, err := host.Lock(w.Pins)
 	if err != nil {
 		t.Fatal(err)
@@ -293,20 +214,20 @@ func TestResetByDiag(t *testing.T) {
 	if err := p.Apply(t.Context(), socket.Want{Cgroup: w.Scope(), Services: snap}); err != nil {
 		t.Fatal(err)
 	}
-	here := w.startClient(w.Host, "watch", "20", "192.0.2.10:80", "[2001:db8:f::1]:80", "10.0.0.1:7000")
-	there := w.startClient(pod.Host, "watch", "20", "192.0.2.10:80", "[2001:db8:f::1]:80", "10.0.0.1:7000")
-	udp := w.startClient(w.Host, "keep asking", "192.0.2.10:80")
-	w.prints(here, "watching", 1)
-	w.prints(there, "watching", 1)
-	w.prints(udp, "one x", 1)
+	here := w.StartClient(w.Host, "watch", "20", "192.0.2.10:80", "[2001:db8:f::1]:80", "10.0.0.1:7000")
+	there := w.StartClient(pod.Host, "watch", "20", "192.0.2.10:80", "[2001:db8:f::1]:80", "10.0.0.1:7000")
+	udp := w.StartClient(w.Host, "keep asking", "192.0.2.10:80")
+	w.Prints(here, "watching", 1)
+	w.Prints(there, "watching", 1)
+	w.Prints(udp, "one x", 1)
 	if err := p.Apply(t.Context(), socket.Want{Cgroup: w.Scope(), Services: snap.Next([]*service.Service{web(true)})}); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []*lab.Process{here, there} {
-		w.prints(c, "software caused connection abort", 40)
-		w.prints(c, "\n", 41)
+		w.Prints(c, "software caused connection abort", 40)
+		w.Prints(c, "\n", 41)
 	}
-	w.eventually("the UDP socket is closed", func() error {
+	w.Eventually("the UDP socket is closed", func() error {
 		if !strings.Contains(udp.Log.String(), "gave up") {
 			return errors.New(udp.Log.String())
 		}
@@ -320,35 +241,35 @@ func TestNginxResolver(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	w.serveWeb("10.0.0.3:8080", "the web server")
+	w.ServeWeb("10.0.0.3:8080", "the web server")
 	dns := func(address, options string) *lab.Process {
-		return w.start(command("dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts", "--log-facility=-", "--log-queries",
+		return w.StartServer(exec.Command("dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts", "--log-facility=-", "--log-queries",
 			"--listen-address="+address, "--bind-interfaces", "--port=53", "--user=root", options), "started")
 	}
 	first := dns("10.0.0.1", "--address=/shop.test/10.0.0.3")
 	text := "services: [{name: dns, listen: ['192.0.2.53:53/udp'], backends: ['%s:53']}]"
-	w.run(fmt.Sprintf(text, "10.0.0.1"))
-	w.nginx(`resolver 192.0.2.53 valid=1s ipv6=off;
+	w.RunAgent(fmt.Sprintf(text, "10.0.0.1"))
+	w.Nginx(`resolver 192.0.2.53 valid=1s ipv6=off;
 resolver_timeout 1s;
 server { listen 127.0.0.1:9000; location / { set $name shop.test; proxy_pass http://$name:8080; } }`, "127.0.0.1:9000")
 	ask := func() error {
-		out, err := w.inside("curl", "-sS", "--max-time", "3", "http://127.0.0.1:9000/")
+		out, err := w.Inside("curl", "-sS", "--max-time", "3", "http://127.0.0.1:9000/")
 		if err == nil && !strings.Contains(out, "the web server") {
 			err = errors.New(strings.TrimSpace(out))
 		}
 		return err
 	}
-	w.eventually("nginx resolves", ask)
+	w.Eventually("nginx resolves", ask)
 	second := dns("10.0.0.2", "--address=/shop.test/10.0.0.3")
-	w.configure(fmt.Sprintf(text, "10.0.0.2"))
-	w.eventually("the kernel has the new server", func() error {
-		if a := w.view().Services[0].Backends[0].Address.String(); a != "10.0.0.2:53" {
+	w.Configure(fmt.Sprintf(text, "10.0.0.2"))
+	w.Eventually("the kernel has the new server", func() error {
+		if a := w.View().Services[0].Backends[0].Address.String(); a != "10.0.0.2:53" {
 			return errors.New(a)
 		}
 		return nil
 	})
 	first.Kill()
-	w.eventually("nginx resolves with the new server", func() error {
+	w.Eventually("nginx resolves with the new server", func() error {
 		if err := ask(); err != nil {
 			return err
 		}
@@ -357,30 +278,4 @@ server { listen 127.0.0.1:9000; location / { set $name shop.test; proxy_pass htt
 		}
 		return nil
 	})
-}
-
-// serveWeb starts an nginx that answers a text.
-func (w *world) serveWeb(address, text string) *lab.Process {
-	w.t.Helper()
-	return w.nginx(fmt.Sprintf("server { listen %s; location / { return 200 %q; } }", address, text), address)
-}
-
-// nginx starts an nginx inside with the directives of its http block and waits
-// until it listens.
-func (w *world) nginx(http, address string) *lab.Process {
-	w.t.Helper()
-	dir, err := os.MkdirTemp(w.Dir, "nginx-")
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	config := "daemon off; master_process off; user root; pid nginx.pid; error_log stderr; events {}\nhttp { access_log off;\n" + http + "\n}\n"
-	if err := os.WriteFile(filepath.Join(dir, "nginx.conf"), []byte(config), 0o644); err != nil {
-		w.t.Fatal(err)
-	}
-	p, err := w.Start(exec.Command("nginx", "-p", dir, "-c", "nginx.conf", "-e", "stderr"), lab.Inside)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.listening(address)
-	return p
 }

@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -66,8 +66,8 @@ func TestScopeMadeAgain(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1")
-	w.serve("one", "10.0.0.1:7000")
-	w.run("services: [{name: web, listen: [192.0.2.10:80], health: {probe: none}, backends: [10.0.0.1:7000]}]")
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent("services: [{name: web, listen: [192.0.2.10:80], health: {probe: none}, backends: [10.0.0.1:7000]}]")
 	root, err := host.CgroupRoot()
 	if err != nil {
 		t.Fatal(err)

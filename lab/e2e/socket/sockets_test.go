@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/e2e"
 )
 
 const socketServices = `services:
@@ -37,9 +38,9 @@ func TestSockets(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	w.serve("two", "10.0.0.2:7000")
-	w.serve("three", "10.0.0.3:7000")
+	w.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.Serve("two", "10.0.0.2:7000")
+	w.Serve("three", "10.0.0.3:7000")
 	text := socketServices
 	var names []string
 	for i := range 100 {
@@ -47,21 +48,21 @@ func TestSockets(t *testing.T) {
 		names = append(names, vip)
 		text += fmt.Sprintf("\n- {name: more-%d, listen: [%s/udp], backends: [10.0.0.2:7000]}", i, vip)
 	}
-	w.run(text)
+	w.RunAgent(text)
 	for _, name := range []string{
 		"tcp names", "refused at once", "tcp reconnect", "udp disconnect", "udp connected", "udp many names at once",
 		"udp A and AAAA", "udp two names", "udp direct after VIP", "udp mapped", "mptcp", "fast open", "crowd",
 	} {
 		t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
-			w := &world{Host: w.Host, t: t}
-			if out := w.client(name); out != "" {
+			w := &world{&e2e.World{Host: w.Host, T: t}}
+			if out := w.Client(name); out != "" {
 				t.Log(out)
 			}
 		})
 	}
-	w.client("udp sticks", "192.0.2.6:53")
-	w.client("udp more names", names...)
-	if v := w.view(); v.Counters.Untracked != 0 {
+	w.Client("udp sticks", "192.0.2.6:53")
+	w.Client("udp more names", names...)
+	if v := w.View(); v.Counters.Untracked != 0 {
 		t.Errorf("%d sockets were not tracked", v.Counters.Untracked)
 	}
 }

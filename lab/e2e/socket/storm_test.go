@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"encoding/json"
@@ -58,25 +58,25 @@ func fill(args []string) error {
 
 // startStorm starts a storm; the function returned ends it and returns what it saw.
 func (w *world) startStorm(vip string, n int, pause time.Duration) func() actor.StormReport {
-	w.t.Helper()
+	w.T.Helper()
 	cmd := actor.Command("storm", vip, strconv.Itoa(n), pause.String())
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
-		w.t.Fatal(err)
+		w.T.Fatal(err)
 	}
 	p, err := w.Start(cmd, lab.Inside)
 	if err != nil {
-		w.t.Fatal(err)
+		w.T.Fatal(err)
 	}
 	return func() actor.StormReport {
-		w.t.Helper()
+		w.T.Helper()
 		stdin.Close()
 		if err := p.Wait(); err != nil {
-			w.t.Fatalf("storm: %v: %s", err, p.Log)
+			w.T.Fatalf("storm: %v: %s", err, p.Log)
 		}
 		var r actor.StormReport
 		if err := json.NewDecoder(strings.NewReader(p.Log.String())).Decode(&r); err != nil && err != io.EOF {
-			w.t.Fatalf("storm: %v: %s", err, p.Log)
+			w.T.Fatalf("storm: %v: %s", err, p.Log)
 		}
 		return r
 	}

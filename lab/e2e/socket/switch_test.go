@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -11,6 +11,7 @@ import (
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/lab/actor"
+	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -33,7 +34,7 @@ func TestSwitches(t *testing.T) {
 		for i := 1; i <= 4; i++ {
 			all = append(all, churnBackend(n, i))
 		}
-		w.serve(fmt.Sprintf("service-%d", n), all...)
+		w.Serve(fmt.Sprintf("service-%d", n), all...)
 	}
 	lock, err := host.Lock(w.Pins)
 	if err != nil {
@@ -68,7 +69,7 @@ func TestSwitches(t *testing.T) {
 		t.Fatalf("client: %v: %s", err, c.Log)
 	}
 	if report := c.Log.String(); strings.Count(report, "\n") != 1 || !strings.Contains(report, "failures=0\n") {
-		t.Errorf("after %d switches:\n%s", snap.Revision, firstLines(report, 20))
+		t.Errorf("after %d switches:\n%s", snap.Revision, e2e.FirstLines(report, 20))
 	} else {
 		t.Logf("%d switches, %s", snap.Revision, strings.TrimSpace(report))
 	}

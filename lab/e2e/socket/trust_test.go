@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"errors"
@@ -222,17 +222,17 @@ const trusting = `services:
 func trustingWorld(t *testing.T) *world {
 	t.Helper()
 	w := newWorld(t, "10.0.0.1", "10.0.0.2", "10.0.0.3")
-	w.serve("one", "10.0.0.1:7000")
-	w.serve("two", "10.0.0.2:7000")
-	w.run(trusting)
+	w.Serve("one", "10.0.0.1:7000")
+	w.Serve("two", "10.0.0.2:7000")
+	w.RunAgent(trusting)
 	return w
 }
 
 // honest fails the test unless another user is served as if nothing had happened.
 func (w *world) honest() {
-	w.t.Helper()
-	if a := w.answers("192.0.2.10:80", 40); a["one"]+a["two"] != 40 || a["one"] == 0 || a["two"] == 0 {
-		w.t.Errorf("an honest client had the answers %v", a)
+	w.T.Helper()
+	if a := w.Answers("192.0.2.10:80", 40); a["one"]+a["two"] != 40 || a["one"] == 0 || a["two"] == 0 {
+		w.T.Errorf("an honest client had the answers %v", a)
 	}
 }
 
@@ -250,10 +250,10 @@ func TestLocalBlame(t *testing.T) {
 				t.Parallel()
 				w := trustingWorld(t)
 				if agent == "dead" {
-					w.agent.Kill()
+					w.Agent.Kill()
 				}
-				t.Log(w.client("attack", name, "192.0.2.10:80"))
-				for addr, l := range w.view().Loads["web"] {
+				t.Log(w.Client("attack", name, "192.0.2.10:80"))
+				for addr, l := range w.View().Loads["web"] {
 					if l.Shunned || l.Ejected && name != "own network" {
 						t.Errorf("%s is %+v", addr, l)
 					}
@@ -277,16 +277,16 @@ func TestFilteredUser(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			w := trustingWorld(t)
-			session := w.answers("192.0.2.12:80", 5)
+			session := w.Answers("192.0.2.12:80", 5)
 			if len(session) != 1 {
 				t.Fatalf("a session goes to %v", session)
 			}
 			if err := w.Deny(nobody, c.reset); err != nil {
 				t.Fatal(err)
 			}
-			t.Log(w.client("attack", "filtered", "192.0.2.10:80"), w.client("attack", "filtered", "192.0.2.12:80"))
+			t.Log(w.Client("attack", "filtered", "192.0.2.10:80"), w.Client("attack", "filtered", "192.0.2.12:80"))
 			clients := 0
-			for addr, l := range w.view().Loads["web"] {
+			for addr, l := range w.View().Loads["web"] {
 				if l.Shunned {
 					t.Errorf("all others avoid %s: %+v", addr, l)
 				}
@@ -297,10 +297,10 @@ func TestFilteredUser(t *testing.T) {
 			}
 			w.honest()
 			// Not less of it either: 14 standard deviations.
-			if a := w.answers("192.0.2.10:80", 400); a["one"] < 60 || a["two"] < 60 {
+			if a := w.Answers("192.0.2.10:80", 400); a["one"] < 60 || a["two"] < 60 {
 				t.Errorf("of 400 connections of others %v", a)
 			}
-			again := w.answers("192.0.2.12:80", 5)
+			again := w.Answers("192.0.2.12:80", 5)
 			for who := range session {
 				if again[who] != 5 {
 					t.Errorf("a session of another user went to %v, and now to %v", session, again)
@@ -321,9 +321,9 @@ func TestManyClients(t *testing.T) {
 			t.Run(many+"-"+balance, func(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t, "10.0.0.1", "10.0.0.2")
-				w.serve("one", "10.0.0.1:7000")
-				w.run("services: [{name: web, listen: [192.0.2.10:80], balance: " + balance + ", health: {probe: none}, backends: [10.0.0.1:7000, 10.0.0.2:7000]}]")
-				w.agent.Kill()
+				w.Serve("one", "10.0.0.1:7000")
+				w.RunAgent("services: [{name: web, listen: [192.0.2.10:80], balance: " + balance + ", health: {probe: none}, backends: [10.0.0.1:7000, 10.0.0.2:7000]}]")
+				w.Agent.Kill()
 				const n = 100
 				root, err := host.CgroupRoot()
 				if err != nil {
@@ -452,7 +452,7 @@ func TestHeldIsNoConnection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.eventually("all is held", func() error {
+	w.Eventually("all is held", func() error {
 		select {
 		case <-p.Done():
 			t.Fatalf("it ended: %s", p.Log)
@@ -502,16 +502,16 @@ func shareOfDead(t *testing.T, fault string, n int, balance string) {
 		list += a + ":7000, "
 	}
 	w := newWorld(t, addresses...)
-	w.start(actor.Command("pages", append([]string{"200"}, good...)...), "ready")
+	w.StartServer(actor.Command("pages", append([]string{"200"}, good...)...), "ready")
 	dead := netip.MustParseAddrPort(addresses[n-1] + ":7000")
 	switch fault {
 	case "hangs up", "resets":
-		w.start(actor.Command("hang up", dead.String(), strconv.FormatBool(fault == "resets")), "ready")
+		w.StartServer(actor.Command("hang up", dead.String(), strconv.FormatBool(fault == "resets")), "ready")
 	case "answers errors":
-		w.start(actor.Command("pages", "500", dead.String()), "ready")
+		w.StartServer(actor.Command("pages", "500", dead.String()), "ready")
 	}
-	w.run("services:\n- name: web\n  listen: [192.0.2.10:80]\n  balance: " + balance + "\n  health: {probe: none}\n  backends: [" + list + "]\n")
-	w.agent.Kill()
+	w.RunAgent("services:\n- name: web\n  listen: [192.0.2.10:80]\n  balance: " + balance + "\n  health: {probe: none}\n  backends: [" + list + "]\n")
+	w.Agent.Kill()
 	// The agent counts as alive for a few seconds more; nothing follows from it here.
 	share := func(r actor.StormReport) float64 {
 		bad := len(r.Failed)

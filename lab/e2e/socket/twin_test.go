@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -61,8 +61,8 @@ func TestTwins(t *testing.T) {
 		addresses, servers = append(addresses, a), append(servers, net.JoinHostPort(a, "7000"))
 	}
 	w := newWorld(t, addresses...)
-	w.start(actor.Command("echo", servers...), "ready")
-	w.run(`services:
+	w.StartServer(actor.Command("echo", servers...), "ready")
+	w.RunAgent(`services:
 - name: a
   listen: [192.0.2.1:80, 192.0.2.1:80/udp, "[2001:db8:f::1]:80", "[2001:db8:f::1]:80/udp"]
   health: {probe: none}
@@ -80,7 +80,7 @@ func TestTwins(t *testing.T) {
   listen: [192.0.2.4:80, 192.0.2.4:80/udp, "[2001:db8:f::4]:80", "[2001:db8:f::4]:80/udp"]
   health: {probe: none}
   backends: [203.0.113.1:80, "[2001:db8:99::1]:80"]`)
-	t.Logf("%s", w.client("twins", strconv.FormatUint(seed, 10), duration.String(), strconv.FormatUint(most, 10)))
+	t.Logf("%s", w.Client("twins", strconv.FormatUint(seed, 10), duration.String(), strconv.FormatUint(most, 10)))
 	w.atRest()
 }
 

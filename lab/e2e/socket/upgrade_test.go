@@ -1,4 +1,4 @@
-package e2e
+package socket_test
 
 import (
 	"fmt"
@@ -66,8 +66,8 @@ func TestOlderLayout(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1", "2001:db8::1")
-	w.serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
-	w.run(`services:
+	w.Serve("one", "10.0.0.1:7000", "[2001:db8::1]:7000")
+	w.RunAgent(`services:
 - name: tcp
   listen: [192.0.2.1:80, "[2001:db8:f::1]:80"]
   backends: [10.0.0.1:7000, "[2001:db8::1]:7000"]`)
@@ -82,7 +82,7 @@ func TestOlderLayout(t *testing.T) {
 	}
 	named := func(times int) {
 		t.Helper()
-		w.eventually("the held connection has its name", func() error {
+		w.Eventually("the held connection has its name", func() error {
 			if n := strings.Count(held.Log.String(), "named"); n < times {
 				return fmt.Errorf("%d times, want %d: %s", n, times, held.Log)
 			}
@@ -101,15 +101,15 @@ func TestOlderLayout(t *testing.T) {
 	}
 
 	for round := range 3 {
-		w.agent.Kill()
+		w.Agent.Kill()
 		makeOlder(t, w, round+1)
-		if out, err := w.pentad("service", "list"); err == nil || !strings.Contains(out, "start this version's agent") {
+		if out, err := w.Pentad("service", "list"); err == nil || !strings.Contains(out, "start this version's agent") {
 			t.Errorf("service list of an older layout: %v: %s", err, out)
 		}
-		w.agent = w.launch()
-		w.ready()
-		if !strings.Contains(w.agent.Log.String(), "rebuilding the maps of an older layout") {
-			t.Errorf("nothing was rebuilt:\n%s", w.agent.Log)
+		w.Agent = w.Launch()
+		w.Ready()
+		if !strings.Contains(w.Agent.Log.String(), "rebuilding the maps of an older layout") {
+			t.Errorf("nothing was rebuilt:\n%s", w.Agent.Log)
 		}
 		fmt.Fprintln(ask, "x")
 		named(round + 2)
@@ -169,18 +169,18 @@ func TestNewerLayout(t *testing.T) {
 	t.Parallel()
 	lab.Need(t)
 	w := newWorld(t, "10.0.0.1")
-	w.serve("one", "10.0.0.1:7000")
-	w.run("services: [{name: web, listen: ['192.0.2.10:80'], health: {probe: none}, backends: ['10.0.0.1:7000']}]")
-	w.agent.Kill()
+	w.Serve("one", "10.0.0.1:7000")
+	w.RunAgent("services: [{name: web, listen: ['192.0.2.10:80'], health: {probe: none}, backends: ['10.0.0.1:7000']}]")
+	w.Agent.Kill()
 	setLayout(t, filepath.Join(w.Pins, "socket", "set-1"), 99)
 	for _, args := range [][]string{{"run", "-c", "pentad.yaml"}, {"service", "list"}, {"status"}} {
-		out, err := w.pentad(args...)
+		out, err := w.Pentad(args...)
 		if err == nil || !strings.Contains(out, "pins of a newer pentad") || !strings.Contains(out, "layout 99") {
 			t.Errorf("pentad %v: %v: %s", args, err, out)
 		}
 	}
-	if have := w.answers("192.0.2.10:80", 3); have["one"] != 3 {
+	if have := w.Answers("192.0.2.10:80", 3); have["one"] != 3 {
 		t.Errorf("the newer one's services answer %v", have)
 	}
-	w.mustPentad("down")
+	w.MustPentad("down")
 }

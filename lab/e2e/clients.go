@@ -1,0 +1,87 @@
+package e2e
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+// askWho asks a VIP who serves it, a number of times, and prints the answers.
+func askWho(args []string) error {
+	var n int
+	if _, err := fmt.Sscan(args[1], &n); err != nil {
+		return err
+	}
+	d := net.Dialer{Timeout: 5 * time.Second}
+	if len(args) > 2 {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.MustParseAddrPort(args[2]))
+	}
+	out := bufio.NewWriter(os.Stdout)
+	defer out.Flush()
+	for range n {
+		c, err := d.Dial("tcp", args[0])
+		if err != nil {
+			fmt.Fprintln(out, errors.Unwrap(errors.Unwrap(err)))
+			continue
+		}
+		line, err := bufio.NewReader(c).ReadString('\n')
+		c.Close()
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(out, line)
+	}
+	return nil
+}
+
+// watch makes N connections to each address and prints, for each that ends, the
+// address that was named and the error.
+func watch(args []string) error {
+	n, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	ended := make(chan string)
+	for _, address := range args[1:] {
+		to, err := netip.ParseAddrPort(address)
+		if err != nil {
+			return err
+		}
+		for range n {
+			c, err := net.Dial("tcp", to.String())
+			if err != nil {
+				return err
+			}
+			go func() { ended <- fmt.Sprintf("%s %s", to, endOf(c)) }()
+		}
+	}
+	fmt.Println("watching")
+	go func() {
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		os.Exit(0)
+	}()
+	for line := range ended {
+		fmt.Println(line)
+	}
+	return nil
+}
+
+// endOf waits for the end of a connection and returns how it has ended.
+func endOf(c net.Conn) string {
+	_, err := io.Copy(io.Discard, c)
+	var errno syscall.Errno
+	switch {
+	case err == nil:
+		return "closed"
+	case errors.As(err, &errno):
+		return errno.Error()
+	}
+	return err.Error()
+}
