@@ -37,6 +37,7 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_kernel_memory_bytes", "gauge", "map", "Kernel memory of a map."},
 	{"pentad_connections_translated_total", "counter", "", "Connections and first datagrams that got a backend."},
 	{"pentad_connections_refused_total", "counter", "", "Connections and datagrams refused because no backend was usable."},
+	{"pentad_service_refused_total", "counter", "service", "Connections and datagrams of sockets that were refused because no backend of the service was usable."},
 	{"pentad_connections_untracked_total", "counter", "", "Connections whose VIP could not be remembered: getpeername shows the backend."},
 	{"pentad_connections_despite_ejection_total", "counter", "", "Connections that went to an ejected backend because too many are ejected."},
 	{"pentad_connections_reset_total", "counter", "", "Connections closed because their backend was down or gone."},
@@ -232,7 +233,14 @@ func measureSocket(p *socket.Plane, m meter) {
 		measureBackend(l, m)
 		known[key{l.Service, l.Address}] = service.Load{InFlight: l.InFlight, Ejected: l.Ejected}
 	}
+	refusals, err := p.Refusals()
+	if err != nil {
+		m.failed("pentad_service_refused_total", err)
+	}
 	for _, s := range m.services.Services {
+		if n, known := refusals[s.Name]; known && len(m.services.Services) <= maxServiceMetrics {
+			m.counter("pentad_service_refused_total", n, s.Name)
+		}
 		measureService(s, m, func(b service.Backend) service.Load { return known[key{s.Name, b.Address}] })
 	}
 }

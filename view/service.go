@@ -26,6 +26,7 @@ type Service struct {
 	Flows     bool       `json:"flows"`
 	Listeners []Listener `json:"listeners"` // what becomes of connections to each
 	Backends  []Backend  `json:"backends"`
+	Refused   uint64     `json:"refused"` // connections and datagrams of sockets for which no backend was usable
 
 	// What packets find that arrive from other hosts and from pods of this one.
 	Packets []Packets `json:"packets,omitempty"`
@@ -121,7 +122,7 @@ type Packets struct {
 func (h *Host) service(s *service.Service) Service {
 	out := Service{
 		Name: s.Name, Source: s.Source.String(), Balance: s.Balance.String(), Listen: []string{}, Listeners: []Listener{},
-		OnDown: s.OnDown.String(), Flows: !s.Silent, Keepalive: newKeepalive(s.Keepalive), Breaker: newBreaker(s.Breaker),
+		Refused: h.Kernel.Refusals[s.Name], OnDown: s.OnDown.String(), Flows: !s.Silent, Keepalive: newKeepalive(s.Keepalive), Breaker: newBreaker(s.Breaker),
 	}
 	if s.Affinity > 0 {
 		out.Affinity = &Affinity{config.Duration(s.Affinity)}
@@ -283,8 +284,11 @@ func failure(p *Probe) string {
 // blamed says for whom a backend is ejected, and what ends it.
 func blamed(l socket.Load, takes bool) string {
 	of := "failed connects of " + Count(l.Clients, "client")
+	if l.FailedAgo > 0 {
+		of += fmt.Sprintf(", the last %s ago", max(l.FailedAgo, 100*time.Millisecond).Round(100*time.Millisecond))
+	}
 	if l.Shunned {
-		of = "failed connects of several clients, and others avoid it"
+		of += ", and others avoid it"
 	}
 	switch {
 	case takes:

@@ -243,6 +243,9 @@ func settings(s view.Service) [][]string {
 		rows = append(rows, []string{"slow start", s.SlowStart})
 	}
 	rows = append(rows, []string{"on down", s.OnDown})
+	if s.Refused > 0 {
+		rows = append(rows, []string{"refused so far", fmt.Sprint(s.Refused)})
+	}
 	if !s.Flows {
 		rows = append(rows, []string{"flows", "not told"})
 	}

@@ -80,7 +80,7 @@ const TableName = "pentad"
 
 // layoutVersion numbers the meaning of chains and sets. A table of another
 // number is replaced, in one transaction.
-const layoutVersion = "layout-4"
+const layoutVersion = "layout-5"
 
 // The chains that are always there.
 const (

@@ -59,6 +59,7 @@ func (b *blames) load(l *kernelLoad, policy *kernelServiceInfo, ref uint64) Load
 	if l.Blamed == 0 || int32(l.Blamed-uint32(b.now)) <= 0 {
 		return load
 	}
+	var last uint64
 	for _, c := range b.clients[ref] {
 		load.Failures = max(load.Failures, c.Failures)
 		if c.Ejected == 0 || policy.Failures == 0 {
@@ -66,10 +67,14 @@ func (b *blames) load(l *kernelLoad, policy *kernelServiceInfo, ref uint64) Load
 		}
 		load.Ejected = true
 		load.Clients++
+		last = max(last, c.Failed)
 		load.Trial = load.Trial || c.Ejected&1 != 0
 		if until := b.until(&c, policy); until > b.now && c.Ejected&1 == 0 {
 			load.For = max(load.For, b.clock.Duration(until-b.now))
 		}
+	}
+	if last != 0 && last <= b.now {
+		load.FailedAgo = b.clock.Duration(b.now - last)
 	}
 	until := l.Shunned >> 1
 	for _, c := range b.common[ref] {

@@ -17,7 +17,7 @@ import (
 // the old ones. The maps that hold the state of sockets and backends (stateMaps)
 // must never change their layout: what they know cannot be found out again. New
 // knowledge gets a map beside them.
-const layoutVersion = 5
+const layoutVersion = 6
 
 // mapSet is one complete set of maps, pinned under one directory, "set-N". A set
 // counts only once its map about is pinned, which happens last.
@@ -31,14 +31,14 @@ type mapSet struct {
 // stateMaps hold what sockets, backends and followers did; they move on from set
 // to set. An older layout may lack some.
 var stateMaps = []string{
-	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpNames, kernelMapUdpMore, kernelMapUdpShares, kernelMapCounters,
+	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpNames, kernelMapUdpMore, kernelMapUdpShares, kernelMapCounters, kernelMapRefusals,
 	kernelMapLoads, kernelMapBlames, kernelMapHeartbeat,
 	kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
 }
 
 // mapNames are the maps of a set in the order of pinning; about is last.
 var mapNames = []string{
-	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpNames, kernelMapUdpMore, kernelMapUdpShares, kernelMapCounters,
+	kernelMapSockets, kernelMapSocketsMore, kernelMapUdpNames, kernelMapUdpMore, kernelMapUdpShares, kernelMapCounters, kernelMapRefusals,
 	kernelMapLoads, kernelMapBlames, kernelMapHeartbeat,
 	kernelMapFlows, kernelMapFollowers, kernelMapFollowed, kernelMapLost,
 	kernelMapAffinity, kernelMapServices, kernelMapBackends, kernelMapBackendInfo, kernelMapSlots,
@@ -335,6 +335,7 @@ func drop[K any](s *mapSet, name string, keys []K) error {
 // on complete data.
 func (s *mapSet) write(w *writes) error {
 	return inOrder(
+		func() error { return drop(s, kernelMapRefusals, w.added) },
 		func() error { return put(s, kernelMapServices, w.services) },
 		func() error { return put(s, kernelMapBackends, w.backends) },
 		func() error { return put(s, kernelMapBackendInfo, w.details) },

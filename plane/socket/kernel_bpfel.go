@@ -334,6 +334,7 @@ const (
 	kernelMapListeners6         = "listeners6"
 	kernelMapLoads              = "loads"
 	kernelMapLost               = "lost"
+	kernelMapRefusals           = "refusals"
 	kernelMapServices           = "services"
 	kernelMapSlots              = "slots"
 	kernelMapSockets            = "sockets"
@@ -454,6 +455,7 @@ type kernelMapSpecs struct {
 	Listeners6  *ebpf.MapSpec `ebpf:"listeners6"`
 	Loads       *ebpf.MapSpec `ebpf:"loads"`
 	Lost        *ebpf.MapSpec `ebpf:"lost"`
+	Refusals    *ebpf.MapSpec `ebpf:"refusals"`
 	Services    *ebpf.MapSpec `ebpf:"services"`
 	Slots       *ebpf.MapSpec `ebpf:"slots"`
 	Sockets     *ebpf.MapSpec `ebpf:"sockets"`
@@ -522,6 +524,7 @@ type kernelMaps struct {
 	Listeners6  *ebpf.Map `ebpf:"listeners6"`
 	Loads       *ebpf.Map `ebpf:"loads"`
 	Lost        *ebpf.Map `ebpf:"lost"`
+	Refusals    *ebpf.Map `ebpf:"refusals"`
 	Services    *ebpf.Map `ebpf:"services"`
 	Slots       *ebpf.Map `ebpf:"slots"`
 	Sockets     *ebpf.Map `ebpf:"sockets"`
@@ -548,6 +551,7 @@ func (m *kernelMaps) Close() error {
 		m.Listeners6,
 		m.Loads,
 		m.Lost,
+		m.Refusals,
 		m.Services,
 		m.Slots,
 		m.Sockets,

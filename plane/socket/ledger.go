@@ -158,6 +158,7 @@ func (b *batch[K, V]) add(k K, v V) {
 // writes is what has to be written, in the order of its fields: everything that
 // a listener leads to before the listener, what nobody leads to any more after.
 type writes struct {
+	added    []uint32 // indexes of services that were not there
 	services batch[uint32, kernelServiceInfo]
 	backends batch[uint32, kernelBackend]
 	details  batch[uint32, kernelBackendDetail]
@@ -310,6 +311,7 @@ func (l *ledger) install(s *service.Service, t *tables, now moment, w *writes) {
 			shown: make(map[service.Listener]kernelListener, len(s.Listeners)),
 		}
 		l.byName[s.Name] = e
+		w.added = append(w.added, e.id)
 	}
 	gone := l.placeBackends(e, s, now, w)
 	if info := e.serviceInfo(s); !e.complete || info != e.info {

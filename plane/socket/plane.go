@@ -235,6 +235,25 @@ func (p *Plane) Loads(most int) ([]BackendLoad, error) {
 	return all, nil
 }
 
+// Refusals reads how many connections and datagrams each service has refused because no
+// backend of it was usable.
+func (p *Plane) Refusals() (map[string]uint64, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ledger == nil {
+		return nil, ErrNothingInstalled
+	}
+	counts, err := p.set.readRefusals()
+	if err != nil {
+		return nil, err
+	}
+	named := make(map[string]uint64, len(p.ledger.byName))
+	for name, e := range p.ledger.byName {
+		named[name] = counts[e.id]
+	}
+	return named, nil
+}
+
 // Distrust makes the next Apply read the kernel again instead of trusting what
 // this process knows of it.
 func (p *Plane) Distrust() {

@@ -29,6 +29,7 @@ type View struct {
 	Services []*service.Service
 	Since    map[string]map[netip.AddrPort]time.Time // last change of state, by service
 	Loads    map[string]map[netip.AddrPort]Load      // by service
+	Refusals map[string]uint64                       // connections and datagrams that no backend was there for, by service
 	Leaving  int                                     // connections to backends that were removed
 	Usage
 }
@@ -50,6 +51,7 @@ type Load struct {
 	Response    time.Duration // from a request to its first byte, as measured last; 0: unknown
 	Measured    time.Duration // how long ago one of them was measured
 	Failures    uint32        // failed connects in a row, of the client that had most
+	FailedAgo   time.Duration // how long ago one of a client that does not use it failed; 0: there is none
 	Connections uint64        // all that were ever begun
 	Failed      uint64        // of these, how many failed
 	Ejections   uint64        // how often a client ejected it
@@ -94,7 +96,7 @@ func Read(dir string) (*View, error) {
 	v := &View{
 		Version: text(info.Version[:]), Usage: Usage{Memory: set.memory(), Hooks: readHooks(dir)},
 		Since: make(map[string]map[netip.AddrPort]time.Time, len(in.services)),
-		Loads: make(map[string]map[netip.AddrPort]Load, len(in.services)),
+		Loads: make(map[string]map[netip.AddrPort]Load, len(in.services)), Refusals: make(map[string]uint64, len(in.services)),
 	}
 	if err := v.readLoads(set, in); err != nil {
 		return nil, fmt.Errorf("pins under %s: %w", dir, err)
@@ -102,9 +104,14 @@ func Read(dir string) (*View, error) {
 	if v.Counters, err = readCounters(set); err != nil {
 		return nil, err
 	}
-	for _, i := range in.services {
+	refusals, err := set.readRefusals()
+	if err != nil {
+		return nil, err
+	}
+	for id, i := range in.services {
 		v.Services = append(v.Services, i.desired())
 		v.Since[i.name] = i.since()
+		v.Refusals[i.name] = refusals[id]
 	}
 	slices.SortFunc(v.Services, func(a, b *service.Service) int { return strings.Compare(a.Name, b.Name) })
 	return v, nil
@@ -180,6 +187,19 @@ func parseAbout(raw []byte) kernelAboutInfo {
 		info.Version[i-8] = int8(raw[i])
 	}
 	return info
+}
+
+// readRefusals returns how many connections each service has refused, by its index.
+func (s *mapSet) readRefusals() (map[uint32]uint64, error) {
+	all, err := dump[uint32, uint64](s.maps[kernelMapRefusals])
+	if err != nil {
+		return nil, fmt.Errorf("map refusals: %w", err)
+	}
+	counts := make(map[uint32]uint64, len(all.keys))
+	for i, id := range all.keys {
+		counts[id] = all.values[i]
+	}
+	return counts, nil
 }
 
 func readCounters(s *mapSet) (Counters, error) {

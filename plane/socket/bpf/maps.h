@@ -256,6 +256,20 @@ struct {
 	__uint(max_entries, UDP_SHARES);
 } udp_shares SEC(".maps");
 
+/*
+ * refusals: index of a service -> connections and datagrams that were refused because
+ * no backend of it was usable. Written where one is refused, and by user space, which
+ * forgets what another service had at the same index. Bound: fixed; beyond it nothing
+ * is counted.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 65536);
+} refusals SEC(".maps");
+
 /* counters: enum counter -> count, per CPU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -628,10 +628,25 @@ static __noinline void tell_refused(struct bpf_sock_addr *ctx, __u32 service, co
 	publish(&e);
 }
 
+static __noinline void count_refusal(__u32 service)
+{
+	__u64 *n = bpf_map_lookup_elem(&refusals, &service);
+	__u64 none = 0;
+
+	if (!n) {
+		/* Whoever is first, the place is there afterwards. */
+		bpf_map_update_elem(&refusals, &service, &none, BPF_NOEXIST);
+		n = bpf_map_lookup_elem(&refusals, &service);
+	}
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
 static __always_inline int refuse(struct bpf_sock_addr *ctx, const struct listener *l,
 				  const __be32 *vip)
 {
 	count(COUNTER_REFUSED);
+	count_refusal(l->service);
 	if (is_followed())
 		tell_refused(ctx, l->service, vip);
 	bpf_set_retval(-ECONNREFUSED);
