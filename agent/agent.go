@@ -219,9 +219,15 @@ func (a *Agent) recall() error {
 		a.log.Warn("the state of backends could not be read from the kernel", "error", err)
 		return nil
 	}
-	a.recalled = v.Services
+	a.recallStates(v.Services)
+	return nil
+}
+
+// recallStates takes the states of backends that the kernel shows.
+func (a *Agent) recallStates(services []*service.Service) {
+	a.recalled = services
 	a.probes.known = make(map[health.Key]bool)
-	for _, s := range v.Services {
+	for _, s := range services {
 		for _, b := range s.Backends {
 			k := health.Key{Service: s.Name, Address: b.Address}
 			a.probes.known[k] = true
@@ -230,7 +236,6 @@ func (a *Agent) recall() error {
 			})
 		}
 	}
-	return nil
 }
 
 // isPartial reports whether all that is wrong is that something did not fit: that can

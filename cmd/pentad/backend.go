@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/pentad/pentad/agent"
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -224,7 +225,8 @@ func newDrain(at *places) *cobra.Command {
 		Long: "Give a backend no new connections; old ones finish. This lasts until `pentad backend enable`, also across restarts\n" +
 			"of the agent and of the host, and when the backend is taken out of the file and put back. Connections that are\n" +
 			"left are never closed, unless --timeout says after which time, to the second. A backend that is the last one to\n" +
-			"take connections of a listener is drained with --force only. This needs the agent.",
+			"take connections of a listener is drained with --force only. Where no agent runs the kernel is told directly, but --timeout\n" +
+			"needs one.",
 		Example: "  pentad backend drain orders-db 192.0.2.11:3306\n  pentad backend drain orders-db 192.0.2.11:3306 --timeout 60s --wait\n" +
 			"  pentad backend drain --all 192.0.2.11",
 		ValidArgsFunction: completeServices(at),
@@ -262,7 +264,7 @@ func newEnable(at *places) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:               "enable SERVICE ADDRESS",
 		Short:             "Give a drained backend new connections again",
-		Long:              "Give a drained backend new connections again. This needs the agent.",
+		Long:              "Give a drained backend new connections again. Where no agent runs the kernel is told directly.",
 		Example:           "  pentad backend enable orders-db 192.0.2.11:3306\n  pentad backend enable --all 192.0.2.11",
 		ValidArgsFunction: completeServices(at),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -284,7 +286,7 @@ func newEnable(at *places) *cobra.Command {
 func askDrain(ctx context.Context, at *places, r api.DrainRequest) (api.DrainAnswer, error) {
 	answer, err := api.NewClient(at.runDir).Drain(ctx, r)
 	if errors.Is(err, api.ErrNoAgent) {
-		err = fmt.Errorf("%w; start it: systemctl start pentad, or pentad run", err)
+		return agent.DrainAlone(agent.Options{Pins: at.pins, RunDir: at.runDir, StateDir: at.state(), Version: version}, r)
 	}
 	return answer, err
 }

@@ -180,7 +180,26 @@ func TestDrainByHand(t *testing.T) {
 	isDrained("after everything in the kernel was gone", "site")
 	w.Says(0, "backend enable site "+target, "enabled")
 	w.Agent.Kill()
-	w.Says(1, "backend drain site "+target, "no agent is running")
+
+	// Without an agent the kernel is told, and the next agent finds it so.
+	w.Says(1, "backend drain site "+target+" --timeout 5s", "no agent runs, which would close what is left")
+	w.Says(1, "backend drain sit "+target, `did you mean "site"?`)
+	w.Says(1, "backend drain one 10.0.0.1:7000", "would refuse every connection", "--force")
+	w.Says(0, "backend drain site "+target, "drained, 0 connections left")
+	isDrained("with the agent dead", "site")
+	if have := w.Answers("192.0.2.10:80", 20); len(have) != 1 {
+		t.Errorf("after a drain with the agent dead %v answer", have)
+	}
+	w.Agent = w.Launch()
+	w.Ready()
+	isDrained("by the next agent", "site")
+	w.Agent.Kill()
+	w.Says(0, "backend enable site "+target, "enabled")
+	w.Agent = w.Launch()
+	w.Ready()
+	if have := w.Answers("192.0.2.10:80", 40); len(have) != 2 {
+		t.Errorf("after it was enabled with the agent dead %v answer", have)
+	}
 }
 
 // A file is put in force, or it is said why not; one that takes away too much waits for
