@@ -38,6 +38,8 @@ type driver interface {
 	set(*known)
 	state() roleState
 	measure(meter)
+	// opened returns the plane; nil: it is not open.
+	opened() any
 }
 
 // part is a capability of the agent, as the table of roles names it.
@@ -51,6 +53,7 @@ type part[P plane[W], W want[W]] struct {
 	left    func() bool         // whether what an earlier agent left will do until the want is known
 	measure func(P, meter)
 	minor   bool // services do not depend on it: what fails is a warning
+	loud    bool // what fails is a problem all the same
 }
 
 func (p part[P, W]) id() string { return p.name }
@@ -95,6 +98,7 @@ type roleState struct {
 	name    string
 	mode    mode
 	minor   bool
+	loud    bool
 	number  uint64    // of what was known when it was tried last
 	err     error     // why it is not, or not all, as wanted
 	broken  bool      // somebody has changed what it made, and it is not put back yet
@@ -168,11 +172,20 @@ func (d *drive[P, W]) state() roleState {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s := d.is
-	s.name, s.minor, s.left = d.part.name, d.part.minor, d.part.left
+	s.name, s.minor, s.loud, s.left = d.part.name, d.part.minor, d.part.loud, d.part.left
 	if d.isOpen {
 		s.warner, _ = any(d.plane).(warner)
 	}
 	return s
+}
+
+func (d *drive[P, W]) opened() any {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.isOpen {
+		return nil
+	}
+	return d.plane
 }
 
 func (d *drive[P, W]) measure(m meter) {

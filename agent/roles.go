@@ -8,6 +8,7 @@ import (
 	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/proxy"
 	"github.com/pentad/pentad/service"
 )
 
@@ -21,6 +22,8 @@ var roles = []role{
 		open: openNAT, remove: removeNAT, look: 250 * time.Millisecond, left: tableIsWhole},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
+	part[*proxy.Plane, proxy.Want]{name: "proxy", wanted: hasProxies, want: wantProxies,
+		open: openProxies, look: time.Second, measure: measureProxies, minor: true, loud: true},
 	part[*metricsServer, config.API]{name: "metrics", wanted: always, want: wantMetrics,
 		open: openMetrics, look: time.Second, minor: true},
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/pentad/pentad/api"
@@ -79,6 +80,8 @@ func (a *Agent) Status() api.Status {
 	a.addCluster(&s)
 	for _, r := range a.roles() {
 		switch {
+		case r.err != nil && r.loud:
+			s.Problems = append(s.Problems, strings.Split(r.err.Error(), "\n")...)
 		case r.err != nil && r.minor:
 			s.Warnings = append(s.Warnings, r.err.Error())
 		case r.err != nil:

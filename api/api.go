@@ -148,6 +148,13 @@ type Agent interface {
 	Reload(ctx context.Context, r ReloadRequest) (ReloadAnswer, error)
 	// Probes returns the records of a service, or of all with "".
 	Probes(service string) []ProbeRecord
+	// Proxies returns the proxies of this host.
+	Proxies() []Proxy
+	// ProxyFlows returns the connections of their clients that are open.
+	ProxyFlows() []ProxyFlow
+	// FollowProxies calls each for every one that gets to its target or ends, until the
+	// context ends. It calls started when nothing is missed any more.
+	FollowProxies(ctx context.Context, started func(), each func(ProxyFlow) error) error
 }
 
 // ErrNotFound is returned by an Agent for an object that does not exist.
@@ -166,6 +173,7 @@ func Handler(a Agent) http.Handler {
 	mux.HandleFunc("GET /v1/probes", func(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusOK, a.Probes(r.URL.Query().Get("service")))
 	})
+	serveProxies(mux, a)
 	mux.HandleFunc("POST /v1/drain", act(a.Drain))
 	mux.HandleFunc("POST /v1/reload", act(a.Reload))
 	return mux

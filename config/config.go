@@ -26,7 +26,11 @@ type Config struct {
 	Scope    Scope
 	Source   Source
 	API      API
-	Guard    int // percent of the listeners that a new text may take away unless it is forced; GuardOff: all
+
+	Proxies   []Proxy
+	Upstreams []Upstream
+
+	Guard int // percent of the listeners that a new text may take away unless it is forced; GuardOff: all
 
 	Include Include
 	// Files are the services of each included file, those in Services.
@@ -56,6 +60,8 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 		&includeSchema, (*decoder).include),
 	section("scope", "Whose connections are translated.", &scopeSchema, func(c *Config) *Scope { return &c.Scope }),
 	section("source", "Where services come from besides this file.", &sourceSchema, func(c *Config) *Source { return &c.Source }),
+	mappings("proxies", "list of proxies", "Servers that forward connections for clients that ask them to.", &proxySchema, (*decoder).proxies),
+	mappings("upstreams", "list of upstreams", "Proxies of others, which rules of ours can go through.", &upstreamSchema, (*decoder).upstreams),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
@@ -121,12 +127,13 @@ func ParseText(t *Text) (*Config, error) {
 	c := &Config{Scope: defaultScope, API: defaultAPI, Guard: defaultGuard}
 	d.setDefaults(root)
 	seen := fileSchema.decode(d, root, c)
-	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && !d.has("services") {
+	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && seen["proxies"] == nil && !d.has("services") {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
 	}
 	d.taken = taken{make(map[string]*origin), make(map[service.Listener]string)}
 	d.errors = append(d.errors, d.claim(c.Services)...)
 	d.addIncluded(t, c, seen["include"])
+	d.checkVias(c)
 	if err := d.failed(); err != nil {
 		return nil, err
 	}
@@ -139,7 +146,7 @@ func ParseText(t *Text) (*Config, error) {
 	for name, some := range c.Files {
 		c.Files[name] = slices.DeleteFunc(some, isDisabled)
 	}
-	c.Warnings, c.needs = d.sorted(d.warnings), d.needs(c, seen["scope"])
+	c.Warnings, c.needs = d.sorted(d.warnings), append(d.needs(c, seen["scope"]), d.needsOfProxies(c, root)...)
 	return c, nil
 }
 

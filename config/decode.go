@@ -24,6 +24,7 @@ type decoder struct {
 	at       map[*service.Service]*origin
 	disabled map[*service.Service]bool
 	taken    taken
+	vias     []viaNode
 
 	elsewhere *foreign // nodes that stand in another file; nil: none do
 }

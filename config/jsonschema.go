@@ -57,6 +57,10 @@ func (k Key) schema() map[string]any {
 		node["type"], node["pattern"] = "string", `^[0-9]+%$`
 	case strings.HasSuffix(k.Kind, ", or mapping"):
 		node["properties"] = map[string]any{}
+	case strings.Contains(k.Kind, ", or list of "):
+		node["anyOf"] = []any{map[string]any{"type": "string"}, map[string]any{"type": "array", "items": map[string]any{"type": "string"}}}
+	case k.Kind == "list of ports":
+		node["type"], node["items"] = "array", map[string]any{"type": []string{"integer", "string"}}
 	case strings.HasPrefix(k.Kind, "list of "):
 		node["type"], node["items"] = "array", map[string]any{"type": "string"}
 	case strings.HasPrefix(k.Kind, "mapping"):
@@ -64,13 +68,11 @@ func (k Key) schema() map[string]any {
 	default:
 		node["type"] = "string"
 	}
-	if hasNested(k) {
+	if k.Several {
 		node["properties"] = map[string]any{}
 	}
 	return node
 }
-
-func hasNested(k Key) bool { return k.Kind == "list of services" || k.Kind == "list of backends" }
 
 // finishNode gives a mapping, or the list of mappings, its type once its keys are known.
 func finishNode(at map[string]map[string]any, k Key) {
@@ -93,6 +95,8 @@ func finishNode(at map[string]map[string]any, k Key) {
 		node["items"] = item
 	case k.Kind == "list of backends":
 		node["items"] = map[string]any{"anyOf": []any{map[string]any{"type": "string"}, item}}
+	case k.Several:
+		node["items"] = item
 	case strings.HasSuffix(k.Kind, ", or mapping"):
 		node["anyOf"] = []any{map[string]any{"type": "array", "items": map[string]any{"type": "string"}}, item}
 	case k.Kind == "mapping or off":

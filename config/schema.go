@@ -32,6 +32,7 @@ type field[T any] struct {
 	low, high int      // of a whole number; both 0: it is none
 	set       func(d *decoder, n *yaml.Node, to *T)
 	nested    func(prefix string) []Key // keys of what it holds; nil: it holds no mapping
+	several   bool                      // it holds a list of mappings
 }
 
 // must is the field as one that has to be there.
@@ -61,6 +62,7 @@ func mapping[T, S any](key, kind, doc string, of *schema[S], read func(*decoder,
 // mappings is a key that holds a list of mappings.
 func mappings[T, S any](key, kind, doc string, of *schema[S], read func(*decoder, *yaml.Node, *T)) field[T] {
 	f := mapping(key, kind, doc, of, read)
+	f.several = true
 	f.nested = func(path string) []Key { return of.describe(strings.TrimSuffix(path, ".") + "[].") }
 	return f
 }
@@ -126,6 +128,7 @@ type Key struct {
 
 	Words     []string // that it may be; nil: it is no word
 	Low, High int      // of a whole number; both 0: it is none
+	Several   bool     // it holds a list of mappings
 }
 
 // Keys returns every key of pentad.yaml in the order of the documentation.
@@ -135,7 +138,7 @@ func (s *schema[T]) describe(prefix string) []Key {
 	var keys []Key
 	for _, f := range s.fields {
 		keys = append(keys, Key{
-			Path: prefix + f.key, Kind: f.kind, Default: f.fallback, Required: f.required, Doc: f.doc, Words: f.words, Low: f.low, High: f.high,
+			Path: prefix + f.key, Kind: f.kind, Default: f.fallback, Required: f.required, Doc: f.doc, Words: f.words, Low: f.low, High: f.high, Several: f.several,
 		})
 		if f.nested != nil {
 			keys = append(keys, f.nested(prefix+f.key+".")...)

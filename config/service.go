@@ -204,7 +204,7 @@ func valueOf(n *yaml.Node, key string) (value *yaml.Node) {
 }
 
 // itself is for sections that are a part of the service as it is.
-func itself(s *service.Service) *service.Service { return s }
+func itself[T any](v *T) *T { return v }
 
 var keepaliveSchema = schema[service.Keepalive]{what: "keepalive", fields: []field[service.Keepalive]{
 	span("idle", "How long a connection is silent before it is probed, 1s to 9h6m7s, in whole seconds.",

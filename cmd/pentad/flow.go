@@ -11,10 +11,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/flow"
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/socket"
@@ -28,8 +30,10 @@ func newFlow(at *places) *cobra.Command {
 		Short:   "Show which process is connected where, or follow connections as they come and go",
 		Long: "Show the connections through VIPs that are open now: process, VIP, backend, round trip time, age and bytes.\n" +
 			"With -f: follow connections as they begin, succeed, fail and end. Both read the kernel and work with the agent\n" +
-			"dead. Events that come faster than they can be shown are counted, and the count is shown.",
-		Example: "  pentad flow\n  pentad flow -f --service orders-db\n  pentad flow -f -o json",
+			"dead. Events that come faster than they can be shown are counted, and the count is shown.\n" +
+			"Clients of the agent's proxies are shown, too: their proxy as SERVICE, their target as VIP, and by which\n" +
+			"upstreams they go, or direct, as BACKEND.",
+		Example: "  pentad flow\n  pentad flow -f --service orders-db\n  pentad flow --proxy out\n  pentad flow -f -o json",
 		Args:    wants(),
 	}
 	var follow bool
@@ -37,6 +41,7 @@ func newFlow(at *places) *cobra.Command {
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "follow connections until interrupted")
 	cmd.Flags().StringVar(&want.service, "service", "", "only of this service")
 	cmd.Flags().Var(&want.pid, "pid", "only of this process")
+	cmd.Flags().StringVar(&want.proxy, "proxy", "", "only of clients of this proxy")
 	// The flag was just defined: this cannot fail.
 	_ = cmd.RegisterFlagCompletionFunc("service", completeServices(at))
 	o := addList(cmd)
@@ -45,9 +50,9 @@ func newFlow(at *places) *cobra.Command {
 			return err
 		}
 		if follow {
-			return followFlows(cmd.Context(), at.pins, want, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			return followFlows(cmd.Context(), at, want, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		}
-		return listFlows(cmd.Context(), at.pins, want, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		return listFlows(cmd.Context(), at, want, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 	}
 	return cmd
 }
@@ -56,10 +61,11 @@ func newFlow(at *places) *cobra.Command {
 type filter struct {
 	service string
 	pid     pidValue
+	proxy   string
 }
 
-func (w filter) wants(f flow.Flow) bool {
-	return (w.service == "" || f.Service == w.service) && (w.pid == 0 || f.PID == int(w.pid))
+func (w filter) wants(f view.Flow) bool {
+	return (w.service == "" || f.Service == w.service) && (w.pid == 0 || f.PID == int(w.pid)) && (w.proxy == "" || f.Proxy == w.proxy)
 }
 
 // check refuses what no flow can be of.
@@ -67,6 +73,15 @@ func (w filter) check(cmd *cobra.Command, at *places) error {
 	if w.pid != 0 {
 		if _, err := os.Stat(fmt.Sprintf("/proc/%d", w.pid)); errors.Is(err, os.ErrNotExist) {
 			return misused(cmd, "--pid: no such process: %d", w.pid)
+		}
+	}
+	if w.proxy != "" {
+		proxies, err := api.NewClient(at.runDir).Proxies(cmd.Context())
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(proxies, func(p api.Proxy) bool { return p.Name == w.proxy }) {
+			return fmt.Errorf("there is no proxy %s; `pentad proxy list` shows them", w.proxy)
 		}
 	}
 	if w.service == "" {
@@ -82,8 +97,8 @@ func (w filter) check(cmd *cobra.Command, at *places) error {
 	return nil
 }
 
-func listFlows(ctx context.Context, pins string, want filter, o *output, out, errOut io.Writer) error {
-	flows, err := flow.Open(ctx, pins)
+func listFlows(ctx context.Context, at *places, want filter, o *output, out, errOut io.Writer) error {
+	flows, err := flow.Open(ctx, at.pins)
 	if flows == nil && err != nil {
 		return err
 	}
@@ -92,8 +107,15 @@ func listFlows(ctx context.Context, pins string, want filter, o *output, out, er
 	}
 	all := []view.Flow{}
 	for _, x := range flows {
-		if want.wants(x) {
-			all = append(all, view.NewFlow(x))
+		if f := view.NewFlow(x); want.wants(f) {
+			all = append(all, f)
+		}
+	}
+	// Without an agent there is no proxy.
+	proxied, _ := api.NewClient(at.runDir).ProxyFlows(ctx)
+	for _, x := range proxied {
+		if f := view.NewProxyFlow(x); want.wants(f) {
+			all = append(all, f)
 		}
 	}
 	if done, err := o.structured(out, all); done {
@@ -106,7 +128,7 @@ func listFlows(ctx context.Context, pins string, want filter, o *output, out, er
 	var rows [][]string
 	for _, x := range all {
 		row := []string{
-			process(x), or(x.Client, "-"), or(x.Service, "-"), address(x.VIP, x.Protocol), x.Backend, or(view.Latency(x.RTTSeconds), "-"), view.Ago(x.Time),
+			process(x), or(x.Client, "-"), serviceOf(x), address(toOf(x), x.Protocol), byOf(x), or(view.Latency(x.RTTSeconds), "-"), view.Ago(x.Time),
 			bytesOr(x.Sent), bytesOr(x.Received), x.Outcome,
 		}
 		if o.wide() {
@@ -117,8 +139,18 @@ func listFlows(ctx context.Context, pins string, want filter, o *output, out, er
 	return o.print(out, head, rows)
 }
 
+// serviceOf, toOf and byOf are what stands in the columns SERVICE, VIP and BACKEND.
+func serviceOf(f view.Flow) string { return or(f.Service, or(f.Proxy, "-")) }
+
+func toOf(f view.Flow) string { return or(f.VIP, or(f.Target, "-")) }
+
+func byOf(f view.Flow) string { return or(f.Backend, or(strings.Join(f.Via, ", "), "-")) }
+
 func process(f view.Flow) string {
-	if f.PID == 0 {
+	switch {
+	case f.User != "":
+		return "user " + f.User
+	case f.PID == 0:
 		return "-"
 	}
 	return f.Command + "/" + strconv.Itoa(f.PID)
@@ -149,15 +181,15 @@ func bytesOr(n *uint64) string {
 // lostEvery is how often it is said that events were lost.
 const lostEvery = time.Second
 
-func followFlows(ctx context.Context, pins string, want filter, o *output, out, errOut io.Writer) error {
-	follower, err := socket.Follow(pins)
+func followFlows(ctx context.Context, at *places, want filter, o *output, out, errOut io.Writer) error {
+	follower, err := socket.Follow(at.pins)
 	if err != nil {
 		return err
 	}
 	defer follower.Close()
-	show := flowPrinter(o, out)
+	show := oneAtATime(flowPrinter(o, out))
 	tracker := flow.NewTracker()
-	tracker.Agent, tracker.Whose = host.Holder(pins), o.format != "table"
+	tracker.Agent, tracker.Whose = host.Holder(at.pins), o.format != "table"
 	var told uint64
 	var lapsed time.Duration
 	var failed error
@@ -173,17 +205,20 @@ func followFlows(ctx context.Context, pins string, want filter, o *output, out, 
 		}
 	}
 	ctx, stop := context.WithCancel(ctx)
+	var proxies sync.WaitGroup
+	defer proxies.Wait()
 	defer stop()
+	proxies.Go(func() { followProxies(ctx, at, want, show) })
 	checked := time.Now()
 	err = follower.Run(ctx, func(e socket.Event) {
-		if x := tracker.Note(e); want.wants(x) && failed == nil {
-			if failed = show(x); failed != nil {
+		if f := view.NewFlow(tracker.Note(e)); want.wants(f) && failed == nil {
+			if failed = show(f); failed != nil {
 				stop()
 			}
 		}
 		if e.Time.Sub(checked) > lostEvery {
 			tellLost()
-			checked, tracker.Agent = e.Time, host.Holder(pins)
+			checked, tracker.Agent = e.Time, host.Holder(at.pins)
 		}
 	})
 	tellLost()
@@ -193,20 +228,44 @@ func followFlows(ctx context.Context, pins string, want filter, o *output, out, 
 	return cmp.Or(err, failed)
 }
 
+// followProxies shows the clients of the agent's proxies, of whichever agent runs.
+func followProxies(ctx context.Context, at *places, want filter, show func(view.Flow) error) {
+	for {
+		_ = api.NewClient(at.runDir).FollowProxies(ctx, func() {}, func(x api.ProxyFlow) {
+			if f := view.NewProxyFlow(x); want.wants(f) {
+				_ = show(f) // what is wrong with the output the other follower meets with, too
+			}
+		})
+		if !pause(ctx, time.Second) {
+			return
+		}
+	}
+}
+
+// oneAtATime has only one flow at a time be shown.
+func oneAtATime(show func(view.Flow) error) func(view.Flow) error {
+	var mu sync.Mutex
+	return func(f view.Flow) error {
+		mu.Lock()
+		defer mu.Unlock()
+		return show(f)
+	}
+}
+
 // flowPrinter returns a function that prints one flow. What programs read is one
 // document a flow.
-func flowPrinter(o *output, out io.Writer) func(flow.Flow) error {
+func flowPrinter(o *output, out io.Writer) func(view.Flow) error {
 	switch o.format {
 	case "json":
 		e := json.NewEncoder(out)
 		e.SetEscapeHTML(false)
-		return func(x flow.Flow) error { return e.Encode(view.NewFlow(x)) }
+		return func(f view.Flow) error { return e.Encode(f) }
 	case "yaml":
-		return func(x flow.Flow) error {
+		return func(f view.Flow) error {
 			if _, err := io.WriteString(out, "---\n"); err != nil {
 				return err
 			}
-			return writeYAML(out, view.NewFlow(x))
+			return writeYAML(out, f)
 		}
 	}
 	const line = "%-12s  %-11s  %-20s  %-20s  %-21s  %-21s  %-8s  %-10s  %-9s  %-9s  %s\n"
@@ -219,14 +278,13 @@ func flowPrinter(o *output, out io.Writer) func(flow.Flow) error {
 	if !o.noHeaders {
 		fmt.Fprintf(out, line, "TIME", "EVENT", "PROCESS", "SERVICE", "VIP", "BACKEND", "RTT", "DURATION", "SENT", "RECEIVED", "OUTCOME"+more("UID", "CGROUP"))
 	}
-	return func(x flow.Flow) error {
-		f := view.NewFlow(x)
+	return func(f view.Flow) error {
 		outcome := f.Outcome
 		if outcome == f.Event {
 			outcome = "-"
 		}
-		_, err := fmt.Fprintf(out, line, x.Time.Local().Format("15:04:05.000"), f.Event, process(f), or(f.Service, "-"), address(f.VIP, f.Protocol),
-			or(f.Backend, "-"), or(view.Latency(f.RTTSeconds), "-"), or(view.Latency(f.DurationSeconds), "-"), bytesOr(f.Sent), bytesOr(f.Received), outcome+more(uidOr(f.UID), or(f.Cgroup, "-")))
+		_, err := fmt.Fprintf(out, line, f.Time.Local().Format("15:04:05.000"), f.Event, process(f), serviceOf(f), address(toOf(f), f.Protocol),
+			byOf(f), or(view.Latency(f.RTTSeconds), "-"), or(view.Latency(f.DurationSeconds), "-"), bytesOr(f.Sent), bytesOr(f.Received), outcome+more(uidOr(f.UID), or(f.Cgroup, "-")))
 		return err
 	}
 }

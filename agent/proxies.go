@@ -1,0 +1,111 @@
+package agent
+
+import (
+	"context"
+	"slices"
+	"strings"
+
+	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/proxy"
+)
+
+func hasProxies(c *config.Config) bool { return len(c.Proxies) > 0 }
+
+func wantProxies(k *known) (proxy.Want, bool) {
+	return proxy.Want{Proxies: k.config.Proxies, Upstreams: k.config.Upstreams}, true
+}
+
+func openProxies(a *Agent, _ func()) *proxy.Plane { return proxy.New(a.log) }
+
+func measureProxies(p *proxy.Plane, m meter) {
+	totals, open := p.Totals()
+	for name, t := range totals {
+		m.gauge("pentad_proxy_connections_open", float64(open[name]), name)
+		m.counter("pentad_proxy_connections_total", t.Connections, name)
+		m.counter("pentad_proxy_connections_failed_total", t.Failed, name)
+		m.counter("pentad_proxy_bytes_total", t.Sent, name, "sent")
+		m.counter("pentad_proxy_bytes_total", t.Received, name, "received")
+	}
+}
+
+// proxies returns the plane of proxies; nil: there are none.
+func (a *Agent) proxies() *proxy.Plane {
+	for _, d := range a.drivers {
+		if p, ok := d.opened().(*proxy.Plane); ok {
+			return p
+		}
+	}
+	return nil
+}
+
+// Proxies implements api.Agent.
+func (a *Agent) Proxies() []api.Proxy {
+	all := []api.Proxy{}
+	p := a.proxies()
+	if p == nil {
+		return all
+	}
+	a.mu.Lock()
+	configured := a.known.config.Proxies
+	a.mu.Unlock()
+	totals, open := p.Totals()
+	for _, c := range configured {
+		t := totals[c.Name]
+		out := api.Proxy{Name: c.Name, Open: open[c.Name], Connections: t.Connections, Failed: t.Failed, Sent: t.Sent, Received: t.Received}
+		for _, protocol := range c.Protocols {
+			out.Protocols = append(out.Protocols, protocol.String())
+		}
+		listening := p.Listening(c.Name)
+		for _, at := range c.Listen {
+			out.Listen = append(out.Listen, at.String())
+			if !slices.Contains(listening, at) {
+				out.Missing = append(out.Missing, at.String())
+			}
+		}
+		all = append(all, out)
+	}
+	slices.SortFunc(all, func(x, y api.Proxy) int { return strings.Compare(x.Name, y.Name) })
+	return all
+}
+
+// ProxyFlows implements api.Agent.
+func (a *Agent) ProxyFlows() []api.ProxyFlow {
+	all := []api.ProxyFlow{}
+	if p := a.proxies(); p != nil {
+		for _, f := range p.Flows() {
+			all = append(all, newProxyFlow(f))
+		}
+	}
+	return all
+}
+
+// FollowProxies implements api.Agent.
+func (a *Agent) FollowProxies(ctx context.Context, started func(), each func(api.ProxyFlow) error) error {
+	p := a.proxies()
+	if p == nil {
+		started()
+		<-ctx.Done()
+		return nil
+	}
+	flows, stop := p.Follow()
+	defer stop()
+	started()
+	for {
+		select {
+		case f := <-flows:
+			if err := each(newProxyFlow(f)); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func newProxyFlow(f proxy.Flow) api.ProxyFlow {
+	return api.ProxyFlow{
+		ID: f.ID, Proxy: f.Proxy, Protocol: f.Protocol, Command: f.Command, Client: f.Client, User: f.User, Target: f.Target, Via: f.Via,
+		Began: f.Began, Ended: f.Ended, Sent: f.Sent, Received: f.Received, Outcome: f.Outcome,
+	}
+}

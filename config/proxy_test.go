@@ -1,0 +1,76 @@
+package config
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+func TestProxies(t *testing.T) {
+	const text = `
+proxies:
+- name: out
+  protocol: [socks5, http]
+  listen: [127.0.0.1:1080, '[::1]:1080']
+  users: {file: /etc/pentad/users}
+  timeouts: {idle: 10m}
+  rules:
+  - {domains: [.Corp.Example, one.example.], ports: [443, 8000-8999], via: [jump, corp]}
+  - {destinations: [10.0.0.0/8], users: [alice], via: corp}
+  - {via: direct}
+- {name: in, protocol: transparent, listen: 127.0.0.1:15001}
+upstreams:
+- {name: jump, http: {address: proxy.example:3128, tls: true}}
+- {name: corp, socks5: {address: 192.0.2.5:1080, user: me, passwordFile: /etc/pentad/corp}}
+`
+	c, err := Parse("f", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "[{out [socks5 http] [127.0.0.1:1080 [::1]:1080] /etc/pentad/users [] [] false " +
+		"[{[] [{443 443} {8000 8999}] [.corp.example one.example] [] [] [jump corp]} {[10.0.0.0/8] [] [] [] [alice] [corp]} {[] [] [] [] [] [direct]}] " +
+		"20000 5000 10s 10s 10m0s 2m0s} {in [transparent] [127.0.0.1:15001]  [] [] false [] 20000 5000 10s 10s 1h0m0s 2m0s}]"
+	if have := fmt.Sprint(c.Proxies); have != want {
+		t.Errorf("have %s\nwant %s", have, want)
+	}
+	if have := fmt.Sprint(c.Upstreams); have != "[{jump http proxy.example:3128   true} {corp socks5 192.0.2.5:1080 me /etc/pentad/corp false}]" {
+		t.Errorf("upstreams are %s", have)
+	}
+	if missing := c.CheckHost("/sys/fs/cgroup"); len(missing) != 2 || !strings.Contains(missing[0].Error(), "there is no file of users /etc/pentad/users on this host") {
+		t.Errorf("missing are %v", missing)
+	}
+}
+
+func TestProxyErrors(t *testing.T) {
+	for _, c := range []struct{ name, text, want string }{
+		{"reachable", "proxies: [{name: a, protocol: socks5, listen: 0.0.0.0:1080}]", `f:1:47: proxy a: others can reach 0.0.0.0:1080, and could use this host to get where they may not; name users, or allow some clients, or write "open: true"`},
+		{"reachable, and meant", "proxies: [{name: a, protocol: socks5, listen: 0.0.0.0:1080, open: true}]", ""},
+		{"some clients", "proxies: [{name: a, protocol: socks5, listen: 192.0.2.1:1080, allow: [192.0.2.0/24]}]", ""},
+		{"shared", "proxies: [{name: a, protocol: [transparent, socks5], listen: 127.0.0.1:1}]", "f:1:31: transparent shares no port with others: a connection that was led here and one that says where to are not told apart"},
+		{"asked", "proxies: [{name: a, protocol: transparent, listen: 127.0.0.1:1, users: {file: /x}}]", "f:1:72: clients of a transparent proxy do not know of it: nobody can be asked who he is"},
+		{"twice", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1}, {name: b, protocol: http, listen: 127.0.0.1:1}]", "f:1:93: proxy b: 127.0.0.1:1 is where proxy a listens"},
+		{"same name", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1}, {name: a, protocol: http, listen: 127.0.0.1:2}]", "f:1:66: proxy a is already defined; names are unique"},
+		{"no upstream", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{via: corq}]}]\nupstreams: [{name: corp, http: {address: x:1}}]", `f:1:66: proxy a: there is no upstream "corq"; did you mean "corp"?`},
+		{"a loop", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{via: [corp, corp]}]}]\nupstreams: [{name: corp, http: {address: x:1}}]", "f:1:79: corp stands twice: what it takes would come back to it"},
+		{"direct and more", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{via: [direct, corp]}]}]\nupstreams: [{name: corp, http: {address: x:1}}]", "f:1:72: direct and refuse stand alone: nothing comes before or after them"},
+		{"users of nobody", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{users: [bob], via: direct}]}]", `f:1:65: proxy a: a rule for users fits nobody without the key "users"`},
+		{"both", "upstreams: [{name: a, http: {address: x:1}, socks5: {address: x:1}}]\nservices: []", `f:1:13: upstream a: want one of the keys "socks5" and "http"`},
+		{"half a login", "upstreams: [{name: a, http: {address: x:1, user: u}}]\nservices: []", "f:1:13: upstream a: user and passwordFile go together"},
+		{"reserved", "upstreams: [{name: direct, http: {address: x:1}}]\nservices: []", "f:1:20: direct is no name for an upstream: it is a way without one"},
+		{"no port", "upstreams: [{name: a, http: {address: proxy.example}}]\nservices: []", `f:1:39: want HOST:PORT such as 192.0.2.5:3128, found "proxy.example"; the port is missing`},
+		{"a URL", "upstreams: [{name: a, http: {address: 'http://proxy.example:1'}}]\nservices: []", `f:1:39: want HOST:PORT such as 192.0.2.5:3128, found "http://proxy.example:1"; write the address without what stands before ://`},
+		{"a star", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{domains: ['*.corp'], via: direct}]}]", `f:1:77: want a name such as .corp.example, found "*.corp"; all below a name is written ".corp"`},
+		{"ports", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{ports: [90-80], via: direct}]}]", `f:1:75: want a port from 1 to 65535, or a range such as 8000-8999, found "90-80"`},
+		{"another word", "proxies: [{name: a, protocol: socks, listen: 127.0.0.1:1}]", `f:1:31: want socks5, http or transparent, found "socks"; did you mean "socks5"?`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			have := ""
+			if _, err := Parse("f", []byte(c.text)); err != nil {
+				have = err.Error()
+			}
+			if have != c.want {
+				t.Errorf("have %s\nwant %s", have, c.want)
+			}
+		})
+	}
+}

@@ -1,0 +1,253 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/proxy/relay"
+	"github.com/pentad/pentad/proxy/socks5"
+)
+
+// dialer opens a connection to a target.
+type dialer func(context.Context, target) (relay.Conn, error)
+
+// nextAttempt is after how long the next address of a name is tried beside the one
+// before (RFC 8305, section 8: Connection Attempt Delay).
+const nextAttempt = 250 * time.Millisecond
+
+// dialAny connects to the first address that answers.
+func dialAny(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type result struct {
+		conn relay.Conn
+		err  error
+	}
+	results := make(chan result)
+	dial := func(a netip.AddrPort) {
+		c, err := dialTCP(ctx, a)
+		select {
+		case results <- result{c, err}:
+		case <-ctx.Done():
+			if err == nil {
+				c.Close()
+			}
+		}
+	}
+	var first error
+	next := time.NewTimer(0)
+	defer next.Stop()
+	for running := 0; len(addresses) > 0 || running > 0; {
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-next.C:
+			if len(addresses) == 0 {
+				continue
+			}
+			go dial(addresses[0])
+			addresses = addresses[1:]
+			running++
+			next.Reset(nextAttempt)
+		case r := <-results:
+			if r.err == nil {
+				return r.conn, nil
+			}
+			running--
+			if first == nil {
+				first = r.err
+			}
+			next.Reset(0)
+		}
+	}
+	if first == nil {
+		first = errors.New("it has no address")
+	}
+	return nil, first
+}
+
+func dialTCP(ctx context.Context, a netip.AddrPort) (relay.Conn, error) {
+	var d net.Dialer
+	d.SetMultipathTCP(false) // what is spliced has to be plain TCP
+	c, err := d.DialContext(ctx, "tcp", a.String())
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// target is where a client wants to go.
+type target = socks5.Address
+
+// resolver returns the addresses of a target.
+type resolver func(context.Context, target) ([]netip.AddrPort, error)
+
+// systemResolver asks the host, and returns IPv6 and IPv4 in turn (RFC 8305, section 4).
+func systemResolver(ctx context.Context, to target) ([]netip.AddrPort, error) {
+	if to.Name == "" {
+		return []netip.AddrPort{to.AddrPort()}, nil
+	}
+	all, err := net.DefaultResolver.LookupNetIP(ctx, "ip", to.Name)
+	if err != nil {
+		return nil, err
+	}
+	var families [2][]netip.AddrPort
+	for _, a := range all {
+		a = a.Unmap()
+		i := 0
+		if a.Is4() {
+			i = 1
+		}
+		families[i] = append(families[i], netip.AddrPortFrom(a, to.Port))
+	}
+	var mixed []netip.AddrPort
+	for i := range max(len(families[0]), len(families[1])) {
+		for _, f := range families {
+			if i < len(f) {
+				mixed = append(mixed, f[i])
+			}
+		}
+	}
+	return mixed, nil
+}
+
+// dialDirect connects to an upstream: no rule is asked about it.
+func (p *Plane) dialDirect(ctx context.Context, to target) (relay.Conn, error) {
+	addresses, err := p.resolve(ctx, to)
+	if err != nil {
+		return nil, err
+	}
+	return dialAny(ctx, addresses)
+}
+
+// through returns a dialer that goes through an upstream, which before reaches.
+func through(u config.Upstream, before dialer) dialer {
+	return func(ctx context.Context, to target) (relay.Conn, error) {
+		at, err := upstreamAddress(u)
+		if err != nil {
+			return nil, err
+		}
+		login, err := loginOf(u)
+		if err != nil {
+			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
+		}
+		c, err := before(ctx, at)
+		if err != nil {
+			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
+		}
+		asked, err := ask(ctx, u, c, login, to)
+		if err != nil {
+			c.Close()
+			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
+		}
+		return asked, nil
+	}
+}
+
+func upstreamAddress(u config.Upstream) (target, error) {
+	host, port, err := net.SplitHostPort(u.Address)
+	if err != nil {
+		return target{}, err
+	}
+	n, err := net.LookupPort("tcp", port)
+	if err != nil {
+		return target{}, err
+	}
+	return socks5.ParseAddress(host, uint16(n))
+}
+
+// ask has an upstream connect to a target. The context bounds it.
+func ask(ctx context.Context, u config.Upstream, c relay.Conn, login socks5.Login, to target) (relay.Conn, error) {
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	var err error
+	if u.Protocol == config.SOCKS5 {
+		_, err = socks5.Ask(c, login, socks5.Request{Command: socks5.Connect, Address: to})
+	} else {
+		c, err = askHTTP(ctx, u, c, login, to)
+	}
+	if !stop() && ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return c, err
+}
+
+// maxHead bounds what an upstream may say before it is connected, in bytes.
+const maxHead = 64 << 10
+
+// askHTTP asks for a tunnel (RFC 9110, section 9.3.6).
+func askHTTP(ctx context.Context, u config.Upstream, c relay.Conn, login socks5.Login, to target) (relay.Conn, error) {
+	if u.TLS {
+		host, _, _ := net.SplitHostPort(u.Address)
+		t := tls.Client(c, &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12})
+		if err := t.HandshakeContext(ctx); err != nil {
+			return nil, err
+		}
+		c = t
+	}
+	head := "CONNECT " + to.String() + " HTTP/1.1\r\nHost: " + to.String() + "\r\n"
+	if login != (socks5.Login{}) {
+		head += "Proxy-Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(login.User+":"+login.Password)) + "\r\n"
+	}
+	if _, err := io.WriteString(c, head+"\r\n"); err != nil {
+		return nil, err
+	}
+	r := bufio.NewReader(io.LimitReader(c, maxHead))
+	answer, err := http.ReadResponse(r, &http.Request{Method: http.MethodConnect})
+	if err != nil {
+		return nil, fmt.Errorf("no answer to CONNECT that makes sense: %w", err)
+	}
+	if answer.StatusCode/100 != 2 {
+		return nil, &statusError{answer.StatusCode, answer.Status}
+	}
+	if n := r.Buffered(); n > 0 {
+		early := make([]byte, n)
+		if _, err := io.ReadFull(r, early); err != nil {
+			return nil, err
+		}
+		return relay.WithEarly(c, early), nil
+	}
+	return c, nil
+}
+
+// statusError is an HTTP proxy that does not do what it is asked for.
+type statusError struct {
+	code int
+	text string
+}
+
+func (e *statusError) Error() string { return "it answers " + e.text }
+
+// errLoose says that a file with a secret can be read by more than its owner.
+var errLoose = errors.New("others than its owner can read or write it; chmod 600 ends that")
+
+// loginOf reads who we are to an upstream.
+func loginOf(u config.Upstream) (socks5.Login, error) {
+	if u.User == "" {
+		return socks5.Login{}, nil
+	}
+	st, err := os.Stat(u.PasswordFile)
+	if err != nil {
+		return socks5.Login{}, err
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return socks5.Login{}, fmt.Errorf("password file %s: %w", u.PasswordFile, errLoose)
+	}
+	text, err := os.ReadFile(u.PasswordFile)
+	if err != nil {
+		return socks5.Login{}, err
+	}
+	first, _, _ := strings.Cut(string(text), "\n")
+	return socks5.Login{User: u.User, Password: strings.TrimSuffix(first, "\r")}, nil
+}

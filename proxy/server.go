@@ -1,0 +1,350 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/proxy/relay"
+)
+
+// server is one proxy.
+type server struct {
+	plane *Plane
+	name  string
+	log   *slog.Logger
+	ctx   context.Context // of its connections
+	stop  context.CancelFunc
+	tasks sync.WaitGroup
+	web   *http.Server // of the connections that speak HTTP
+	queue *connQueue
+
+	now atomic.Pointer[settings]
+
+	mu        sync.Mutex
+	listeners map[netip.AddrPort]*net.TCPListener
+	changed   *sync.Cond // clients have gone, or may be more
+	clients   map[netip.Addr]int
+	n         int
+	closed    bool
+}
+
+// settings are what holds for the next connections. They are immutable.
+type settings struct {
+	config.Proxy
+	users     *users // nil: nobody is asked
+	upstreams map[string]config.Upstream
+}
+
+func newServer(p *Plane, name string) *server {
+	s := &server{
+		plane: p, name: name, log: p.log.With("proxy", name),
+		listeners: make(map[netip.AddrPort]*net.TCPListener), clients: make(map[netip.Addr]int),
+	}
+	s.ctx, s.stop = context.WithCancel(context.Background())
+	s.changed = sync.NewCond(&s.mu)
+	s.queue = newConnQueue()
+	s.web = s.webServer()
+	s.tasks.Go(func() { _ = s.web.Serve(s.queue) })
+	return s
+}
+
+// set has settings hold, and closes listeners that are not wanted any more.
+func (s *server) set(w config.Proxy, upstreams []config.Upstream) {
+	next := &settings{Proxy: w, upstreams: make(map[string]config.Upstream, len(upstreams))}
+	for _, u := range upstreams {
+		next.upstreams[u.Name] = u
+	}
+	if before := s.now.Load(); before != nil && before.users != nil && before.UsersFile == w.UsersFile {
+		next.users = before.users
+	} else if w.UsersFile != "" {
+		next.users = newUsers(w.UsersFile)
+	}
+	s.now.Store(next)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for at, l := range s.listeners {
+		if !slices.Contains(w.Listen, at) {
+			l.Close()
+			delete(s.listeners, at)
+		}
+	}
+	s.changed.Broadcast()
+}
+
+// listen opens the listeners that are missing.
+func (s *server) listen() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, at := range s.now.Load().Listen {
+		if s.listeners[at] != nil {
+			continue
+		}
+		l, err := listenTCP(at)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s cannot be listened at: %w", at, err))
+			continue
+		}
+		s.listeners[at] = l
+		s.tasks.Go(func() { s.accept(at, l) })
+	}
+	return errors.Join(errs...)
+}
+
+func listenTCP(at netip.AddrPort) (*net.TCPListener, error) {
+	var c net.ListenConfig
+	c.SetMultipathTCP(false) // what is spliced has to be plain TCP
+	l, err := c.Listen(context.Background(), network("tcp", at.Addr()), at.String())
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.TCPListener), nil
+}
+
+// network has an address mean itself: 0.0.0.0 is every IPv4 address and nothing else.
+func network(name string, a netip.Addr) string {
+	if a.Is4() {
+		return name + "4"
+	}
+	return name + "6"
+}
+
+func (s *server) intact() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, at := range s.now.Load().Listen {
+		if s.listeners[at] == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// close ends the server and its connections.
+func (s *server) close() {
+	s.mu.Lock()
+	s.closed = true
+	for at, l := range s.listeners {
+		l.Close()
+		delete(s.listeners, at)
+	}
+	s.changed.Broadcast()
+	s.mu.Unlock()
+	s.stop()
+	s.web.Close()
+	s.tasks.Wait()
+}
+
+// maxPause bounds how long a listener pauses that is out of file descriptors.
+const maxPause = time.Second
+
+// accept takes clients until the listener is closed. What there is no room for waits in
+// the kernel.
+func (s *server) accept(at netip.AddrPort, l *net.TCPListener) {
+	pause := time.Duration(0)
+	for s.awaitRoom() {
+		c, err := l.AcceptTCP()
+		if err != nil {
+			s.leave(netip.Addr{})
+		}
+		switch {
+		case err == nil:
+			pause = 0
+			s.tasks.Go(func() { s.serve(c) })
+		case errors.Is(err, net.ErrClosed):
+			s.gone(at, l)
+			return
+		default:
+			// Out of descriptors, or of memory: the next one fares no better at once.
+			if pause == 0 {
+				s.log.Warn("no client can be taken", "error", err)
+			}
+			pause = min(max(2*pause, 5*time.Millisecond), maxPause)
+			if !sleep(s.ctx, pause) {
+				return
+			}
+		}
+	}
+}
+
+// gone notes that a listener is not there any more, whoever has closed it.
+func (s *server) gone(at netip.AddrPort, l *net.TCPListener) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.listeners[at] == l {
+		delete(s.listeners, at)
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// awaitRoom waits until there may be one more client, and counts it.
+func (s *server) awaitRoom() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.closed && s.n >= s.now.Load().MaxConnections {
+		s.changed.Wait()
+	}
+	if !s.closed {
+		s.n++
+	}
+	return !s.closed
+}
+
+// leave counts a client back. The zero address is one that has never come.
+func (s *server) leave(client netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.n--
+	if client.IsValid() {
+		if s.clients[client]--; s.clients[client] == 0 {
+			delete(s.clients, client)
+		}
+	}
+	s.changed.Signal()
+}
+
+// enter counts a client and reports whether it may come in.
+func (s *server) enter(client netip.Addr) bool {
+	now := s.now.Load()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.clients[client] >= now.MaxPerClient {
+		return false
+	}
+	s.clients[client]++
+	return true
+}
+
+// serve is one connection of a client, from the first byte to the last.
+func (s *server) serve(c *net.TCPConn) {
+	now := s.now.Load()
+	from := addrPort(c.RemoteAddr())
+	client := from.Addr()
+	if !s.enter(client) {
+		s.leave(netip.Addr{})
+		relay.Abort(c)
+		return
+	}
+	defer s.leave(client)
+	if !permitted(now.Proxy, client) {
+		relay.Abort(c)
+		return
+	}
+	stop := context.AfterFunc(s.ctx, func() { relay.Abort(c) })
+	defer stop()
+	(&session{server: s, settings: now, conn: c, client: from, local: addrPort(c.LocalAddr())}).run()
+}
+
+func permitted(p config.Proxy, client netip.Addr) bool {
+	return !contains(p.Deny, client) && (len(p.Allow) == 0 || contains(p.Allow, client))
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	var ap netip.AddrPort
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		ap = a.AddrPort()
+	case *net.UDPAddr:
+		ap = a.AddrPort()
+	}
+	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
+}
+
+// listensAt reports whether one of the listeners is meant by an address.
+func (s *server) listensAt(to target) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range s.listeners {
+		at := addrPort(l.Addr())
+		if at.Port() != to.Port {
+			continue
+		}
+		if at.Addr() == to.IP || at.Addr().IsUnspecified() && isLocal(to.IP) || to.IP.IsUnspecified() && at.Addr().IsLoopback() {
+			return true
+		}
+	}
+	return false
+}
+
+// isLocal reports whether an address is one of this host.
+func isLocal(a netip.Addr) bool {
+	if a.IsLoopback() || a.IsUnspecified() {
+		return true
+	}
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return false
+	}
+	return slices.ContainsFunc(all, func(have net.Addr) bool {
+		n, ok := have.(*net.IPNet)
+		if !ok {
+			return false
+		}
+		ip, ok := netip.AddrFromSlice(n.IP)
+		return ok && ip.Unmap() == a
+	})
+}
+
+// originalAddress returns where a connection went before a firewall led it here.
+func originalAddress(c *net.TCPConn) (netip.AddrPort, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	var to netip.AddrPort
+	var failed error
+	err = raw.Control(func(fd uintptr) { to, failed = originalOf(int(fd), addrPort(c.LocalAddr())) })
+	if err == nil {
+		err = failed
+	}
+	return to, err
+}
+
+// originalOf asks conntrack (SO_ORIGINAL_DST; IP6T_SO_ORIGINAL_DST has the same number).
+// A connection that was not translated is what TPROXY leads here: its own address is
+// where it went.
+func originalOf(fd int, local netip.AddrPort) (netip.AddrPort, error) {
+	if local.Addr().Is4() {
+		// struct sockaddr_in is no longer than the first part of what this call reads.
+		r, err := unix.GetsockoptIPv6Mreq(fd, unix.IPPROTO_IP, unix.SO_ORIGINAL_DST)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOPROTOOPT) {
+			return local, nil
+		}
+		if err != nil {
+			return netip.AddrPort{}, err
+		}
+		a := r.Multiaddr // family, port and address in network order
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(a[4:8])), uint16(a[2])<<8|uint16(a[3])), nil
+	}
+	r, err := unix.GetsockoptIPv6MTUInfo(fd, unix.IPPROTO_IPV6, unix.SO_ORIGINAL_DST)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOPROTOOPT) {
+		return local, nil
+	}
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	port := r.Addr.Port<<8 | r.Addr.Port>>8
+	return netip.AddrPortFrom(netip.AddrFrom16(r.Addr.Addr).Unmap(), port), nil
+}

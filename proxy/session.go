@@ -1,0 +1,327 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/proxy/relay"
+	"github.com/pentad/pentad/proxy/socks5"
+)
+
+// session is one connection of a client.
+type session struct {
+	*server
+	settings *settings
+	conn     *net.TCPConn
+	in       *bufio.Reader // of conn, while the client says what it wants
+	sent     []byte        // what was read from in and is for the target
+	client   netip.AddrPort
+	local    netip.AddrPort // where it has come to
+	flow     *flow          // nil: it has not said anything that makes sense
+	user     string
+}
+
+// Errors of routing.
+var (
+	errRefused = errors.New("refused by the rules of the proxy")
+	errOwn     = errors.New("refused: it is this proxy itself")
+	errHost    = errors.New("refused: an address of the host itself, which no rule names")
+)
+
+// maxHello is how much of a client's first words is read at a time.
+const maxHello = 1 << 10
+
+// run serves the connection and closes it.
+func (s *session) run() {
+	_ = s.conn.SetDeadline(time.Now().Add(s.settings.Handshake))
+	if s.speaks(config.Transparent) {
+		s.transparent()
+		return
+	}
+	s.in = bufio.NewReaderSize(s.conn, maxHello)
+	first, err := s.in.Peek(1)
+	if err != nil {
+		relay.Abort(s.conn) // it has said nothing
+		return
+	}
+	switch {
+	case first[0] == 5 && s.speaks(config.SOCKS5):
+		s.socks()
+	case first[0] == 4 && s.speaks(config.SOCKS5):
+		s.refuseSOCKS4()
+	case first[0] >= 'A' && first[0] <= 'Z' && s.speaks(config.HTTP):
+		s.http()
+	default:
+		s.conn.Close()
+	}
+}
+
+func (s *session) speaks(p config.ProxyProtocol) bool {
+	return slices.Contains(s.settings.Protocols, p)
+}
+
+// Read and Write are the client's side while it says what it wants.
+func (s *session) Read(b []byte) (int, error)  { return s.in.Read(b) }
+func (s *session) Write(b []byte) (int, error) { return s.conn.Write(b) }
+
+// begin notes what the client asks for.
+func (s *session) begin(protocol, command, to string) {
+	s.flow = s.plane.flows.begin(s.name, s.client)
+	s.flow.set(func(f *Flow) { f.Protocol, f.Command, f.User, f.Target = protocol, command, s.user, to })
+}
+
+// fail notes that the client does not get where it wants.
+func (s *session) fail(err error) {
+	s.plane.flows.end(s.flow, true, describe(err))
+}
+
+// linger bounds how long a client that was refused may take to read why.
+const linger = 2 * time.Second
+
+// hangUp closes the connection so that what was written last arrives: with bytes of the
+// client unread the kernel would send RST, which may overtake it.
+func (s *session) hangUp() {
+	_ = s.conn.SetDeadline(time.Now().Add(linger))
+	if s.conn.CloseWrite() == nil {
+		_, _ = io.CopyN(io.Discard, s.conn, 1<<20)
+	}
+	s.conn.Close()
+}
+
+// early returns the client's side with what was read of it and is for the target.
+func (s *session) early() relay.Conn {
+	if s.in == nil {
+		return s.conn
+	}
+	behind, _ := s.in.Peek(s.in.Buffered())
+	return relay.WithEarly(s.conn, append(s.sent, behind...))
+}
+
+// open connects to a target by the way that the rules say.
+func (s *session) open(to target) (relay.Conn, error) {
+	ctx, cancel := context.WithTimeout(s.ctx, s.settings.Connect)
+	defer cancel()
+	steps, err := s.ways(ctx, to)
+	if err != nil {
+		return nil, err
+	}
+	var first error
+	for _, w := range steps {
+		s.flow.set(func(f *Flow) { f.Via = w.via })
+		c, err := w.dial(ctx)
+		if err == nil {
+			return c, nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return nil, first
+}
+
+// way is one to try.
+type way struct {
+	via  []string
+	dial func(context.Context) (relay.Conn, error)
+}
+
+// ways returns by which ways a target may be reached, the best first. It resolves a name
+// only if a rule asks for its address, or if it goes there directly: who resolves it to
+// decide goes to just that address.
+func (s *session) ways(ctx context.Context, to target) ([]way, error) {
+	q := question{s.client.Addr(), s.user, to}
+	a, needsAddress := choose(s.settings.Rules, q)
+	if !needsAddress && a.via[0] != config.Direct {
+		w, err := s.indirect(a, to)
+		return []way{w}, err
+	}
+	addresses, err := s.plane.resolve(ctx, to)
+	if err != nil {
+		return nil, err
+	}
+	return s.waysTo(q, addresses)
+}
+
+// waysTo returns the ways to the addresses of a target. All that go directly are one.
+func (s *session) waysTo(q question, addresses []netip.AddrPort) (all []way, err error) {
+	var direct []netip.AddrPort
+	reason := errRefused
+	for _, ap := range addresses {
+		to := q.to
+		to.IP = ap.Addr()
+		a, _ := choose(s.settings.Rules, question{q.client, q.user, to})
+		if a.via[0] == config.Direct {
+			if err := s.mayReach(to, a); err != nil {
+				reason = err
+				continue
+			}
+			direct = append(direct, ap)
+			continue
+		}
+		// The upstream is told the address that the decision was about.
+		w, err := s.indirect(a, socks5.AddressOf(ap))
+		if err != nil {
+			reason = err
+			continue
+		}
+		all = append(all, w)
+	}
+	if len(direct) > 0 {
+		dial := func(ctx context.Context) (relay.Conn, error) { return dialAny(ctx, direct) }
+		all = append([]way{{[]string{config.Direct}, dial}}, all...)
+	}
+	if len(all) == 0 {
+		return nil, reason
+	}
+	return all, nil
+}
+
+// indirect is the way through upstreams, or none.
+func (s *session) indirect(a answer, to target) (way, error) {
+	if a.via[0] == config.Refuse {
+		return way{}, errRefused
+	}
+	dial := dialer(s.plane.dialDirect)
+	for _, name := range a.via {
+		dial = through(s.settings.upstreams[name], dial)
+	}
+	return way{a.via, func(ctx context.Context) (relay.Conn, error) { return dial(ctx, to) }}, nil
+}
+
+// mayReach refuses what only this host itself should reach: a client of elsewhere that
+// names the loopback is somebody who wants to be inside.
+func (s *session) mayReach(to target, a answer) error {
+	if s.plane.isOwn(to) {
+		return errOwn
+	}
+	named := a.rule >= 0 && len(s.settings.Rules[a.rule].Destinations) > 0
+	inside := to.IP.IsLoopback() || to.IP.IsUnspecified() || to.IP.IsLinkLocalUnicast()
+	if inside && !named && !s.isHere() {
+		return errHost
+	}
+	return nil
+}
+
+// isHere reports whether the client is a process of this host.
+func (s *session) isHere() bool {
+	return s.client.Addr().IsLoopback() || s.client.Addr() == s.local.Addr()
+}
+
+// relay copies between the client and its target until both have ended.
+func (s *session) relay(to relay.Conn) {
+	_ = s.conn.SetDeadline(time.Time{})
+	s.plane.flows.reached(s.flow)
+	stop := context.AfterFunc(s.ctx, func() { relay.Abort(to) })
+	defer stop()
+	err := relay.Relay(s.early(), to, s.settings.Idle, &s.flow.counts)
+	s.plane.flows.end(s.flow, false, ended(s.ctx, err))
+}
+
+func ended(ctx context.Context, err error) string {
+	switch {
+	case err == nil:
+		return "closed"
+	case ctx.Err() != nil:
+		return "closed with the proxy"
+	case errors.Is(err, relay.ErrIdle):
+		return "closed: " + err.Error()
+	}
+	return "aborted: " + describe(err)
+}
+
+// describe says in words what went wrong, without the names of system calls.
+func describe(err error) string {
+	var dns *net.DNSError
+	var status *statusError
+	var reply socks5.Reply
+	switch {
+	case errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded):
+		return "no answer in time"
+	case errors.As(err, &dns) && dns.IsNotFound:
+		return fmt.Sprintf("no such host %s", dns.Name)
+	case errors.As(err, &dns):
+		return fmt.Sprintf("%s cannot be resolved: %s", dns.Name, dns.Err)
+	}
+	prefix := ""
+	if text := err.Error(); strings.HasPrefix(text, "upstream ") {
+		prefix, _, _ = strings.Cut(text, ": ")
+		prefix += ": "
+	}
+	var errno syscall.Errno
+	switch {
+	case errors.As(err, &reply):
+		return prefix + reply.Error()
+	case errors.As(err, &status):
+		return prefix + status.Error()
+	case errors.As(err, &errno):
+		return prefix + errno.Error()
+	}
+	return err.Error()
+}
+
+// transparent serves a connection that was led here.
+func (s *session) transparent() {
+	to, err := originalAddress(s.conn)
+	if err != nil {
+		s.log.Debug("where a connection went is not known", "client", s.client, "error", err)
+		relay.Abort(s.conn)
+		return
+	}
+	s.begin("transparent", "CONNECT", to.String())
+	if to == s.local && s.plane.isOwn(socks5.AddressOf(to)) {
+		s.fail(errors.New("it was not led here: the client named the proxy itself"))
+		relay.Abort(s.conn)
+		return
+	}
+	dest := socks5.AddressOf(to)
+	dest.Name = s.sniff()
+	c, err := s.openNamed(dest)
+	if err != nil {
+		s.fail(err)
+		relay.Abort(s.conn)
+		return
+	}
+	s.relay(c)
+}
+
+// openNamed connects to an address of which the client's own words say which name it
+// means. The name decides about the way; who goes directly goes to the address.
+func (s *session) openNamed(to target) (relay.Conn, error) {
+	if to.Name == "" {
+		return s.open(to)
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.settings.Connect)
+	defer cancel()
+	a, _ := choose(s.settings.Rules, question{s.client.Addr(), s.user, to})
+	if a.via[0] != config.Direct {
+		// A name that no rule has asked for is only what the client says.
+		if a.rule >= 0 && len(s.settings.Rules[a.rule].Domains) > 0 {
+			to.IP = netip.Addr{}
+		} else {
+			to.Name = ""
+		}
+		w, err := s.indirect(a, to)
+		if err != nil {
+			return nil, err
+		}
+		s.flow.set(func(f *Flow) { f.Via, f.Target = w.via, to.String() })
+		return w.dial(ctx)
+	}
+	s.flow.set(func(f *Flow) { f.Via = a.via })
+	to.Name = ""
+	if err := s.mayReach(to, a); err != nil {
+		return nil, err
+	}
+	return dialTCP(ctx, to.AddrPort())
+}
