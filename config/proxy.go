@@ -403,8 +403,12 @@ func (d *decoder) checkVias(c *Config) {
 	for _, u := range c.Upstreams {
 		names = append(names, u.Name)
 	}
+	loops := loopsOf(c)
 	for _, v := range d.vias {
 		for i, r := range v.proxy.Rules {
+			if loops[v.proxy.Name] && leadsBack(c, r, loops) {
+				d.errorf(resolve(v.rules.Content[i]), "proxy %s: by way of %s connections come back to it, without end", v.proxy.Name, r.Via[0])
+			}
 			for _, name := range r.Via {
 				if !slices.Contains(names, name) {
 					d.errorf(resolve(v.rules.Content[i]), "proxy %s: there is no upstream %q%s", v.proxy.Name, shorten(name), service.Nearest(name, names))
@@ -412,6 +416,63 @@ func (d *decoder) checkVias(c *Config) {
 			}
 		}
 	}
+}
+
+// proxyAt returns the proxy of this file that listens at the address of an upstream.
+func proxyAt(c *Config, upstream string) (Proxy, bool) {
+	for _, u := range c.Upstreams {
+		at, err := netip.ParseAddrPort(u.Address)
+		if u.Name != upstream || err != nil {
+			continue
+		}
+		for _, p := range c.Proxies {
+			if slices.Contains(p.Listen, at) {
+				return p, true
+			}
+		}
+	}
+	return Proxy{}, false
+}
+
+// loopsOf returns the proxies from which one gets back to them by the first upstreams of
+// rules, as far as addresses tell.
+func loopsOf(c *Config) map[string]bool {
+	next := make(map[string][]string)
+	for _, p := range c.Proxies {
+		for _, r := range p.Rules {
+			if len(r.Via) == 0 {
+				continue
+			}
+			if q, ok := proxyAt(c, r.Via[0]); ok {
+				next[p.Name] = append(next[p.Name], q.Name)
+			}
+		}
+	}
+	loops := make(map[string]bool)
+	for name := range next {
+		seen := make(map[string]bool)
+		for todo := next[name]; len(todo) > 0; {
+			at := todo[0]
+			todo = todo[1:]
+			if at == name {
+				loops[name] = true
+			}
+			if !seen[at] {
+				seen[at] = true
+				todo = append(todo, next[at]...)
+			}
+		}
+	}
+	return loops
+}
+
+// leadsBack reports whether a rule of a proxy in a loop is part of one.
+func leadsBack(c *Config, r ProxyRule, loops map[string]bool) bool {
+	if len(r.Via) == 0 {
+		return false
+	}
+	q, ok := proxyAt(c, r.Via[0])
+	return ok && loops[q.Name]
 }
 
 // needsOfProxies lists the files that proxies and upstreams name.

@@ -123,15 +123,6 @@ func systemResolver(ctx context.Context, to target) ([]netip.AddrPort, error) {
 	return mixed, nil
 }
 
-// dialDirect connects to an upstream: no rule is asked about it.
-func (p *Plane) dialDirect(ctx context.Context, to target) (relay.Conn, error) {
-	addresses, err := p.resolve(ctx, to)
-	if err != nil {
-		return nil, err
-	}
-	return dialAny(ctx, addresses)
-}
-
 // through returns a dialer that goes through an upstream, which before reaches.
 func through(u config.Upstream, before dialer) dialer {
 	return func(ctx context.Context, to target) (relay.Conn, error) {

@@ -192,18 +192,32 @@ func (s *session) indirect(a answer, to target) (way, error) {
 	if a.via[0] == config.Refuse {
 		return way{}, errRefused
 	}
-	dial := dialer(s.plane.dialDirect)
+	dial := dialer(s.dialUpstream)
 	for _, name := range a.via {
 		dial = through(s.settings.upstreams[name], dial)
 	}
 	return way{a.via, func(ctx context.Context) (relay.Conn, error) { return dial(ctx, to) }}, nil
 }
 
+// dialUpstream connects to the first upstream of a chain: no rule is asked about it.
+func (s *session) dialUpstream(ctx context.Context, to target) (relay.Conn, error) {
+	addresses, err := s.plane.resolve(ctx, to)
+	if err != nil {
+		return nil, err
+	}
+	for _, ap := range addresses {
+		if s.listensAt(socks5.AddressOf(ap)) {
+			return nil, errOwn // without end
+		}
+	}
+	return dialAny(ctx, addresses)
+}
+
 // mayReach refuses what only this host itself should reach: a client of elsewhere that
 // names the loopback is somebody who wants to be inside.
 func (s *session) mayReach(to target, a answer) error {
-	if s.plane.isOwn(to) {
-		return errOwn
+	if s.speaks(config.Transparent) && s.plane.isOwn(to) {
+		return errOwn // it would be led here again
 	}
 	named := a.rule >= 0 && len(s.settings.Rules[a.rule].Destinations) > 0
 	inside := to.IP.IsLoopback() || to.IP.IsUnspecified() || to.IP.IsLinkLocalUnicast()

@@ -188,7 +188,12 @@ func TestRequest(t *testing.T) {
 	fails("18 connection refused", 5, 5, 1, 0, closedPort(t))
 	fails("18 no such host", 4, 5, 1, 0, named("nobody.test", 80))
 	fails("18 no answer in time", 4, 5, 1, 0, named("slow.test", 80))
-	fails("18 the proxy itself", 2, 5, 1, 0, netip.MustParseAddrPort(at))
+	t.Run("the proxy itself is a target like others", func(t *testing.T) {
+		c := asked(t, at, 5, 1, 0, netip.MustParseAddrPort(at), 5, 1, 0, 5, 1, 0, to)
+		c.hear(5, 0, 0)
+		c.take(7)
+		c.hear(5, 0, 5, 0, 0)
+	})
 	t.Run("18 no network", func(t *testing.T) {
 		// A destination of which the kernel knows by itself that there is no way.
 		c := asked(t, at, 5, 1, 0, netip.MustParseAddrPort("[2001:db8::1]:80"))

@@ -267,7 +267,7 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, __u32);
 	__type(value, __u64);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 16384);
 } refusals SEC(".maps");
 
 /* counters: enum counter -> count, per CPU. */
