@@ -10,10 +10,10 @@ import (
 	"github.com/pentad/pentad/proxy"
 )
 
-func hasProxies(c *config.Config) bool { return len(c.Proxies) > 0 }
+func hasProxies(c *config.Config) bool { return len(c.Proxies)+len(c.Forwards) > 0 }
 
 func wantProxies(k *known) (proxy.Want, bool) {
-	return proxy.Want{Proxies: k.config.Proxies, Upstreams: k.config.Upstreams}, true
+	return proxy.Want{Proxies: k.config.Proxies, Upstreams: k.config.Upstreams, Forwards: k.config.Forwards}, true
 }
 
 func openProxies(a *Agent, _ func()) *proxy.Plane { return proxy.New(a.log) }
@@ -66,6 +66,29 @@ func (a *Agent) Proxies() []api.Proxy {
 		all = append(all, out)
 	}
 	slices.SortFunc(all, func(x, y api.Proxy) int { return strings.Compare(x.Name, y.Name) })
+	return all
+}
+
+// Forwards implements api.Agent.
+func (a *Agent) Forwards() []api.Forward {
+	all := []api.Forward{}
+	p := a.proxies()
+	if p == nil {
+		return all
+	}
+	_, open := p.Totals()
+	for _, f := range p.Forwards() {
+		out := api.Forward{Name: f.Name, Remote: f.Remote, To: f.To, Via: f.Via, Up: f.Up, Since: f.Since, Open: open[f.Name]}
+		if f.Listen.IsValid() {
+			out.Listen = f.Listen.String()
+			out.Missing = len(p.Listening(f.Name)) == 0
+		}
+		if f.Err != nil {
+			out.Why = proxy.Describe(f.Err)
+		}
+		all = append(all, out)
+	}
+	slices.SortFunc(all, func(x, y api.Forward) int { return strings.Compare(x.Name, y.Name) })
 	return all
 }
 

@@ -150,6 +150,8 @@ type Agent interface {
 	Probes(service string) []ProbeRecord
 	// Proxies returns the proxies of this host.
 	Proxies() []Proxy
+	// Forwards returns the forwards of this host.
+	Forwards() []Forward
 	// ProxyFlows returns the connections of their clients that are open.
 	ProxyFlows() []ProxyFlow
 	// FollowProxies calls each for every one that gets to its target or ends, until the

@@ -22,6 +22,20 @@ type Proxy struct {
 	Received    uint64   `json:"received"` // by clients
 }
 
+// Forward is a forward and how it is.
+type Forward struct {
+	Name    string    `json:"name"`
+	Listen  string    `json:"listen,omitempty"`
+	Missing bool      `json:"missing,omitempty"` // it does not listen there
+	Remote  string    `json:"remote,omitempty"`
+	To      string    `json:"to"`
+	Via     []string  `json:"via"`
+	Up      bool      `json:"up"`    // its way is open
+	Since   time.Time `json:"since"` // since when it is so
+	Why     string    `json:"why,omitempty"`
+	Open    int       `json:"open"` // connections
+}
+
 // ProxyFlow is one connection of a client of a proxy, or one association for datagrams.
 type ProxyFlow struct {
 	ID       uint64         `json:"id"`
@@ -43,6 +57,12 @@ type ProxyFlow struct {
 func (c *Client) Proxies(ctx context.Context) ([]Proxy, error) {
 	var all []Proxy
 	return all, c.call(ctx, http.MethodGet, "/v1/proxies", nil, &all)
+}
+
+// Forwards asks which forwards there are.
+func (c *Client) Forwards(ctx context.Context) ([]Forward, error) {
+	var all []Forward
+	return all, c.call(ctx, http.MethodGet, "/v1/forwards", nil, &all)
 }
 
 // ProxyFlows asks for the connections of clients of proxies that are open.
@@ -79,6 +99,9 @@ func (c *Client) FollowProxies(ctx context.Context, ready func(), each func(Prox
 func serveProxies(mux *http.ServeMux, a Agent) {
 	mux.HandleFunc("GET /v1/proxies", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, a.Proxies())
+	})
+	mux.HandleFunc("GET /v1/forwards", func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, http.StatusOK, a.Forwards())
 	})
 	mux.HandleFunc("GET /v1/proxies/flows", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, a.ProxyFlows())

@@ -29,6 +29,7 @@ type Config struct {
 
 	Proxies   []Proxy
 	Upstreams []Upstream
+	Forwards  []Forward
 
 	Guard int // percent of the listeners that a new text may take away unless it is forced; GuardOff: all
 
@@ -62,6 +63,7 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 	section("source", "Where services come from besides this file.", &sourceSchema, func(c *Config) *Source { return &c.Source }),
 	mappings("proxies", "list of proxies", "Servers that forward connections for clients that ask them to.", &proxySchema, (*decoder).proxies),
 	mappings("upstreams", "list of upstreams", "Proxies of others, which rules of ours can go through.", &upstreamSchema, (*decoder).upstreams),
+	mappings("forwards", "list of forwards", "Connections to one address that go to another, through upstreams, kept up for ever.", &forwardSchema, (*decoder).forwards),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
@@ -127,13 +129,14 @@ func ParseText(t *Text) (*Config, error) {
 	c := &Config{Scope: defaultScope, API: defaultAPI, Guard: defaultGuard}
 	d.setDefaults(root)
 	seen := fileSchema.decode(d, root, c)
-	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && seen["proxies"] == nil && !d.has("services") {
+	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && seen["proxies"] == nil && seen["forwards"] == nil && !d.has("services") {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
 	}
 	d.taken = taken{make(map[string]*origin), make(map[service.Listener]string)}
 	d.errors = append(d.errors, d.claim(c.Services)...)
 	d.addIncluded(t, c, seen["include"])
 	d.checkVias(c)
+	d.checkForwards(c)
 	if err := d.failed(); err != nil {
 		return nil, err
 	}

@@ -26,6 +26,8 @@ type decoder struct {
 	taken    taken
 	vias     []viaNode
 
+	forwardNodes []*yaml.Node
+
 	elsewhere *foreign // nodes that stand in another file; nil: none do
 }
 

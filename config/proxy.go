@@ -21,13 +21,18 @@ const (
 	SOCKS5      ProxyProtocol = iota
 	HTTP                      // CONNECT, and requests with an absolute URI
 	Transparent               // they do not: their connections were led here
+	Fixed                     // they cannot: all go to one target (see Forward)
+	SSH                       // of upstreams only
 )
 
-// ProxyProtocols are the words for them, in the order of the constants.
+// ProxyProtocols are the words for those that a proxy can speak, in the order of the
+// constants.
 var ProxyProtocols = []string{"socks5", "http", "transparent"}
 
 // String returns the word for the protocol.
-func (p ProxyProtocol) String() string { return ProxyProtocols[p] }
+func (p ProxyProtocol) String() string {
+	return append(ProxyProtocols, "forward", "ssh")[p]
+}
 
 // Proxy is a server that forwards what its clients ask for.
 type Proxy struct {
@@ -39,6 +44,7 @@ type Proxy struct {
 	Deny      []netip.Prefix // wins over Allow
 	Open      bool           // whoever can reach it may use it
 	Rules     []ProxyRule    // the first that fits; what fits none is refused. None: all goes direct
+	Target    string         // HOST:PORT where all go, of Fixed
 
 	MaxConnections int
 	MaxPerClient   int
@@ -66,16 +72,6 @@ const (
 
 // PortRange is First to Last, both included.
 type PortRange struct{ First, Last uint16 }
-
-// Upstream is a proxy of somebody else that ours can go through.
-type Upstream struct {
-	Name         string
-	Protocol     ProxyProtocol // SOCKS5 or HTTP
-	Address      string        // HOST:PORT
-	User         string
-	PasswordFile string
-	TLS          bool // HTTP only
-}
 
 var proxySchema = schema[Proxy]{what: "a proxy", fields: []field[Proxy]{
 	nameField(func(to *Proxy, v string) { to.Name = v }, "out"),
@@ -109,13 +105,14 @@ var proxySchema = schema[Proxy]{what: "a proxy", fields: []field[Proxy]{
 			})
 		}),
 	number("maxConnections", "connections", "How many connections of clients there are at most; further ones wait until one ends.", 1, 1_000_000,
-		func(to *Proxy, v int) { to.MaxConnections = v }).or(strconv.Itoa(defaultProxy.MaxConnections)),
+		func(to *Proxy, v int) { to.MaxConnections = v }).or(strconv.Itoa(DefaultProxy.MaxConnections)),
 	number("maxPerClient", "connections", "The same for one client address; further ones are closed.", 1, 1_000_000,
-		func(to *Proxy, v int) { to.MaxPerClient = v }).or(strconv.Itoa(defaultProxy.MaxPerClient)),
+		func(to *Proxy, v int) { to.MaxPerClient = v }).or(strconv.Itoa(DefaultProxy.MaxPerClient)),
 	section("timeouts", "How long it waits.", &proxyTimeoutsSchema, itself),
 }}
 
-var defaultProxy = Proxy{
+// DefaultProxy is a proxy with the defaults of its keys.
+var DefaultProxy = Proxy{
 	MaxConnections: 20_000, MaxPerClient: 5_000,
 	Handshake: 10 * time.Second, Connect: 10 * time.Second, Idle: time.Hour, IdleUDP: 2 * time.Minute,
 }
@@ -127,13 +124,13 @@ var usersSchema = schema[Proxy]{what: "users", fields: []field[Proxy]{
 
 var proxyTimeoutsSchema = schema[Proxy]{what: "timeouts", fields: []field[Proxy]{
 	span("handshake", "For all that a client has to say before it is connected.", 100*time.Millisecond, 5*time.Minute, time.Millisecond,
-		func(to *Proxy, v time.Duration) { to.Handshake = v }).or(Duration(defaultProxy.Handshake)),
+		func(to *Proxy, v time.Duration) { to.Handshake = v }).or(Duration(DefaultProxy.Handshake)),
 	span("connect", "For the connection to the target.", 100*time.Millisecond, 5*time.Minute, time.Millisecond,
-		func(to *Proxy, v time.Duration) { to.Connect = v }).or(Duration(defaultProxy.Connect)),
+		func(to *Proxy, v time.Duration) { to.Connect = v }).or(Duration(DefaultProxy.Connect)),
 	span("idle", "A connection on which nothing is sent for so long is closed.", time.Second, 7*24*time.Hour, time.Millisecond,
-		func(to *Proxy, v time.Duration) { to.Idle = v }).or(Duration(defaultProxy.Idle)),
+		func(to *Proxy, v time.Duration) { to.Idle = v }).or(Duration(DefaultProxy.Idle)),
 	span("udp", "What is known of a sender of datagrams is forgotten after so long.", time.Second, 24*time.Hour, time.Millisecond,
-		func(to *Proxy, v time.Duration) { to.IdleUDP = v }).or(Duration(defaultProxy.IdleUDP)),
+		func(to *Proxy, v time.Duration) { to.IdleUDP = v }).or(Duration(DefaultProxy.IdleUDP)),
 }}
 
 var proxyRuleSchema = schema[ProxyRule]{what: "a rule", fields: []field[ProxyRule]{
@@ -167,35 +164,6 @@ var proxyRuleSchema = schema[ProxyRule]{what: "a rule", fields: []field[ProxyRul
 		set: func(d *decoder, n *yaml.Node, to *ProxyRule) { to.Via = d.via(n) },
 	},
 }}
-
-var upstreamSchema = schema[Upstream]{what: "an upstream", fields: []field[Upstream]{
-	nameField(func(to *Upstream, v string) { to.Name = v }, "corp"),
-	section("socks5", "A SOCKS5 server.", &socks5UpstreamSchema, func(u *Upstream) *Upstream {
-		u.Protocol = SOCKS5
-		return u
-	}),
-	section("http", "An HTTP proxy that knows CONNECT.", &httpUpstreamSchema, func(u *Upstream) *Upstream {
-		u.Protocol = HTTP
-		return u
-	}),
-}}
-
-var socks5UpstreamSchema = schema[Upstream]{what: "socks5", fields: loginFields("192.0.2.5:1080")}
-
-var httpUpstreamSchema = schema[Upstream]{what: "http", fields: append(loginFields("192.0.2.5:3128"),
-	truth("tls", "Whether the connection to the proxy is encrypted.", func(to *Upstream, v bool) { to.TLS = v }).or("false"))}
-
-func loginFields(example string) []field[Upstream] {
-	return []field[Upstream]{
-		{
-			key: "address", kind: "HOST:PORT", required: true, doc: "Where it is. A name is resolved each time.",
-			set: func(d *decoder, n *yaml.Node, to *Upstream) { to.Address = d.hostPort(n, example) },
-		},
-		text("user", "name", "Who we are to it.", "a user", func(to *Upstream, v string) { to.User = v }),
-		text("passwordFile", "path", "Its first line is the password. Nobody but its owner may read or write it.", "the path of a file",
-			func(to *Upstream, v string) { to.PasswordFile = v }),
-	}
-}
 
 // nameField is the name of something in a list.
 func nameField[T any](set func(*T, string), example string) field[T] {
@@ -292,42 +260,11 @@ func (d *decoder) via(n *yaml.Node) []string {
 	return all
 }
 
-// hostPort reads HOST:PORT, where the host is a name or an address.
-func (d *decoder) hostPort(n *yaml.Node, example string) string {
-	want := "HOST:PORT such as " + example
-	text, ok := d.text(n, want)
-	if !ok {
-		return ""
-	}
-	if ap, err := netip.ParseAddrPort(text); err == nil && ap.Port() != 0 {
-		return text
-	}
-	host, port, ok := strings.Cut(text, ":")
-	p, err := strconv.ParseUint(port, 10, 16)
-	if _, notName := netip.ParseAddr(host); !ok || err != nil || p == 0 || notName == nil || host == "" || strings.ContainsAny(host, "/ @[]") {
-		d.errorf(n, "want %s, found %q%s", want, shorten(text), hostPortHint(text))
-	}
-	return text
-}
-
-func hostPortHint(text string) string {
-	if strings.Contains(text, "://") {
-		return "; write the address without what stands before ://"
-	}
-	if hint := bracketHint(text); hint != "" {
-		return hint
-	}
-	if !strings.Contains(text, ":") {
-		return "; the port is missing"
-	}
-	return ""
-}
-
 // proxies reads the proxies. What they have to do with upstreams is checked when those
 // are known, too.
 func (d *decoder) proxies(n *yaml.Node, to *Config) {
 	d.list(n, "a list of proxies", func(e *yaml.Node) {
-		p := defaultProxy
+		p := DefaultProxy
 		seen := proxySchema.decode(d, e, &p)
 		if seen == nil {
 			return
@@ -369,32 +306,6 @@ func (d *decoder) checkProxy(n *yaml.Node, seen map[string]*yaml.Node, p Proxy, 
 type viaNode struct {
 	proxy Proxy
 	rules *yaml.Node
-}
-
-func (d *decoder) upstreams(n *yaml.Node, to *Config) {
-	d.list(n, "a list of upstreams", func(e *yaml.Node) {
-		var u Upstream
-		seen := upstreamSchema.decode(d, e, &u)
-		if seen == nil {
-			return
-		}
-		switch {
-		case u.Name == Direct || u.Name == Refuse:
-			d.errorf(seen["name"], "%s is no name for an upstream: it is a way without one", u.Name)
-		case slices.ContainsFunc(to.Upstreams, func(o Upstream) bool { return o.Name == u.Name && u.Name != "" }):
-			d.errorf(seen["name"], "upstream %s is already defined; names are unique", u.Name)
-		}
-		if (seen["socks5"] == nil) == (seen["http"] == nil) {
-			d.errorf(e, "upstream %s: want one of the keys \"socks5\" and \"http\"", u.Name)
-		}
-		if (u.User == "") != (u.PasswordFile == "") {
-			d.errorf(e, "upstream %s: user and passwordFile go together", u.Name)
-		}
-		if len(u.User) > 255 {
-			d.errorf(e, "upstream %s: a user has at most 255 bytes", u.Name)
-		}
-		to.Upstreams = append(to.Upstreams, u)
-	})
 }
 
 // checkVias sees to it that every rule names upstreams that are there.

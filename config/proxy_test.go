@@ -28,12 +28,12 @@ upstreams:
 		t.Fatal(err)
 	}
 	const want = "[{out [socks5 http] [127.0.0.1:1080 [::1]:1080] /etc/pentad/users [] [] false " +
-		"[{[] [{443 443} {8000 8999}] [.corp.example one.example] [] [] [jump corp]} {[10.0.0.0/8] [] [] [] [alice] [corp]} {[] [] [] [] [] [direct]}] " +
-		"20000 5000 10s 10s 10m0s 2m0s} {in [transparent] [127.0.0.1:15001]  [] [] false [] 20000 5000 10s 10s 1h0m0s 2m0s}]"
+		"[{[] [{443 443} {8000 8999}] [.corp.example one.example] [] [] [jump corp]} {[10.0.0.0/8] [] [] [] [alice] [corp]} {[] [] [] [] [] [direct]}]  " +
+		"20000 5000 10s 10s 10m0s 2m0s} {in [transparent] [127.0.0.1:15001]  [] [] false []  20000 5000 10s 10s 1h0m0s 2m0s}]"
 	if have := fmt.Sprint(c.Proxies); have != want {
 		t.Errorf("have %s\nwant %s", have, want)
 	}
-	if have := fmt.Sprint(c.Upstreams); have != "[{jump http proxy.example:3128   true} {corp socks5 192.0.2.5:1080 me /etc/pentad/corp false}]" {
+	if have := fmt.Sprint(c.Upstreams); have != "[{jump http proxy.example:3128   true []   false  0s 0} {corp socks5 192.0.2.5:1080 me /etc/pentad/corp false []   false  0s 0}]" {
 		t.Errorf("upstreams are %s", have)
 	}
 	if missing := c.CheckHost("/sys/fs/cgroup"); len(missing) != 2 || !strings.Contains(missing[0].Error(), "there is no file of users /etc/pentad/users on this host") {
@@ -57,7 +57,7 @@ func TestProxyErrors(t *testing.T) {
 		{"one after the other", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{via: b}]}, {name: b, protocol: http, listen: 127.0.0.1:2}]\nupstreams: [{name: b, http: {address: 127.0.0.1:2}}]", ""},
 		{"direct and more", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{via: [direct, corp]}]}]\nupstreams: [{name: corp, http: {address: x:1}}]", "f:1:72: direct and refuse stand alone: nothing comes before or after them"},
 		{"users of nobody", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{users: [bob], via: direct}]}]", `f:1:65: proxy a: a rule for users fits nobody without the key "users"`},
-		{"both", "upstreams: [{name: a, http: {address: x:1}, socks5: {address: x:1}}]\nservices: []", `f:1:13: upstream a: want one of the keys "socks5" and "http"`},
+		{"both", "upstreams: [{name: a, http: {address: x:1}, socks5: {address: x:1}}]\nservices: []", `f:1:13: upstream a: want one of the keys "socks5", "http" and "ssh"`},
 		{"half a login", "upstreams: [{name: a, http: {address: x:1, user: u}}]\nservices: []", "f:1:13: upstream a: user and passwordFile go together"},
 		{"reserved", "upstreams: [{name: direct, http: {address: x:1}}]\nservices: []", "f:1:20: direct is no name for an upstream: it is a way without one"},
 		{"no port", "upstreams: [{name: a, http: {address: proxy.example}}]\nservices: []", `f:1:39: want HOST:PORT such as 192.0.2.5:3128, found "proxy.example"; the port is missing`},

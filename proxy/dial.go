@@ -161,7 +161,7 @@ func upstreamAddress(u config.Upstream) (target, error) {
 
 // ask has an upstream connect to a target. The context bounds it.
 func ask(ctx context.Context, u config.Upstream, c relay.Conn, login socks5.Login, to target) (relay.Conn, error) {
-	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { c.Close() })
 	var err error
 	if u.Protocol == config.SOCKS5 {
 		_, err = socks5.Ask(c, login, socks5.Request{Command: socks5.Connect, Address: to})
@@ -228,17 +228,23 @@ func loginOf(u config.Upstream) (socks5.Login, error) {
 	if u.User == "" {
 		return socks5.Login{}, nil
 	}
-	st, err := os.Stat(u.PasswordFile)
+	password, err := readPassword(u.PasswordFile)
+	return socks5.Login{User: u.User, Password: password}, err
+}
+
+// readPassword reads a file of which the first line is a password.
+func readPassword(path string) (string, error) {
+	st, err := os.Stat(path)
 	if err != nil {
-		return socks5.Login{}, err
+		return "", err
 	}
 	if st.Mode().Perm()&0o077 != 0 {
-		return socks5.Login{}, fmt.Errorf("password file %s: %w", u.PasswordFile, errLoose)
+		return "", fmt.Errorf("password file %s: %w", path, errLoose)
 	}
-	text, err := os.ReadFile(u.PasswordFile)
+	text, err := os.ReadFile(path)
 	if err != nil {
-		return socks5.Login{}, err
+		return "", err
 	}
 	first, _, _ := strings.Cut(string(text), "\n")
-	return socks5.Login{User: u.User, Password: strings.TrimSuffix(first, "\r")}, nil
+	return strings.TrimSuffix(first, "\r"), nil
 }

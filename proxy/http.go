@@ -150,7 +150,7 @@ func serveHTTP(w http.ResponseWriter, r *http.Request, forward http.Handler) {
 	forward.ServeHTTP(&countingWriter{ResponseWriter: w, flow: one.flow}, r.WithContext(context.WithValue(ctx, requestKey{}, q)))
 	outcome := "closed"
 	if q.err != nil {
-		outcome = describe(q.err)
+		outcome = Describe(q.err)
 	}
 	one.plane.flows.end(one.flow, q.err != nil, outcome)
 }
@@ -238,7 +238,7 @@ func refuseHTTP(w http.ResponseWriter, err error) {
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, syscall.ETIMEDOUT):
 		code = http.StatusGatewayTimeout
 	}
-	http.Error(w, describe(err), code)
+	http.Error(w, Describe(err), code)
 }
 
 // countingBody counts what the client sends.

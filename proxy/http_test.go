@@ -162,7 +162,7 @@ func TestUpstreams(t *testing.T) {
 	asked(t, via("dead"), 5, 1, 0, to).hear(5, 5, 0, nowhere)
 	// One that is the proxy itself would go on without end.
 	p, at := start(t, config.Proxy{Rules: []config.ProxyRule{{Via: []string{"self"}}}})
-	p.servers["test"].set(p.servers["test"].now.Load().Proxy, []config.Upstream{{Name: "self", Protocol: config.SOCKS5, Address: at}})
+	p.servers["test"].set(p.servers["test"].now.Load().Proxy, map[string]config.Upstream{"self": {Name: "self", Protocol: config.SOCKS5, Address: at}})
 	asked(t, at, 5, 1, 0, to).hear(5, 2, 0, nowhere)
 	// What the last of a chain answers is what the client is told.
 	asked(t, via("near", "far"), 5, 1, 0, closedPort(t)).hear(5, 5, 0, nowhere)

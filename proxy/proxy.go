@@ -23,6 +23,41 @@ import (
 type Want struct {
 	Proxies   []config.Proxy
 	Upstreams []config.Upstream
+	Forwards  []config.Forward
+}
+
+// servers returns the proxies, those of forwards among them.
+func (w Want) servers() []config.Proxy {
+	all := slices.Clone(w.Proxies)
+	for _, f := range w.Forwards {
+		if f.Listen.IsValid() {
+			all = append(all, proxyOf(f))
+		}
+	}
+	return all
+}
+
+// chains returns the ways of all rules and forwards.
+func (w Want) chains() []chain {
+	upstreams := w.upstreams()
+	var all []chain
+	for _, p := range w.servers() {
+		for _, r := range p.Rules {
+			all = append(all, chainOf(r.Via, upstreams))
+		}
+	}
+	for _, f := range w.Forwards {
+		all = append(all, chainOf(f.Via, upstreams))
+	}
+	return all
+}
+
+func (w Want) upstreams() map[string]config.Upstream {
+	all := make(map[string]config.Upstream, len(w.Upstreams))
+	for _, u := range w.Upstreams {
+		all[u.Name] = u
+	}
+	return all
 }
 
 // Equal reports whether both are the same.
@@ -34,13 +69,20 @@ type Plane struct {
 	flows   *table
 	resolve resolver
 
-	mu      sync.Mutex
-	servers map[string]*server
+	mu       sync.Mutex
+	servers  map[string]*server
+	forwards map[string]*forward
+
+	linksMu sync.Mutex
+	links   map[string]*link // to SSH servers, by the names of the upstreams to there
 }
 
 // New returns a plane without a proxy.
 func New(log *slog.Logger) *Plane {
-	return &Plane{log: log, flows: newTable(), resolve: systemResolver, servers: make(map[string]*server)}
+	return &Plane{
+		log: log, flows: newTable(), resolve: systemResolver,
+		servers: make(map[string]*server), forwards: make(map[string]*forward), links: make(map[string]*link),
+	}
 }
 
 // Apply has the proxies be those that are wanted. One that stays keeps its connections;
@@ -48,28 +90,50 @@ func New(log *slog.Logger) *Plane {
 func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	servers, upstreams := want.servers(), want.upstreams()
+	p.setForwards(want, upstreams, false)
 	for name, s := range p.servers {
-		if !slices.ContainsFunc(want.Proxies, func(w config.Proxy) bool { return w.Name == name }) {
+		if !slices.ContainsFunc(servers, func(w config.Proxy) bool { return w.Name == name }) {
 			s.close()
 			delete(p.servers, name)
 		}
 	}
 	// An address may go from one to another: all let go of theirs before any takes one.
-	for _, w := range want.Proxies {
+	p.setLinks(want.chains())
+	for _, w := range servers {
 		s := p.servers[w.Name]
 		if s == nil {
 			s = newServer(p, w.Name)
 			p.servers[w.Name] = s
 		}
-		s.set(w, want.Upstreams)
+		s.set(w, upstreams)
 	}
+	p.setForwards(want, upstreams, true)
 	var errs []error
-	for _, w := range want.Proxies {
+	for _, w := range servers {
 		if err := p.servers[w.Name].listen(); err != nil {
 			errs = append(errs, fmt.Errorf("proxy %s: %w", w.Name, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// setForwards ends forwards that are not wanted as they are, or begins those that are
+// missing.
+func (p *Plane) setForwards(want Want, upstreams map[string]config.Upstream, begin bool) {
+	wanted := make(map[string]config.Forward, len(want.Forwards))
+	for _, f := range want.Forwards {
+		wanted[f.Name] = f
+		if begin && p.forwards[f.Name] == nil {
+			p.forwards[f.Name] = p.startForward(f, chainOf(f.Via, upstreams))
+		}
+	}
+	for name, f := range p.forwards {
+		if w, is := wanted[name]; !is || !reflect.DeepEqual(w, f.Forward) || !chainOf(w.Via, upstreams).equal(f.chain) {
+			f.close()
+			delete(p.forwards, name)
+		}
+	}
 }
 
 // Intact reports whether all listeners are still there.
@@ -98,6 +162,8 @@ func (p *Plane) Close() {
 		s.close()
 		delete(p.servers, name)
 	}
+	p.setForwards(Want{}, nil, false)
+	p.setLinks(nil)
 }
 
 // Listening returns where a proxy listens now.

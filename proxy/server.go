@@ -61,11 +61,8 @@ func newServer(p *Plane, name string) *server {
 }
 
 // set has settings hold, and closes listeners that are not wanted any more.
-func (s *server) set(w config.Proxy, upstreams []config.Upstream) {
-	next := &settings{Proxy: w, upstreams: make(map[string]config.Upstream, len(upstreams))}
-	for _, u := range upstreams {
-		next.upstreams[u.Name] = u
-	}
+func (s *server) set(w config.Proxy, upstreams map[string]config.Upstream) {
+	next := &settings{Proxy: w, upstreams: upstreams}
 	if before := s.now.Load(); before != nil && before.users != nil && before.UsersFile == w.UsersFile {
 		next.users = before.users
 	} else if w.UsersFile != "" {

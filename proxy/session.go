@@ -45,8 +45,12 @@ const maxHello = 1 << 10
 // run serves the connection and closes it.
 func (s *session) run() {
 	_ = s.conn.SetDeadline(time.Now().Add(s.settings.Handshake))
-	if s.speaks(config.Transparent) {
+	switch {
+	case s.speaks(config.Transparent):
 		s.transparent()
+		return
+	case s.speaks(config.Fixed):
+		s.fixed()
 		return
 	}
 	s.in = bufio.NewReaderSize(s.conn, maxHello)
@@ -83,7 +87,7 @@ func (s *session) begin(protocol, command, to string) {
 
 // fail notes that the client does not get where it wants.
 func (s *session) fail(err error) {
-	s.plane.flows.end(s.flow, true, describe(err))
+	s.plane.flows.end(s.flow, true, Describe(err))
 }
 
 // linger bounds how long a client that was refused may take to read why.
@@ -192,10 +196,7 @@ func (s *session) indirect(a answer, to target) (way, error) {
 	if a.via[0] == config.Refuse {
 		return way{}, errRefused
 	}
-	dial := dialer(s.dialUpstream)
-	for _, name := range a.via {
-		dial = through(s.settings.upstreams[name], dial)
-	}
+	dial := s.plane.dialThrough(chainOf(a.via, s.settings.upstreams), s.dialUpstream)
 	return way{a.via, func(ctx context.Context) (relay.Conn, error) { return dial(ctx, to) }}, nil
 }
 
@@ -251,11 +252,11 @@ func ended(ctx context.Context, err error) string {
 	case errors.Is(err, relay.ErrIdle):
 		return "closed: " + err.Error()
 	}
-	return "aborted: " + describe(err)
+	return "aborted: " + Describe(err)
 }
 
-// describe says in words what went wrong, without the names of system calls.
-func describe(err error) string {
+// Describe says in words what went wrong, without the names of system calls.
+func Describe(err error) string {
 	var dns *net.DNSError
 	var status *statusError
 	var reply socks5.Reply
