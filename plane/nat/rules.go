@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/nft"
 	"github.com/pentad/pentad/service"
 )
 
@@ -101,9 +102,6 @@ const (
 	chainSource4     = "source4"
 	chainSource6     = "source6"
 )
-
-// reg is the n-th register of four bytes.
-func reg(n uint32) uint32 { return unix.NFT_REG32_00 + n }
 
 // names of the sets in the table, by setName, without the family.
 var setNames = [setNameEnd]string{
@@ -225,43 +223,15 @@ type fixedChain struct {
 	rules [][]expr.Any
 }
 
-func ofFamily(family service.Family) []expr.Any {
-	proto := byte(unix.NFPROTO_IPV6)
-	if family == service.V4 {
-		proto = unix.NFPROTO_IPV4
-	}
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg(0)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{proto}},
-	}
-}
-
-// words is how many registers an address takes.
-func words(family service.Family) uint32 { return uint32(family.Length()) / 4 }
-
-func loadSource(family service.Family, to uint32) expr.Any {
-	if family == service.V4 {
-		return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}
-	}
-	return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 16}
-}
-
-func loadDestination(family service.Family, to uint32) expr.Any {
-	if family == service.V4 {
-		return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4}
-	}
-	return &expr.Payload{DestRegister: to, Base: expr.PayloadBaseNetworkHeader, Offset: 24, Len: 16}
-}
-
 // loadListener puts the destination of a packet into registers from n on, and
 // returns the next register.
 func loadListener(family service.Family, n uint32) ([]expr.Any, uint32) {
-	w := words(family)
+	w := nft.Words(family)
 	return []expr.Any{
-		loadDestination(family, reg(n)),
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(n + w)},
+		nft.LoadDestination(family, nft.Reg(n)),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: nft.Reg(n + w)},
 		// The destination port has the same place in TCP (RFC 9293, 3.1) and UDP (RFC 768).
-		&expr.Payload{DestRegister: reg(n + w + 1), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		nft.LoadPort(nft.Reg(n + w + 1)),
 	}, n + w + 2
 }
 
@@ -271,7 +241,7 @@ func lookup(in set, from uint32) *expr.Lookup {
 
 func vmapRule(in set) []expr.Any {
 	rule, _ := loadListener(in.family, 0)
-	return append(rule, lookupTo(in, reg(0), unix.NFT_REG_VERDICT))
+	return append(rule, lookupTo(in, nft.Reg(0), unix.NFT_REG_VERDICT))
 }
 
 // definition is the chain as the kernel has to make it.
@@ -297,8 +267,8 @@ func preroutingRules() [][]expr.Any {
 	var rules [][]expr.Any
 	for _, family := range service.EachFamily {
 		rules = append(rules,
-			append(ofFamily(family), loadSource(family, reg(0)), lookup(set{setPods, family}, reg(0)), goTo(byFamily(family, chainPods4, chainPods6))),
-			append(ofFamily(family), vmapRule(set{setServices, family})...))
+			append(nft.OfFamily(family), nft.LoadSource(family, nft.Reg(0)), lookup(set{setPods, family}, nft.Reg(0)), goTo(byFamily(family, chainPods4, chainPods6))),
+			append(nft.OfFamily(family), vmapRule(set{setServices, family})...))
 	}
 	return rules
 }
@@ -307,8 +277,8 @@ func preroutingRules() [][]expr.Any {
 // older than the service, or of the kernel. It is led where pods are.
 func outputRules() [][]expr.Any {
 	return [][]expr.Any{
-		append(ofFamily(service.V4), goTo(chainPods4)),
-		append(ofFamily(service.V6), goTo(chainPods6)),
+		append(nft.OfFamily(service.V4), goTo(chainPods4)),
+		append(nft.OfFamily(service.V6), goTo(chainPods6)),
 	}
 }
 
@@ -316,24 +286,24 @@ func outputRules() [][]expr.Any {
 // translated it, nor has somebody else who serves the Service instead.
 func unservedRules() [][]expr.Any {
 	return [][]expr.Any{
-		append(ofFamily(service.V4), goTo(chainNobody4)),
-		append(ofFamily(service.V6), goTo(chainNobody6)),
+		append(nft.OfFamily(service.V4), goTo(chainNobody4)),
+		append(nft.OfFamily(service.V6), goTo(chainNobody6)),
 	}
 }
 
 // nobodyRules find out whether an address is one that only services have. Who has it
 // on this host all the same serves it by rules of his own.
 func nobodyRules(family service.Family) [][]expr.Any {
-	w := words(family)
-	rule := []expr.Any{loadDestination(family, reg(0)), lookup(set{setReserved, family}, reg(0))}
+	w := nft.Words(family)
+	rule := []expr.Any{nft.LoadDestination(family, nft.Reg(0)), lookup(set{setReserved, family}, nft.Reg(0))}
 	return [][]expr.Any{append(append(rule, notLocal(w)...), goTo(byFamily(family, chainFree4, chainFree6)))}
 }
 
 // notLocal goes on if the destination is no address of this host.
 func notLocal(n uint32) []expr.Any {
 	return []expr.Any{
-		&expr.Fib{Register: reg(n), FlagDADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg(n), Data: []byte(native(unix.RTN_LOCAL))},
+		&expr.Fib{Register: nft.Reg(n), FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: nft.Reg(n), Data: []byte(native(unix.RTN_LOCAL))},
 	}
 }
 
@@ -342,21 +312,21 @@ func notLocal(n uint32) []expr.Any {
 // this host has not heard of, and who tries again finds it.
 func freeRules(family service.Family) [][]expr.Any {
 	return [][]expr.Any{
-		{loadDestination(family, reg(0)), lookup(set{setTaken, family}, reg(0)), goTo(chainRefuse)},
+		{nft.LoadDestination(family, nft.Reg(0)), lookup(set{setTaken, family}, nft.Reg(0)), goTo(chainRefuse)},
 		{&expr.Verdict{Kind: expr.VerdictDrop}},
 	}
 }
 
 // setMark changes the bit and leaves the others.
 func setMark(on bool) []expr.Any {
-	b := &expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+	b := &expr.Bitwise{SourceRegister: nft.Reg(0), DestRegister: nft.Reg(0), Len: 4,
 		Mask: binaryutil.NativeEndian.PutUint32(^uint32(host.TranslatedMark)), Xor: make([]byte, 4)}
 	if on {
 		b.Xor = binaryutil.NativeEndian.PutUint32(host.TranslatedMark)
 	}
 	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)}, b,
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0), SourceRegister: true},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: nft.Reg(0)}, b,
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: nft.Reg(0), SourceRegister: true},
 	}
 }
 
@@ -371,35 +341,22 @@ func rawRules(ranges []netip.Prefix) [][]expr.Any {
 	var rules [][]expr.Any
 	for _, pair := range pairsOf(ranges) {
 		family := service.FamilyOf(pair.from.Addr())
-		w := words(family)
+		w := nft.Words(family)
 		without := func(name setName, from uint32) *expr.Lookup {
 			l := lookup(set{name, family}, from)
 			l.Invert = true
 			return l
 		}
-		rule := append(ofFamily(family), loadSource(family, reg(0)))
-		rule = append(append(rule, inPrefix(pair.from)...), loadDestination(family, reg(0)))
-		rule = append(rule, inPrefix(pair.to)...)
+		rule := append(nft.OfFamily(family), nft.LoadSource(family, nft.Reg(0)))
+		rule = append(append(rule, nft.InPrefix(pair.from)...), nft.LoadDestination(family, nft.Reg(0)))
+		rule = append(rule, nft.InPrefix(pair.to)...)
 		rule = append(rule,
-			loadSource(family, reg(0)), loadDestination(family, reg(w)),
-			without(setTracked, reg(0)), without(setTracked, reg(w)),
-			without(setWaning, reg(0)), without(setWaning, reg(w)), without(setVIPs, reg(w)))
+			nft.LoadSource(family, nft.Reg(0)), nft.LoadDestination(family, nft.Reg(w)),
+			without(setTracked, nft.Reg(0)), without(setTracked, nft.Reg(w)),
+			without(setWaning, nft.Reg(0)), without(setWaning, nft.Reg(w)), without(setVIPs, nft.Reg(w)))
 		rules = append(rules, append(append(rule, notLocal(2*w)...), &expr.Notrack{}))
 	}
 	return rules
-}
-
-// inPrefix goes on if the address in the first registers lies in a prefix.
-func inPrefix(p netip.Prefix) []expr.Any {
-	n := service.FamilyOf(p.Addr()).Length()
-	mask := make([]byte, n)
-	for i := range p.Bits() {
-		mask[i/8] |= 0x80 >> (i % 8)
-	}
-	return []expr.Any{
-		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: make([]byte, n)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: p.Masked().Addr().AsSlice()},
-	}
 }
 
 // statusDNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
@@ -408,8 +365,8 @@ const statusDNAT = 1 << 5
 // note notes who begins a translated connection, if his others are not tracked.
 func note(family service.Family) []expr.Any {
 	return []expr.Any{
-		loadSource(family, reg(0)), lookup(set{setUntracked, family}, reg(0)),
-		&expr.Dynset{SrcRegKey: reg(0), SetName: set{setTracked, family}.String(), Operation: unix.NFT_DYNSET_OP_ADD},
+		nft.LoadSource(family, nft.Reg(0)), lookup(set{setUntracked, family}, nft.Reg(0)),
+		&expr.Dynset{SrcRegKey: nft.Reg(0), SetName: set{setTracked, family}.String(), Operation: unix.NFT_DYNSET_OP_ADD},
 	}
 }
 
@@ -417,27 +374,27 @@ func note(family service.Family) []expr.Any {
 func foreignRules() [][]expr.Any {
 	return [][]expr.Any{
 		{
-			&expr.Ct{Key: expr.CtKeySTATUS, Register: reg(0)},
-			&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+			&expr.Ct{Key: expr.CtKeySTATUS, Register: nft.Reg(0)},
+			&expr.Bitwise{SourceRegister: nft.Reg(0), DestRegister: nft.Reg(0), Len: 4,
 				Mask: binaryutil.NativeEndian.PutUint32(statusDNAT), Xor: make([]byte, 4)},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: make([]byte, 4)},
 			&expr.Verdict{Kind: expr.VerdictReturn},
 		},
-		append(ofFamily(service.V4), note(service.V4)...),
-		append(ofFamily(service.V6), note(service.V6)...),
+		append(nft.OfFamily(service.V4), note(service.V4)...),
+		append(nft.OfFamily(service.V6), note(service.V6)...),
 	}
 }
 
 func postroutingRules() [][]expr.Any {
 	rules := [][]expr.Any{{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg(0)},
-		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: 4,
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: nft.Reg(0)},
+		&expr.Bitwise{SourceRegister: nft.Reg(0), DestRegister: nft.Reg(0), Len: 4,
 			Mask: binaryutil.NativeEndian.PutUint32(host.TranslatedMark), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: make([]byte, 4)},
 		goTo(chainForeign),
 	}}
 	for _, family := range service.EachFamily {
-		rules = append(rules, append(ofFamily(family), goTo(byFamily(family, chainSource4, chainSource6))))
+		rules = append(rules, append(nft.OfFamily(family), goTo(byFamily(family, chainSource4, chainSource6))))
 	}
 	return rules
 }
@@ -453,35 +410,27 @@ func sourceRules(family service.Family) [][]expr.Any {
 	return [][]expr.Any{
 		setMark(false),
 		note(family),
-		{loadDestination(family, reg(0)), lookup(set{setLocal, family}, reg(0)), goTo(byFamily(family, chainNear4, chainNear6))},
-		{loadSource(family, reg(0)), lookup(set{setPods, family}, reg(0)), &expr.Verdict{Kind: expr.VerdictReturn}},
+		{nft.LoadDestination(family, nft.Reg(0)), lookup(set{setLocal, family}, nft.Reg(0)), goTo(byFamily(family, chainNear4, chainNear6))},
+		{nft.LoadSource(family, nft.Reg(0)), lookup(set{setPods, family}, nft.Reg(0)), &expr.Verdict{Kind: expr.VerdictReturn}},
 		{&expr.Masq{FullyRandom: true}},
 	}
 }
 
 func nearRules(family service.Family) [][]expr.Any {
 	return [][]expr.Any{{
-		loadSource(family, reg(0)), loadDestination(family, reg(words(family))), lookup(set{setHairpin, family}, reg(0)), &expr.Masq{FullyRandom: true},
+		nft.LoadSource(family, nft.Reg(0)), nft.LoadDestination(family, nft.Reg(nft.Words(family))), lookup(set{setHairpin, family}, nft.Reg(0)), &expr.Masq{FullyRandom: true},
 	}}
 }
 
 func refuseRules() [][]expr.Any {
 	return [][]expr.Any{
 		{
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{unix.IPPROTO_TCP}},
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: nft.Reg(0)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: []byte{unix.IPPROTO_TCP}},
 			&expr.Reject{Type: unix.NFT_REJECT_TCP_RST},
 		},
 		{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}},
 	}
-}
-
-func translate(family service.Family, n uint32) expr.Any {
-	proto := uint32(unix.NFPROTO_IPV6)
-	if family == service.V4 {
-		proto = unix.NFPROTO_IPV4
-	}
-	return &expr.NAT{Type: expr.NATTypeDestNAT, Family: proto, RegAddrMin: reg(n), RegProtoMin: reg(n + words(family)), Specified: true}
 }
 
 // rules returns what a chain of backends does.
@@ -495,9 +444,9 @@ func (c chain) rules() [][]expr.Any {
 	var rules [][]expr.Any
 	if c.guarded {
 		key, n := loadListener(c.family, 0)
-		allowed := lookup(set{setSources, c.family}, reg(0))
+		allowed := lookup(set{setSources, c.family}, nft.Reg(0))
 		allowed.Invert = true
-		rules = append(rules, append(key, loadSource(c.family, reg(n)), allowed, &expr.Verdict{Kind: expr.VerdictDrop}))
+		rules = append(rules, append(key, nft.LoadSource(c.family, nft.Reg(n)), allowed, &expr.Verdict{Kind: expr.VerdictDrop}))
 	}
 	rules = append(rules, setMark(true))
 	if c.affinity > 0 {
@@ -510,14 +459,14 @@ func (c chain) rules() [][]expr.Any {
 	_, n := loadListener(c.family, 0)
 	for _, slot := range [][]expr.Any{
 		c.draw(n, first),
-		{&expr.Immediate{Register: reg(n), Data: []byte(native(first))}},
+		{&expr.Immediate{Register: nft.Reg(n), Data: []byte(native(first))}},
 	} {
 		key, n := loadListener(c.family, 0)
 		rule := append(key, slot...)
 		if c.affinity > 0 {
 			rule = append(rule, c.toNumber(setChoices, n+1)...)
 		} else {
-			rule = append(rule, lookupTo(set{setSlots, c.family}, reg(0), reg(n+1)), translate(c.family, n+1))
+			rule = append(rule, lookupTo(set{setSlots, c.family}, nft.Reg(0), nft.Reg(n+1)), nft.Translate(c.family, n+1))
 		}
 		rules = append(rules, rule)
 	}
@@ -531,11 +480,11 @@ const hashSeed = 0x9e3779b9
 // draw puts the number of a slot into a register.
 func (c chain) draw(n, first uint32) []expr.Any {
 	if !c.hashed {
-		return []expr.Any{&expr.Numgen{Register: reg(n), Modulus: uint32(c.slots), Type: unix.NFT_NG_RANDOM, Offset: first}}
+		return []expr.Any{&expr.Numgen{Register: nft.Reg(n), Modulus: uint32(c.slots), Type: unix.NFT_NG_RANDOM, Offset: first}}
 	}
 	return []expr.Any{
-		loadSource(c.family, reg(n+1)),
-		&expr.Hash{SourceRegister: reg(n + 1), DestRegister: reg(n), Length: uint32(c.family.Length()),
+		nft.LoadSource(c.family, nft.Reg(n+1)),
+		&expr.Hash{SourceRegister: nft.Reg(n + 1), DestRegister: nft.Reg(n), Length: uint32(c.family.Length()),
 			Modulus: uint32(c.slots), Seed: hashSeed, Offset: first, Type: expr.HashTypeJenkins},
 	}
 }
@@ -548,13 +497,13 @@ func (c chain) draw(n, first uint32) []expr.Any {
 // toNumber looks the number of a backend up with the key in the first registers
 // and goes on with it. It comes back if there is no such backend any more.
 func (c chain) toNumber(in setName, n uint32) []expr.Any {
-	return append([]expr.Any{lookupTo(set{in, c.family}, reg(0), reg(n))}, c.goOn(n)...)
+	return append([]expr.Any{lookupTo(set{in, c.family}, nft.Reg(0), nft.Reg(n))}, c.goOn(n)...)
 }
 
 // goOn goes on with the number in a register.
 func (c chain) goOn(n uint32) []expr.Any {
 	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)},
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: nft.Reg(n)},
 		&expr.Verdict{Kind: expr.VerdictJump, Chain: c.sticks().name()},
 	}
 }
@@ -563,19 +512,19 @@ func (c chain) goOn(n uint32) []expr.Any {
 // registers, and returns the next one.
 func (c chain) loadClient() ([]expr.Any, uint32) {
 	// Each field as long as it is without padding: nft(8) lists no other.
-	w, length := words(c.family), c.family.Length()
+	w, length := nft.Words(c.family), c.family.Length()
 	return []expr.Any{
-		loadSource(c.family, reg(0)),
-		&expr.Immediate{Register: reg(w), Data: []byte(c.home[:length])},
-		&expr.Immediate{Register: reg(2 * w), Data: []byte(c.home[length : length+1])},
-		&expr.Immediate{Register: reg(2*w + 1), Data: []byte(c.home[length+4 : length+6])},
+		nft.LoadSource(c.family, nft.Reg(0)),
+		&expr.Immediate{Register: nft.Reg(w), Data: []byte(c.home[:length])},
+		&expr.Immediate{Register: nft.Reg(2 * w), Data: []byte(c.home[length : length+1])},
+		&expr.Immediate{Register: nft.Reg(2*w + 1), Data: []byte(c.home[length+4 : length+6])},
 	}, 2*w + 2
 }
 
 // again leads a client where it went before, if that is still there.
 func (c chain) again() []expr.Any {
 	rule, n := c.loadClient()
-	rule = append(rule, lookupTo(set{setAffinity, c.family}, reg(0), reg(n)))
+	rule = append(rule, lookupTo(set{setAffinity, c.family}, nft.Reg(0), nft.Reg(n)))
 	return append(rule, c.goOn(n)...)
 }
 
@@ -597,18 +546,18 @@ func (c chain) stick() [][]expr.Any {
 	rule, n := loadListener(c.family, 0)
 	// The listener and the number in it are the key of the backend.
 	rule = append(rule,
-		&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)},
-		lookupTo(set{setMembers, c.family}, reg(0), reg(n+1)),
-		&expr.Immediate{Register: reg(n), Data: make([]byte, 4)},
-		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg(n)},
-		translate(c.family, n+1))
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: nft.Reg(n)},
+		lookupTo(set{setMembers, c.family}, nft.Reg(0), nft.Reg(n+1)),
+		&expr.Immediate{Register: nft.Reg(n), Data: make([]byte, 4)},
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: nft.Reg(n)},
+		nft.Translate(c.family, n+1))
 	return [][]expr.Any{c.remembering(unix.NFT_DYNSET_OP_UPDATE, c.affinity), rule}
 }
 
 // remembering changes what is remembered of a client: the number in the priority.
 func (c chain) remembering(operation uint32, timeout time.Duration) []expr.Any {
 	rule, n := c.loadClient()
-	return append(rule, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(n)}, &expr.Dynset{
-		SrcRegKey: reg(0), SrcRegData: reg(n), SetName: set{setAffinity, c.family}.String(), Operation: operation, Timeout: timeout,
+	return append(rule, &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: nft.Reg(n)}, &expr.Dynset{
+		SrcRegKey: nft.Reg(0), SrcRegData: nft.Reg(n), SetName: set{setAffinity, c.family}.String(), Operation: operation, Timeout: timeout,
 	})
 }
