@@ -6,6 +6,7 @@ import (
 
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/nodehealth"
+	"github.com/pentad/pentad/plane/capture"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/proxy"
@@ -22,6 +23,8 @@ var roles = []role{
 		open: openNAT, remove: removeNAT, look: 250 * time.Millisecond, left: tableIsWhole},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
+	part[*capture.Plane, capture.Want]{name: "capture", wanted: hasCaptures, want: wantCaptures,
+		open: openCaptures, remove: removeCaptures, look: 250 * time.Millisecond, minor: true, loud: true},
 	part[*proxy.Plane, proxy.Want]{name: "proxy", wanted: hasProxies, want: wantProxies,
 		open: openProxies, look: time.Second, measure: measureProxies, minor: true, loud: true},
 	part[*metricsServer, config.API]{name: "metrics", wanted: always, want: wantMetrics,
@@ -83,5 +86,15 @@ func tableIsWhole() bool {
 	_, whole, err := nat.Installed()
 	return err == nil && whole
 }
+
+func hasCaptures(c *config.Config) bool { return len(c.Captures) > 0 }
+
+func wantCaptures(k *known) (capture.Want, bool) {
+	return capture.Want{Captures: k.config.Captures, Services: k.services}, true
+}
+
+func openCaptures(a *Agent, _ func()) *capture.Plane { return capture.New(a.log) }
+
+func removeCaptures(Options) error { return capture.Remove() }
 
 func openNodeHealth(a *Agent, _ func()) *nodehealth.Server { return nodehealth.New(a.nodeState, a.log) }

@@ -30,6 +30,7 @@ type Config struct {
 	Proxies   []Proxy
 	Upstreams []Upstream
 	Forwards  []Forward
+	Captures  []Capture
 
 	Guard int // percent of the listeners that a new text may take away unless it is forced; GuardOff: all
 
@@ -64,6 +65,7 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 	mappings("proxies", "list of proxies", "Servers that forward connections for clients that ask them to.", &proxySchema, (*decoder).proxies),
 	mappings("upstreams", "list of upstreams", "Proxies of others, which rules of ours can go through.", &upstreamSchema, (*decoder).upstreams),
 	mappings("forwards", "list of forwards", "Connections to one address that go to another, through upstreams, kept up for ever.", &forwardSchema, (*decoder).forwards),
+	mappings("capture", "list of captures", "Whose connections are led to a proxy that they do not know of.", &captureSchema, (*decoder).captures),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
@@ -129,7 +131,7 @@ func ParseText(t *Text) (*Config, error) {
 	c := &Config{Scope: defaultScope, API: defaultAPI, Guard: defaultGuard}
 	d.setDefaults(root)
 	seen := fileSchema.decode(d, root, c)
-	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && seen["proxies"] == nil && seen["forwards"] == nil && !d.has("services") {
+	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && seen["proxies"] == nil && seen["forwards"] == nil && seen["capture"] == nil && !d.has("services") {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
 	}
 	d.taken = taken{make(map[string]*origin), make(map[service.Listener]string)}
@@ -137,6 +139,7 @@ func ParseText(t *Text) (*Config, error) {
 	d.addIncluded(t, c, seen["include"])
 	d.checkVias(c)
 	d.checkForwards(c)
+	d.checkCaptures(c)
 	if err := d.failed(); err != nil {
 		return nil, err
 	}
@@ -149,7 +152,7 @@ func ParseText(t *Text) (*Config, error) {
 	for name, some := range c.Files {
 		c.Files[name] = slices.DeleteFunc(some, isDisabled)
 	}
-	c.Warnings, c.needs = d.sorted(d.warnings), append(d.needs(c, seen["scope"]), d.needsOfProxies(c, root)...)
+	c.Warnings, c.needs = d.sorted(d.warnings), append(d.needs(c, seen["scope"]), append(d.needsOfProxies(c, root), d.needsOfCaptures(c)...)...)
 	return c, nil
 }
 

@@ -27,6 +27,7 @@ type decoder struct {
 	vias     []viaNode
 
 	forwardNodes []*yaml.Node
+	captureNodes []*yaml.Node
 
 	elsewhere *foreign // nodes that stand in another file; nil: none do
 }
@@ -238,7 +239,10 @@ func Duration(d time.Duration) string {
 
 // word reads one of a few words and returns its index.
 func (d *decoder) word(n *yaml.Node, words ...string) (int, bool) {
-	want := strings.Join(words[:len(words)-1], ", ") + " or " + words[len(words)-1]
+	want := words[len(words)-1]
+	if len(words) > 1 {
+		want = strings.Join(words[:len(words)-1], ", ") + " or " + want
+	}
 	v, ok := d.text(n, want)
 	if !ok {
 		return 0, false

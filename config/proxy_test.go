@@ -77,3 +77,33 @@ func TestProxyErrors(t *testing.T) {
 		})
 	}
 }
+
+func TestCaptures(t *testing.T) {
+	const proxy = "proxies: [{name: p, protocol: transparent, listen: 127.0.0.1:1}, {name: s, protocol: socks5, listen: 127.0.0.1:2}]\n"
+	for _, c := range []struct{ name, text, want string }{
+		{"of a proxy", "capture: [{name: a, match: {cgroup: /a, destinations: [10.0.0.0/8]}, to: p}]", ""},
+		{"of somebody else", "capture: [{name: a, match: {user: app}, to: 127.0.0.1:9}]", ""},
+		{"of nobody", "capture: [{name: a, match: {ports: [80]}, to: p}]",
+			"f:2:28: capture a: want a cgroup, user, group or interface: every process would also be those that the proxy itself needs"},
+		{"of two kinds", "capture: [{name: a, match: {interface: eth0, user: x}, to: 192.0.2.1:9}]",
+			"f:2:28: capture a: interface is for what arrives, which is of no process here: it goes with no cgroup, user or group"},
+		{"to nobody", "capture: [{name: a, match: {user: x}, to: q}]", `f:2:11: capture a: there is no proxy "q"; known are p, s`},
+		{"to one that asks", "capture: [{name: a, match: {user: x}, to: s}]",
+			`f:2:11: capture a: clients that do not know of a proxy need one with "protocol: transparent"; s speaks socks5`},
+		{"arrives, and the loopback", "capture: [{name: a, match: {interface: eth0}, to: p}]",
+			"f:2:11: capture a: what arrives at an interface cannot be led to 127.0.0.1:1: let the proxy listen at an address of this host that is not its loopback"},
+		{"UDP", "capture: [{name: a, match: {user: x, protocol: udp}, to: p}]", `f:2:48: want tcp, found "udp"; known are tcp`},
+		{"a cgroup", "capture: [{name: a, match: {user: x, cgroup: app.slice}, to: p}]",
+			`f:2:46: want a path such as /app.slice, found "app.slice"; all processes are those without this key`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			have := ""
+			if _, err := Parse("f", []byte(proxy+c.text)); err != nil {
+				have = err.Error()
+			}
+			if have != c.want {
+				t.Errorf("have %s\nwant %s", have, c.want)
+			}
+		})
+	}
+}

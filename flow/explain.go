@@ -46,6 +46,7 @@ const (
 	Dropped     Verdict = "dropped"      // its packets are
 	Passes      Verdict = "passes"       // its packets go on as they are
 	NoRoute     Verdict = "no-route"     // the process has no way to a backend
+	Captured    Verdict = "captured"     // led to a proxy that the process does not know of
 	Chained     Verdict = "chained"      // the backend is another virtual address, which is not translated again
 )
 
@@ -78,7 +79,7 @@ func (e *Explanation) step(what, format string, args ...any) {
 }
 
 func (e *Explanation) conclude(v Verdict, format string, args ...any) *Explanation {
-	e.Conclusion, e.Verdict, e.Works = fmt.Sprintf(format, args...), v, v == Reaches
+	e.Conclusion, e.Verdict, e.Works = fmt.Sprintf(format, args...), v, v == Reaches || v == Captured
 	return e
 }
 

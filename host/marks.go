@@ -8,6 +8,10 @@ const (
 	// The bytes spell "pn7d"; no other use of marks is known to match it.
 	ProbeMark = 0x706e3764
 
+	// ProxyMark is the mark (SO_MARK) of what proxies of this host send: it is never led
+	// to a proxy. Who may set a mark may do everything else, too. The bytes spell "pn7x".
+	ProxyMark = 0x706e3778
+
 	// TranslatedMark is the bit of a packet's mark that it has between its translation
 	// and the choice of its source address, on its way through this host. It is
 	// kube-proxy's (--iptables-masquerade-bit), which other tools know to leave alone.

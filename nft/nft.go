@@ -3,9 +3,13 @@
 package nft
 
 import (
+	"encoding/binary"
+	"errors"
+	"fmt"
 	"net/netip"
 
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/service"
@@ -74,4 +78,36 @@ func Translate(family service.Family, n uint32) expr.Any {
 	return &expr.NAT{
 		Type: expr.NATTypeDestNAT, Family: uint32(Proto(family)), RegAddrMin: Reg(n), RegProtoMin: Reg(n + Words(family)), Specified: true,
 	}
+}
+
+// Generation returns the number that the kernel raises with every change of the
+// rule set, whoever makes it (NFT_MSG_GETGEN).
+func Generation() (uint32, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	replies, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{
+			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN),
+			Flags: netlink.Request,
+		},
+		Data: []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0}, // struct nfgenmsg
+	})
+	if err != nil {
+		return 0, fmt.Errorf("generation of the rule set: %w", err)
+	}
+	for _, r := range replies {
+		attributes, err := netlink.UnmarshalAttributes(r.Data[4:])
+		if err != nil {
+			return 0, fmt.Errorf("generation of the rule set: %w", err)
+		}
+		for _, a := range attributes {
+			if a.Type == unix.NFTA_GEN_ID && len(a.Data) == 4 {
+				return binary.BigEndian.Uint32(a.Data), nil
+			}
+		}
+	}
+	return 0, errors.New("generation of the rule set: the kernel did not tell")
 }

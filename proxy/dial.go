@@ -13,9 +13,13 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/proxy/relay"
 	"github.com/pentad/pentad/proxy/socks5"
 )
@@ -81,11 +85,18 @@ func dialAny(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error
 func dialTCP(ctx context.Context, a netip.AddrPort) (relay.Conn, error) {
 	var d net.Dialer
 	d.SetMultipathTCP(false) // what is spliced has to be plain TCP
+	d.Control = mark
 	c, err := d.DialContext(ctx, "tcp", a.String())
 	if err != nil {
 		return nil, err
 	}
 	return c.(*net.TCPConn), nil
+}
+
+// mark marks a socket as one of a proxy of this host: what it sends is not led to a proxy.
+// Without the right to do so nothing is captured either.
+func mark(_, _ string, raw syscall.RawConn) error {
+	return raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, host.ProxyMark) })
 }
 
 // target is where a client wants to go.
@@ -148,7 +159,7 @@ func through(u config.Upstream, before dialer) dialer {
 }
 
 func upstreamAddress(u config.Upstream) (target, error) {
-	host, port, err := net.SplitHostPort(u.Address)
+	name, port, err := net.SplitHostPort(u.Address)
 	if err != nil {
 		return target{}, err
 	}
@@ -156,7 +167,7 @@ func upstreamAddress(u config.Upstream) (target, error) {
 	if err != nil {
 		return target{}, err
 	}
-	return socks5.ParseAddress(host, uint16(n))
+	return socks5.ParseAddress(name, uint16(n))
 }
 
 // ask has an upstream connect to a target. The context bounds it.
@@ -180,8 +191,8 @@ const maxHead = 64 << 10
 // askHTTP asks for a tunnel (RFC 9110, section 9.3.6).
 func askHTTP(ctx context.Context, u config.Upstream, c relay.Conn, login socks5.Login, to target) (relay.Conn, error) {
 	if u.TLS {
-		host, _, _ := net.SplitHostPort(u.Address)
-		t := tls.Client(c, &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12})
+		name, _, _ := net.SplitHostPort(u.Address)
+		t := tls.Client(c, &tls.Config{ServerName: name, MinVersion: tls.VersionTLS12})
 		if err := t.HandshakeContext(ctx); err != nil {
 			return nil, err
 		}

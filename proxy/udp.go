@@ -107,7 +107,12 @@ func (s *session) newAssociation(from target) (*association, error) {
 }
 
 func listenUDP(at netip.AddrPort) (*net.UDPConn, error) {
-	return net.ListenUDP(network("udp", at.Addr()), net.UDPAddrFromAddrPort(at))
+	l := net.ListenConfig{Control: mark}
+	c, err := l.ListenPacket(context.Background(), network("udp", at.Addr()), at.String())
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.UDPConn), nil
 }
 
 func (a *association) close() {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/flow"
+	"github.com/pentad/pentad/plane/capture"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -15,6 +16,7 @@ import (
 type Explainer struct {
 	kernel   *socket.View // nil: packets are asked for
 	packets  *nat.View
+	captures *capture.View
 	client   netip.Addr
 	warnings []string
 	owners   map[service.Listener][]string
@@ -26,6 +28,9 @@ func NewExplainer(ctx context.Context, at Places, client netip.Addr) (*Explainer
 	e := &Explainer{client: client, owners: make(map[service.Listener][]string)}
 	var err error
 	if e.packets, err = readPackets(); err != nil {
+		return nil, err
+	}
+	if e.captures, err = capture.Read(); err != nil {
 		return nil, err
 	}
 	for _, m := range e.packets.Mappings {
@@ -63,11 +68,14 @@ func (e *Explainer) Explain(q flow.Question) (*flow.Explanation, error) {
 
 func (e *Explainer) walk(q flow.Question) (*flow.Explanation, error) {
 	if e.client.IsValid() {
-		return flow.ExplainPackets(e.packets, e.client, q), nil
+		x := flow.ExplainPackets(e.packets, e.client, q)
+		x.AddCapturedPackets(e.captures, e.client, q)
+		return x, nil
 	}
 	x, err := flow.Explain(e.kernel, q)
-	if err == nil {
-		x.AddPackets(e.packets, q)
+	if err != nil {
+		return x, err
 	}
-	return x, err
+	x.AddPackets(e.packets, q)
+	return x, x.AddCapture(e.captures, q)
 }

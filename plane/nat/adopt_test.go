@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pentad/pentad/nft"
 	"github.com/pentad/pentad/service"
 )
 
@@ -32,14 +33,14 @@ func TestAdoptWritesNothing(t *testing.T) {
 		if err := New(nil).Apply(t.Context(), want); err != nil {
 			return err
 		}
-		before, err := generation()
+		before, err := nft.Generation()
 		if err != nil {
 			return err
 		}
 		if err := New(nil).Apply(t.Context(), want); err != nil {
 			return err
 		}
-		after, err := generation()
+		after, err := nft.Generation()
 		if err == nil && after != before {
 			t.Errorf("generation %d became %d", before, after)
 		}

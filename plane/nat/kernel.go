@@ -1,7 +1,6 @@
 package nat
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -333,36 +332,4 @@ func decodeIntervals(s set, have []nftables.SetElement) []element {
 		all = append(all, element{in: s, key: string(h.Key) + string(last)})
 	}
 	return all
-}
-
-// generation returns the number that the kernel raises with every change of the
-// rule set, whoever makes it (NFT_MSG_GETGEN).
-func generation() (uint32, error) {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return 0, err
-	}
-	defer conn.Close()
-	replies, err := conn.Execute(netlink.Message{
-		Header: netlink.Header{
-			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN),
-			Flags: netlink.Request,
-		},
-		Data: []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0}, // struct nfgenmsg
-	})
-	if err != nil {
-		return 0, fmt.Errorf("generation of the rule set: %w", err)
-	}
-	for _, r := range replies {
-		attributes, err := netlink.UnmarshalAttributes(r.Data[4:])
-		if err != nil {
-			return 0, fmt.Errorf("generation of the rule set: %w", err)
-		}
-		for _, a := range attributes {
-			if a.Type == unix.NFTA_GEN_ID && len(a.Data) == 4 {
-				return binary.BigEndian.Uint32(a.Data), nil
-			}
-		}
-	}
-	return 0, errors.New("generation of the rule set: the kernel did not tell")
 }

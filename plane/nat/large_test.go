@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/nftables"
 
+	"github.com/pentad/pentad/nft"
 	"github.com/pentad/pentad/service"
 )
 
@@ -74,10 +75,10 @@ func listeners() (int, error) {
 	}
 	defer k.close()
 	for {
-		before, err1 := generation()
+		before, err1 := nft.Generation()
 		first, err := k.conn.GetSetElements(k.sets[set{setServices, service.V4}])
 		second, err2 := k.conn.GetSetElements(k.sets[set{setServices, service.V4}])
-		after, err3 := generation()
+		after, err3 := nft.Generation()
 		if err := errors.Join(err1, err, err2, err3); err != nil {
 			return 0, err
 		}

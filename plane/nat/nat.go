@@ -23,6 +23,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/pentad/pentad/nft"
 	"github.com/pentad/pentad/service"
 )
 
@@ -471,7 +472,7 @@ func (p *Plane) Intact() bool {
 	if p.applied == nil {
 		return false
 	}
-	now, err := generation()
+	now, err := nft.Generation()
 	if err == nil && now == p.generation {
 		return true
 	}
