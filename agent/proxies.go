@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/config"
@@ -103,23 +104,36 @@ func (a *Agent) ProxyFlows() []api.ProxyFlow {
 	return all
 }
 
+// lookForProxies is how often it is looked whether there are other proxies to follow.
+const lookForProxies = 200 * time.Millisecond
+
 // FollowProxies implements api.Agent.
 func (a *Agent) FollowProxies(ctx context.Context, started func(), each func(api.ProxyFlow) error) error {
-	p := a.proxies()
-	if p == nil {
-		started()
-		<-ctx.Done()
-		return nil
-	}
-	flows, stop := p.Follow()
-	defer stop()
-	started()
+	look := time.NewTicker(lookForProxies)
+	defer look.Stop()
+	var followed *proxy.Plane
+	var flows <-chan proxy.Flow
+	stop := func() {}
+	defer func() { stop() }()
 	for {
+		// Proxies that the file begins and ends are others.
+		if p := a.proxies(); p != followed {
+			stop()
+			followed, flows, stop = p, nil, func() {}
+			if p != nil {
+				flows, stop = p.Follow()
+			}
+		}
+		if started != nil {
+			started()
+			started = nil
+		}
 		select {
 		case f := <-flows:
 			if err := each(newProxyFlow(f)); err != nil {
 				return err
 			}
+		case <-look.C:
 		case <-ctx.Done():
 			return nil
 		}

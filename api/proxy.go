@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"net/http"
@@ -87,13 +86,13 @@ func (c *Client) FollowProxies(ctx context.Context, ready func(), each func(Prox
 	}
 	defer resp.Body.Close()
 	ready()
-	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+	for d := json.NewDecoder(resp.Body); ; {
 		var f ProxyFlow
-		if json.Unmarshal(lines.Bytes(), &f) == nil {
-			each(f)
+		if err := d.Decode(&f); err != nil {
+			return ctx.Err()
 		}
+		each(f)
 	}
-	return ctx.Err()
 }
 
 func serveProxies(mux *http.ServeMux, a Agent) {

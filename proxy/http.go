@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -53,15 +54,30 @@ func (*connQueue) Addr() net.Addr { return &net.TCPAddr{} }
 type webConn struct {
 	*session
 	net.Conn
+	ctx  context.Context // ends when the client has aborted, or all is over
+	end  context.CancelFunc
 	over chan struct{}
 	once sync.Once
 }
 
-func (c *webConn) Read(b []byte) (int, error)  { return c.session.in.Read(b) }
+// Read notes an abort: who has only ended its sending still waits for an answer.
+func (c *webConn) Read(b []byte) (int, error) {
+	n, err := c.session.in.Read(b)
+	if errors.Is(err, syscall.ECONNRESET) {
+		c.end()
+	}
+	return n, err
+}
+
 func (c *webConn) Write(b []byte) (int, error) { return c.Conn.Write(b) }
+
+// Close ends the connection.
 func (c *webConn) Close() error {
 	err := c.Conn.Close()
-	c.once.Do(func() { close(c.over) })
+	c.once.Do(func() {
+		c.end()
+		close(c.over)
+	})
 	return err
 }
 
@@ -69,8 +85,10 @@ func (c *webConn) Close() error {
 func (s *session) http() {
 	_ = s.conn.SetDeadline(time.Time{})
 	c := &webConn{session: s, Conn: s.conn, over: make(chan struct{})}
+	c.ctx, c.end = context.WithCancel(s.ctx)
+	defer c.end()
 	select {
-	case s.queue.conns <- c:
+	case s.settings.queue.conns <- c:
 		<-c.over
 	case <-s.ctx.Done():
 		s.conn.Close()
@@ -80,16 +98,12 @@ func (s *session) http() {
 // sessionKey is the key of the session in the context of a request.
 type sessionKey struct{}
 
-func (s *server) webServer() *http.Server {
+// newWebServer returns a server whose clients have so long to ask, for each request.
+func newWebServer(handshake time.Duration) *http.Server {
 	forward := &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.Out.URL = r.In.URL
-			r.Out.Host = r.In.URL.Host // RFC 9112, section 3.2.2
-		},
-		ModifyResponse: func(r *http.Response) error {
-			r.Request.Context().Value(requestKey{}).(*request).late.Stop()
-			return nil
-		},
+		Rewrite:        rewrite,
+		ModifyResponse: addVia,
+		FlushInterval:  -1,
 		// A connection to a target is of one request: the next may be of another user.
 		Transport: &http.Transport{DialContext: dialForRequest, DisableKeepAlives: true, DisableCompression: true},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
@@ -101,27 +115,57 @@ func (s *server) webServer() *http.Server {
 	return &http.Server{
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveHTTP(w, r, forward) }),
 		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, sessionKey{}, c) },
-		ReadHeaderTimeout: handshakeOfHTTP,
+		ReadHeaderTimeout: handshake,
+		IdleTimeout:       handshake,
 		MaxHeaderBytes:    maxHead,
 		ErrorLog:          log.New(io.Discard, "", 0),
 	}
 }
 
-// handshakeOfHTTP bounds how long a client may take to ask, for the first and each
-// further request.
-const handshakeOfHTTP = 30 * time.Second
+// rewrite makes the request to the target of that to the proxy. What it says of its path
+// stays as it was written (RFC 9110, section 7.7).
+func rewrite(r *httputil.ProxyRequest) {
+	u := *r.In.URL
+	r.Out.URL, r.Out.Host = &u, u.Host // RFC 9112, section 3.2.2
+	path := strings.TrimPrefix(r.In.RequestURI, u.Scheme+"://")
+	_, path, _ = strings.Cut(path, "/")
+	path, _, _ = strings.Cut(path, "?")
+	if !strings.HasPrefix(path, "/") {
+		u.Opaque = "/" + path
+	}
+	if r.In.Method == http.MethodOptions && u.Path == "" && u.RawQuery == "" {
+		u.Opaque = "*" // RFC 9112, section 3.2.4
+	}
+	r.Out.URL = &u
+	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+		if v := r.In.Header.Values(name); len(v) > 0 {
+			r.Out.Header[name] = v
+		}
+	}
+	r.Out.Header.Add("Via", via)
+}
+
+// via says that somebody is in between (RFC 9110, section 7.6.3).
+const via = "1.1 pentad"
+
+func addVia(r *http.Response) error {
+	r.Header.Add("Via", via)
+	return nil
+}
 
 // request is one request of a client: what is known of its way.
 type request struct {
 	*session
-	late *time.Timer // ends it when no answer comes
-	err  error       // why it got none
+	late *time.Timer // ends it when nothing is sent for too long
+	err  error       // why it got no answer
 }
 
 type requestKey struct{}
 
 func serveHTTP(w http.ResponseWriter, r *http.Request, forward http.Handler) {
 	c := r.Context().Value(sessionKey{}).(*webConn)
+	control := http.NewResponseController(w)
+	_ = control.SetReadDeadline(time.Now().Add(c.settings.Handshake))
 	user, ok := c.authenticate(r)
 	if !ok {
 		w.Header().Set("Proxy-Authenticate", `Basic realm="pentad", charset="UTF-8"`)
@@ -134,25 +178,69 @@ func serveHTTP(w http.ResponseWriter, r *http.Request, forward http.Handler) {
 		one.connectHTTP(w, r, c)
 		return
 	}
-	if r.URL.Scheme != "http" || r.URL.Host == "" {
+	to, err := targetOf(r)
+	if err != nil {
 		http.Error(w, "this is a proxy: it wants CONNECT, or a request with an absolute URI of http", http.StatusBadRequest)
 		return
 	}
-	one.begin("http", r.Method, r.URL.Host)
-	// A client that has ended its sending still waits for its answer: only that there is
-	// none for too long ends the request.
+	if answeredHere(w, r) {
+		return
+	}
+	_ = control.SetReadDeadline(time.Time{})
+	one.begin("http", r.Method, to.String())
+	one.forwardHTTP(w, r, c, forward)
+}
+
+// targetOf returns where a request with an absolute URI goes.
+func targetOf(r *http.Request) (target, error) {
+	if r.URL.Scheme != "http" || r.URL.Host == "" {
+		return target{}, errors.New("no absolute URI of http")
+	}
+	host := r.URL.Host
+	if r.URL.Port() == "" {
+		host = net.JoinHostPort(r.URL.Hostname(), "80")
+	}
+	return hostTarget(host)
+}
+
+// answeredHere answers what is for the last proxy that it may reach, and counts down for
+// the others (RFC 9110, section 7.6.2).
+func answeredHere(w http.ResponseWriter, r *http.Request) bool {
+	text := r.Header.Get("Max-Forwards")
+	if r.Method != http.MethodOptions && r.Method != http.MethodTrace || text == "" {
+		return false
+	}
+	n, err := strconv.ParseUint(text, 10, 32)
+	switch {
+	case err != nil:
+		return false
+	case n > 0:
+		r.Header.Set("Max-Forwards", strconv.FormatUint(n-1, 10))
+		return false
+	case r.Method == http.MethodTrace:
+		http.Error(w, "this proxy does not repeat what it is told", http.StatusNotImplemented)
+	default:
+		w.Header().Set("Allow", "CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT")
+	}
+	return true
+}
+
+// forwardHTTP forwards a request. It goes on while the client has not aborted and bytes
+// are sent in either direction.
+func (s *session) forwardHTTP(w http.ResponseWriter, r *http.Request, c *webConn, forward http.Handler) {
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer cancel(nil)
-	defer context.AfterFunc(one.ctx, func() { cancel(net.ErrClosed) })()
-	q := &request{session: &one, late: time.AfterFunc(one.settings.Idle, func() { cancel(context.DeadlineExceeded) })}
+	defer context.AfterFunc(c.ctx, func() { cancel(net.ErrClosed) })()
+	q := &request{session: s, late: time.AfterFunc(s.settings.Idle, func() { cancel(context.DeadlineExceeded) })}
 	defer q.late.Stop()
-	r.Body = &countingBody{ReadCloser: r.Body, flow: one.flow}
-	forward.ServeHTTP(&countingWriter{ResponseWriter: w, flow: one.flow}, r.WithContext(context.WithValue(ctx, requestKey{}, q)))
-	outcome := "closed"
+	// A body that breaks off ends in a panic, which the server understands.
+	outcome := "closed: the answer broke off"
+	defer func() { s.plane.flows.end(s.flow, q.err != nil, outcome) }()
+	forward.ServeHTTP(w, r.WithContext(context.WithValue(ctx, requestKey{}, q)))
+	outcome = "closed"
 	if q.err != nil {
 		outcome = Describe(q.err)
 	}
-	one.plane.flows.end(one.flow, q.err != nil, outcome)
 }
 
 // authenticate reports whether a request may be served, and whose it is.
@@ -161,9 +249,9 @@ func (s *session) authenticate(r *http.Request) (user string, ok bool) {
 	if check == nil {
 		return "", true
 	}
-	text, isBasic := strings.CutPrefix(r.Header.Get("Proxy-Authorization"), "Basic ")
-	raw, err := base64.StdEncoding.DecodeString(text)
-	if !isBasic || err != nil {
+	scheme, text, _ := strings.Cut(r.Header.Get("Proxy-Authorization"), " ")
+	raw, err := base64.StdEncoding.DecodeString(strings.TrimSpace(text))
+	if !strings.EqualFold(scheme, "Basic") || err != nil {
 		return "", false
 	}
 	user, password, _ := strings.Cut(string(raw), ":")
@@ -174,6 +262,7 @@ func (s *session) authenticate(r *http.Request) (user string, ok bool) {
 func (s *session) connectHTTP(w http.ResponseWriter, r *http.Request, c *webConn) {
 	to, err := hostTarget(r.RequestURI)
 	if err != nil {
+		w.Header().Set("Connection", "close")
 		http.Error(w, "CONNECT wants HOST:PORT", http.StatusBadRequest)
 		return
 	}
@@ -181,6 +270,8 @@ func (s *session) connectHTTP(w http.ResponseWriter, r *http.Request, c *webConn
 	t, err := s.open(to)
 	if err != nil {
 		s.fail(err)
+		// What follows may be for the tunnel that there is not.
+		w.Header().Set("Connection", "close")
 		refuseHTTP(w, err)
 		return
 	}
@@ -226,7 +317,33 @@ func dialForRequest(ctx context.Context, _, address string) (net.Conn, error) {
 		return nil, err
 	}
 	q.plane.flows.reached(q.flow)
-	return c, nil
+	return &meteredConn{c, q}, nil
+}
+
+// meteredConn is a connection to the target of a request: what goes over it is counted,
+// and shows that nobody is idle.
+type meteredConn struct {
+	net.Conn
+	of *request
+}
+
+func (c *meteredConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.moved(n, &c.of.flow.counts.Received)
+	return n, err
+}
+
+func (c *meteredConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.moved(n, &c.of.flow.counts.Sent)
+	return n, err
+}
+
+func (c *meteredConn) moved(n int, count *atomic.Uint64) {
+	if n > 0 {
+		count.Add(uint64(n))
+		c.of.late.Reset(c.of.settings.Idle)
+	}
 }
 
 // refuseHTTP tells a client of HTTP why it does not get where it wants.
@@ -240,30 +357,3 @@ func refuseHTTP(w http.ResponseWriter, err error) {
 	}
 	http.Error(w, Describe(err), code)
 }
-
-// countingBody counts what the client sends.
-type countingBody struct {
-	io.ReadCloser
-	flow *flow
-}
-
-func (b *countingBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	b.flow.counts.Sent.Add(uint64(n))
-	return n, err
-}
-
-// countingWriter counts what the client gets.
-type countingWriter struct {
-	http.ResponseWriter
-	flow *flow
-}
-
-func (w *countingWriter) Write(b []byte) (int, error) {
-	n, err := w.ResponseWriter.Write(b)
-	w.flow.counts.Received.Add(uint64(n))
-	return n, err
-}
-
-// Unwrap lets the server's own abilities through (http.ResponseController).
-func (w *countingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }

@@ -182,7 +182,7 @@ func TestSniff(t *testing.T) {
 		done := make(chan struct{})
 		at := listen(t, "127.0.0.1", func(c *net.TCPConn) {
 			s := &session{server: server, conn: c, settings: &settings{Proxy: config.Proxy{Rules: []config.ProxyRule{{Domains: []string{".test"}}}}}}
-			name = s.sniff()
+			name, _ = s.sniff()
 			b, _ := s.in.Peek(s.in.Buffered())
 			sent = append(s.sent, b...)
 			close(done)
@@ -271,11 +271,15 @@ func TestChoose(t *testing.T) {
 func TestHostIsNobodyElses(t *testing.T) {
 	t.Parallel()
 	plane := New(nil)
-	here := netip.MustParseAddrPort("192.0.2.1:1080")
+	plane.local.read = time.Now().Add(time.Hour)
+	plane.local.all = map[netip.Addr]bool{netip.MustParseAddr("192.0.2.1"): true, netip.MustParseAddr("10.9.9.9"): true}
 	named := answer{rule: 0}
-	s := &session{server: &server{plane: plane}, local: here, settings: &settings{Proxy: config.Proxy{Rules: []config.ProxyRule{
-		{Destinations: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}}, {},
+	prefix := netip.MustParsePrefix
+	s := &session{server: &server{plane: plane}, settings: &settings{Proxy: config.Proxy{Rules: []config.ProxyRule{
+		{Destinations: []netip.Prefix{prefix("127.0.0.0/8"), prefix("169.254.0.0/16"), prefix("10.0.0.0/8")}}, {},
+		{Destinations: []netip.Prefix{prefix("0.0.0.0/0"), prefix("::/0")}}, {Destinations: []netip.Prefix{prefix("64.0.0.0/2")}},
 	}}}}
+	all, most := answer{rule: 2}, answer{rule: 3}
 	for _, c := range []struct {
 		client, to string
 		rule       answer
@@ -285,6 +289,17 @@ func TestHostIsNobodyElses(t *testing.T) {
 		{"192.0.2.7:1", "127.0.0.1:80", answer{rule: -1}, false},
 		{"192.0.2.7:1", "127.0.0.1:80", answer{rule: 1}, false},
 		{"192.0.2.7:1", "127.0.0.1:80", named, true},
+		{"192.0.2.7:1", "169.254.169.254:80", named, true},
+		{"192.0.2.7:1", "127.0.0.1:80", all, false}, // who writes that thinks of others
+		{"192.0.2.7:1", "[::1]:80", all, false},
+		{"192.0.2.7:1", "169.254.169.254:80", all, false},
+		{"192.0.2.7:1", "127.0.0.1:80", most, false},
+		{"192.0.2.7:1", "10.9.9.9:80", answer{rule: -1}, false}, // another address of the host
+		{"192.0.2.7:1", "10.9.9.9:80", all, false},
+		{"192.0.2.7:1", "10.9.9.9:80", named, true},
+		{"192.0.2.7:1", "192.0.2.1:80", answer{rule: -1}, false},
+		{"192.0.2.7:1", "10.9.9.8:80", answer{rule: -1}, true},
+		{"10.9.9.9:1", "169.254.169.254:80", answer{rule: -1}, true}, // a process of the host, led here
 		{"192.0.2.7:1", "0.0.0.0:80", answer{rule: -1}, false},
 		{"192.0.2.7:1", "[::1]:80", answer{rule: -1}, false},
 		{"192.0.2.7:1", "[::]:80", answer{rule: -1}, false},

@@ -69,9 +69,15 @@ type Plane struct {
 	flows   *table
 	resolve resolver
 
+	// applying is held by who changes what there is, also while he waits for what ends;
+	// mu only for a look. Sessions never wait for the first.
+	applying sync.Mutex
 	mu       sync.Mutex
 	servers  map[string]*server
 	forwards map[string]*forward
+
+	outgoing sync.Map // our own ends of connections to targets
+	local    localAddresses
 
 	linksMu sync.Mutex
 	links   map[string]*link // to SSH servers, by the names of the upstreams to there
@@ -88,51 +94,78 @@ func New(log *slog.Logger) *Plane {
 // Apply has the proxies be those that are wanted. One that stays keeps its connections;
 // what is new about it holds for the next ones.
 func (p *Plane) Apply(_ context.Context, want Want) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.applying.Lock()
+	defer p.applying.Unlock()
 	servers, upstreams := want.servers(), want.upstreams()
 	p.setForwards(want, upstreams, false)
-	for name, s := range p.servers {
-		if !slices.ContainsFunc(servers, func(w config.Proxy) bool { return w.Name == name }) {
-			s.close()
-			delete(p.servers, name)
-		}
-	}
+	p.keep(func(name string) bool {
+		return slices.ContainsFunc(servers, func(w config.Proxy) bool { return w.Name == name })
+	})
 	// An address may go from one to another: all let go of theirs before any takes one.
 	p.setLinks(want.chains())
 	for _, w := range servers {
-		s := p.servers[w.Name]
+		s := p.server(w.Name)
 		if s == nil {
 			s = newServer(p, w.Name)
-			p.servers[w.Name] = s
 		}
 		s.set(w, upstreams)
+		p.mu.Lock()
+		p.servers[w.Name] = s
+		p.mu.Unlock()
 	}
 	p.setForwards(want, upstreams, true)
 	var errs []error
 	for _, w := range servers {
-		if err := p.servers[w.Name].listen(); err != nil {
+		if err := p.server(w.Name).listen(); err != nil {
 			errs = append(errs, fmt.Errorf("proxy %s: %w", w.Name, err))
 		}
 	}
 	return errors.Join(errs...)
 }
 
+// keep closes the servers that are not to stay.
+func (p *Plane) keep(stays func(name string) bool) {
+	var gone []*server
+	p.mu.Lock()
+	for name, s := range p.servers {
+		if !stays(name) {
+			gone = append(gone, s)
+			delete(p.servers, name)
+		}
+	}
+	p.mu.Unlock()
+	for _, s := range gone {
+		s.close()
+	}
+}
+
+func (p *Plane) server(name string) *server {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.servers[name]
+}
+
 // setForwards ends forwards that are not wanted as they are, or begins those that are
 // missing.
 func (p *Plane) setForwards(want Want, upstreams map[string]config.Upstream, begin bool) {
 	wanted := make(map[string]config.Forward, len(want.Forwards))
+	p.mu.Lock()
 	for _, f := range want.Forwards {
 		wanted[f.Name] = f
 		if begin && p.forwards[f.Name] == nil {
 			p.forwards[f.Name] = p.startForward(f, chainOf(f.Via, upstreams))
 		}
 	}
+	var gone []*forward
 	for name, f := range p.forwards {
 		if w, is := wanted[name]; !is || !reflect.DeepEqual(w, f.Forward) || !chainOf(w.Via, upstreams).equal(f.chain) {
-			f.close()
+			gone = append(gone, f)
 			delete(p.forwards, name)
 		}
+	}
+	p.mu.Unlock()
+	for _, f := range gone {
+		f.close()
 	}
 }
 
@@ -156,12 +189,9 @@ func (*Plane) Run(ctx context.Context) { <-ctx.Done() }
 
 // Close ends all proxies and their connections.
 func (p *Plane) Close() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for name, s := range p.servers {
-		s.close()
-		delete(p.servers, name)
-	}
+	p.applying.Lock()
+	defer p.applying.Unlock()
+	p.keep(func(string) bool { return false })
 	p.setForwards(Want{}, nil, false)
 	p.setLinks(nil)
 }

@@ -27,8 +27,7 @@ type server struct {
 	ctx   context.Context // of its connections
 	stop  context.CancelFunc
 	tasks sync.WaitGroup
-	web   *http.Server // of the connections that speak HTTP
-	queue *connQueue
+	webs  []*http.Server // of the connections that speak HTTP
 
 	now atomic.Pointer[settings]
 
@@ -44,6 +43,8 @@ type server struct {
 type settings struct {
 	config.Proxy
 	users     *users // nil: nobody is asked
+	web       *http.Server
+	queue     *connQueue // what web serves
 	upstreams map[string]config.Upstream
 }
 
@@ -54,19 +55,24 @@ func newServer(p *Plane, name string) *server {
 	}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.changed = sync.NewCond(&s.mu)
-	s.queue = newConnQueue()
-	s.web = s.webServer()
-	s.tasks.Go(func() { _ = s.web.Serve(s.queue) })
 	return s
 }
 
 // set has settings hold, and closes listeners that are not wanted any more.
 func (s *server) set(w config.Proxy, upstreams map[string]config.Upstream) {
 	next := &settings{Proxy: w, upstreams: upstreams}
-	if before := s.now.Load(); before != nil && before.users != nil && before.UsersFile == w.UsersFile {
+	before := s.now.Load()
+	if before != nil && before.users != nil && before.UsersFile == w.UsersFile {
 		next.users = before.users
 	} else if w.UsersFile != "" {
 		next.users = newUsers(w.UsersFile)
+	}
+	if before != nil && before.Handshake == w.Handshake {
+		next.web, next.queue = before.web, before.queue
+	} else {
+		next.web, next.queue = newWebServer(w.Handshake), newConnQueue()
+		s.webs = append(s.webs, next.web)
+		s.tasks.Go(func() { _ = next.web.Serve(next.queue) })
 	}
 	s.now.Store(next)
 	s.mu.Lock()
@@ -140,7 +146,9 @@ func (s *server) close() {
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	s.stop()
-	s.web.Close()
+	for _, w := range s.webs {
+		w.Close()
+	}
 	s.tasks.Wait()
 }
 
@@ -153,12 +161,10 @@ func (s *server) accept(at netip.AddrPort, l *net.TCPListener) {
 	pause := time.Duration(0)
 	for s.awaitRoom() {
 		c, err := l.AcceptTCP()
-		if err != nil {
-			s.leave(netip.Addr{})
-		}
 		switch {
 		case err == nil:
 			pause = 0
+			s.count()
 			s.tasks.Go(func() { s.serve(c) })
 		case errors.Is(err, net.ErrClosed):
 			s.gone(at, l)
@@ -196,17 +202,22 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// awaitRoom waits until there may be one more client, and counts it.
+// awaitRoom waits until there may be one more client. Several listeners may find the
+// same room: there can be one more client than may be for each of them.
 func (s *server) awaitRoom() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for !s.closed && s.n >= s.now.Load().MaxConnections {
 		s.changed.Wait()
 	}
-	if !s.closed {
-		s.n++
-	}
 	return !s.closed
+}
+
+// count counts a client.
+func (s *server) count() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.n++
 }
 
 // leave counts a client back. The zero address is one that has never come.
@@ -219,7 +230,7 @@ func (s *server) leave(client netip.Addr) {
 			delete(s.clients, client)
 		}
 	}
-	s.changed.Signal()
+	s.changed.Broadcast()
 }
 
 // enter counts a client and reports whether it may come in.
@@ -251,7 +262,7 @@ func (s *server) serve(c *net.TCPConn) {
 	}
 	stop := context.AfterFunc(s.ctx, func() { relay.Abort(c) })
 	defer stop()
-	(&session{server: s, settings: now, conn: c, client: from, local: addrPort(c.LocalAddr())}).run()
+	(&session{server: s, settings: now, conn: c, client: from, local: addrPort(c.LocalAddr()), zone: zoneOf(c.LocalAddr())}).run()
 }
 
 func permitted(p config.Proxy, client netip.Addr) bool {
@@ -269,6 +280,14 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 }
 
+// zoneOf returns the zone of a link-local address: without it nobody can be answered there.
+func zoneOf(a net.Addr) string {
+	if t, ok := a.(*net.TCPAddr); ok {
+		return t.Zone
+	}
+	return ""
+}
+
 // listensAt reports whether one of the listeners is meant by an address.
 func (s *server) listensAt(to target) bool {
 	s.mu.Lock()
@@ -278,30 +297,41 @@ func (s *server) listensAt(to target) bool {
 		if at.Port() != to.Port {
 			continue
 		}
-		if at.Addr() == to.IP || at.Addr().IsUnspecified() && isLocal(to.IP) || to.IP.IsUnspecified() && at.Addr().IsLoopback() {
+		if at.Addr() == to.IP || at.Addr().IsUnspecified() && s.plane.local.has(to.IP) || to.IP.IsUnspecified() && at.Addr().IsLoopback() {
 			return true
 		}
 	}
 	return false
 }
 
-// isLocal reports whether an address is one of this host.
-func isLocal(a netip.Addr) bool {
+// localAddresses are the addresses of this host, read again when they are asked for a
+// while later.
+type localAddresses struct {
+	mu   sync.Mutex
+	read time.Time
+	all  map[netip.Addr]bool
+}
+
+// localFor is how long they are taken for right.
+const localFor = time.Second
+
+func (l *localAddresses) has(a netip.Addr) bool {
 	if a.IsLoopback() || a.IsUnspecified() {
 		return true
 	}
-	all, err := net.InterfaceAddrs()
-	if err != nil {
-		return false
-	}
-	return slices.ContainsFunc(all, func(have net.Addr) bool {
-		n, ok := have.(*net.IPNet)
-		if !ok {
-			return false
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if time.Since(l.read) > localFor {
+		l.read, l.all = time.Now(), make(map[netip.Addr]bool)
+		addresses, _ := net.InterfaceAddrs() // on an error there is none
+		for _, x := range addresses {
+			if n, ok := x.(*net.IPNet); ok {
+				ip, _ := netip.AddrFromSlice(n.IP)
+				l.all[ip.Unmap()] = true
+			}
 		}
-		ip, ok := netip.AddrFromSlice(n.IP)
-		return ok && ip.Unmap() == a
-	})
+	}
+	return l.all[a]
 }
 
 // originalAddress returns where a connection went before a firewall led it here.

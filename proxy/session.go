@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -28,6 +29,7 @@ type session struct {
 	sent     []byte        // what was read from in and is for the target
 	client   netip.AddrPort
 	local    netip.AddrPort // where it has come to
+	zone     string         // of local
 	flow     *flow          // nil: it has not said anything that makes sense
 	user     string
 }
@@ -37,6 +39,7 @@ var (
 	errRefused = errors.New("refused by the rules of the proxy")
 	errOwn     = errors.New("refused: it is this proxy itself")
 	errHost    = errors.New("refused: an address of the host itself, which no rule names")
+	errLoop    = errors.New("refused: it was sent by this proxy; except what has the mark 0x706e3778 from what is led here")
 )
 
 // maxHello is how much of a client's first words is read at a time.
@@ -87,6 +90,10 @@ func (s *session) begin(protocol, command, to string) {
 
 // fail notes that the client does not get where it wants.
 func (s *session) fail(err error) {
+	var file *fs.PathError
+	if errors.Is(err, errLoose) || errors.As(err, &file) {
+		s.log.Error("a client does not get where it wants", "error", err)
+	}
 	s.plane.flows.end(s.flow, true, Describe(err))
 }
 
@@ -217,26 +224,47 @@ func (s *session) dialUpstream(ctx context.Context, to target) (relay.Conn, erro
 // mayReach refuses what only this host itself should reach: a client of elsewhere that
 // names the loopback is somebody who wants to be inside.
 func (s *session) mayReach(to target, a answer) error {
-	if s.speaks(config.Transparent) && s.plane.isOwn(to) {
-		return errOwn // it would be led here again
+	here := s.plane.local.has(s.client.Addr())
+	if (s.speaks(config.Transparent) || !here) && s.plane.isOwn(to) {
+		return errOwn // it would be led here again; or somebody of elsewhere would come from here
 	}
-	named := a.rule >= 0 && len(s.settings.Rules[a.rule].Destinations) > 0
-	inside := to.IP.IsLoopback() || to.IP.IsUnspecified() || to.IP.IsLinkLocalUnicast()
-	if inside && !named && !s.isHere() {
-		return errHost
+	if here || !isInside(to.IP) && !s.plane.local.has(to.IP) {
+		return nil
 	}
-	return nil
+	if a.rule >= 0 && slices.ContainsFunc(s.settings.Rules[a.rule].Destinations, func(p netip.Prefix) bool { return names(p, to.IP) }) {
+		return nil
+	}
+	return errHost
 }
 
-// isHere reports whether the client is a process of this host.
-func (s *session) isHere() bool {
-	return s.client.Addr().IsLoopback() || s.client.Addr() == s.local.Addr()
+// isInside reports whether an address means another host, or none, to each that uses it.
+func isInside(a netip.Addr) bool {
+	return a.IsLoopback() || a.IsUnspecified() || a.IsLinkLocalUnicast() || a.IsInterfaceLocalMulticast()
+}
+
+// names reports whether a prefix means an address of this host: whoever writes 0.0.0.0/0
+// thinks of others.
+func names(p netip.Prefix, a netip.Addr) bool {
+	switch {
+	case !p.Contains(a) || p.Bits() == 0:
+		return false
+	case a.IsUnspecified():
+		return p.IsSingleIP()
+	case a.IsLoopback():
+		return p.Addr().IsLoopback() && (a.Is6() || p.Bits() >= 8)
+	case a.IsLinkLocalUnicast():
+		return p.Addr().IsLinkLocalUnicast() && p.Bits() >= 10 && (a.Is6() || p.Bits() >= 16)
+	}
+	return true
 }
 
 // relay copies between the client and its target until both have ended.
 func (s *session) relay(to relay.Conn) {
 	_ = s.conn.SetDeadline(time.Time{})
 	s.plane.flows.reached(s.flow)
+	own := addrPort(to.LocalAddr())
+	s.plane.outgoing.Store(own, true)
+	defer s.plane.outgoing.Delete(own)
 	stop := context.AfterFunc(s.ctx, func() { relay.Abort(to) })
 	defer stop()
 	err := relay.Relay(s.early(), to, s.settings.Idle, &s.flow.counts)
@@ -260,11 +288,14 @@ func Describe(err error) string {
 	var dns *net.DNSError
 	var status *statusError
 	var reply socks5.Reply
+	var file *fs.PathError
 	switch {
 	case errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded):
 		return "no answer in time"
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return fmt.Sprintf("no such host %s", dns.Name)
+	case errors.Is(err, errLoose) || errors.As(err, &file):
+		return "the proxy itself is not set up well; its log says why"
 	case errors.As(err, &dns):
 		return fmt.Sprintf("%s cannot be resolved: %s", dns.Name, dns.Err)
 	}
@@ -294,14 +325,22 @@ func (s *session) transparent() {
 		return
 	}
 	s.begin("transparent", "CONNECT", to.String())
+	if _, is := s.plane.outgoing.Load(s.client); is {
+		s.fail(errLoop)
+		relay.Abort(s.conn)
+		return
+	}
 	if to == s.local && s.plane.isOwn(socks5.AddressOf(to)) {
 		s.fail(errors.New("it was not led here: the client named the proxy itself"))
 		relay.Abort(s.conn)
 		return
 	}
 	dest := socks5.AddressOf(to)
-	dest.Name = s.sniff()
-	c, err := s.openNamed(dest)
+	dest.Name, err = s.sniff()
+	var c relay.Conn
+	if err == nil {
+		c, err = s.openNamed(dest)
+	}
 	if err != nil {
 		s.fail(err)
 		relay.Abort(s.conn)

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pentad/pentad/config"
@@ -26,19 +27,23 @@ const (
 // sniff returns the name that the client's first words say it means: that of TLS (SNI,
 // RFC 6066, section 3), or the Host of HTTP; empty: none. It looks only if a rule asks
 // for names.
-func (s *session) sniff() string {
+func (s *session) sniff() (string, error) {
 	if !slices.ContainsFunc(s.settings.Rules, func(r config.ProxyRule) bool { return len(r.Domains) > 0 }) {
-		return ""
+		return "", nil
 	}
 	s.in = bufio.NewReaderSize(s.conn, maxHello)
 	_ = s.conn.SetReadDeadline(time.Now().Add(sniffWait))
 	defer func() { _ = s.conn.SetReadDeadline(time.Time{}) }()
 	first, err := s.in.Peek(1)
+	if errors.Is(err, syscall.ECONNRESET) {
+		return "", err
+	}
 	if err != nil {
-		return ""
+		return "", nil
 	}
 	var taken bytes.Buffer
-	from := io.TeeReader(io.LimitReader(s.in, maxSniff), &taken)
+	watched := &watchedReader{Reader: s.in}
+	from := io.TeeReader(io.LimitReader(watched, maxSniff), &taken)
 	name := ""
 	if first[0] == recordHandshake {
 		name = serverName(from)
@@ -46,10 +51,27 @@ func (s *session) sniff() string {
 		name = httpHost(from)
 	}
 	s.sent = taken.Bytes()
-	if checkHost(name) {
-		return strings.TrimSuffix(name, ".")
+	if errors.Is(watched.err, syscall.ECONNRESET) {
+		return "", watched.err // the target is not to take what there is for all
 	}
-	return ""
+	if checkHost(name) {
+		return strings.TrimSuffix(name, "."), nil
+	}
+	return "", nil
+}
+
+// watchedReader remembers what ended it.
+type watchedReader struct {
+	io.Reader
+	err error
+}
+
+func (r *watchedReader) Read(b []byte) (int, error) {
+	n, err := r.Reader.Read(b)
+	if err != nil {
+		r.err = err
+	}
+	return n, err
 }
 
 // checkHost reports whether a text is a name, and no address.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -36,6 +37,7 @@ func (s *session) socks() {
 		s.conn.Close()
 		return
 	}
+	_ = s.conn.SetDeadline(time.Time{}) // it has said all that it has to
 	s.begin("socks5", q.Command.String(), q.Address.String())
 	switch q.Command {
 	case socks5.Connect:
@@ -47,11 +49,18 @@ func (s *session) socks() {
 	}
 }
 
+// reply answers a request, within a time of its own.
+func (s *session) reply(r socks5.Reply, bound netip.AddrPort) error {
+	_ = s.conn.SetWriteDeadline(time.Now().Add(s.settings.Handshake))
+	defer func() { _ = s.conn.SetWriteDeadline(time.Time{}) }()
+	return socks5.WriteReply(s, r, bound)
+}
+
 // refuse answers a request that is none.
 func (s *session) refuse(q socks5.Request, reply socks5.Reply, err error) {
 	s.begin("socks5", q.Command.String(), q.Address.String())
 	s.fail(err)
-	_ = socks5.WriteReply(s, reply, netip.AddrPort{})
+	_ = s.reply(reply, netip.AddrPort{})
 	s.hangUp()
 }
 
@@ -83,11 +92,11 @@ func (s *session) socksConnect(to target) {
 	c, err := s.open(to)
 	if err != nil {
 		s.fail(err)
-		_ = socks5.WriteReply(s, replyOf(err), netip.AddrPort{})
+		_ = s.reply(replyOf(err), netip.AddrPort{})
 		s.hangUp()
 		return
 	}
-	if err := socks5.WriteReply(s, socks5.Succeeded, addrPort(c.LocalAddr())); err != nil {
+	if err := s.reply(socks5.Succeeded, addrPort(c.LocalAddr())); err != nil {
 		s.fail(err)
 		relay.Abort(c)
 		s.conn.Close()
@@ -150,7 +159,7 @@ func (s *session) socksBind(from target) {
 		return
 	}
 	defer l.Close()
-	if err := socks5.WriteReply(s, socks5.Succeeded, addrPort(l.Addr())); err != nil {
+	if err := s.reply(socks5.Succeeded, addrPort(l.Addr())); err != nil {
 		s.fail(err)
 		s.conn.Close()
 		return
@@ -162,7 +171,7 @@ func (s *session) socksBind(from target) {
 		return
 	}
 	s.flow.set(func(f *Flow) { f.Target = c.RemoteAddr().String() })
-	if err := socks5.WriteReply(s, socks5.Succeeded, addrPort(c.RemoteAddr())); err != nil {
+	if err := s.reply(socks5.Succeeded, addrPort(c.RemoteAddr())); err != nil {
 		s.fail(err)
 		relay.Abort(c)
 		s.conn.Close()
@@ -173,7 +182,7 @@ func (s *session) socksBind(from target) {
 
 func (s *session) failBind(err error) {
 	s.fail(err)
-	_ = socks5.WriteReply(s, replyOf(err), netip.AddrPort{})
+	_ = s.reply(replyOf(err), netip.AddrPort{})
 	s.hangUp()
 }
 
@@ -207,17 +216,20 @@ func (s *session) peers(from target) ([]netip.AddrPort, error) {
 	return may, nil
 }
 
+// discard is a port of which it does not matter whether anybody is there (RFC 863).
+const discard = 9
+
 // outside returns the address of this host at which those peers reach it.
 func (s *session) outside(peers []netip.AddrPort) netip.Addr {
 	if len(peers) > 0 {
 		// It sends nothing: the kernel chooses a source address.
-		c, err := net.Dial("udp", netip.AddrPortFrom(peers[0].Addr(), 9).String())
+		c, err := net.Dial("udp", netip.AddrPortFrom(peers[0].Addr(), discard).String())
 		if err == nil {
 			defer c.Close()
 			return addrPort(c.LocalAddr()).Addr()
 		}
 	}
-	return s.local.Addr()
+	return s.local.Addr().WithZone(s.zone)
 }
 
 // errGone says that the client has closed its connection while it waited.
@@ -227,21 +239,21 @@ var errGone = errors.New("the client has gone")
 // wait.
 func (s *session) awaitPeer(l *net.TCPListener, peers []netip.AddrPort) (*net.TCPConn, error) {
 	until := time.Now().Add(bindWait)
-	_ = s.conn.SetDeadline(until.Add(linger))
 	_ = l.SetDeadline(until)
 	ctx, stop := context.WithCancel(s.ctx)
 	defer stop()
+	defer context.AfterFunc(ctx, func() { l.Close() })()
 	watched := make(chan error, 1)
+	var came atomic.Bool
 	go func() {
-		// Who waits says nothing: a byte is for the peer and stays where it is.
-		_, err := s.in.Peek(1)
-		if err != nil && ctx.Err() == nil {
+		err := s.awaitEnd()
+		if err != nil && !came.Load() {
 			l.Close()
 		}
 		watched <- err
 	}()
 	c, err := acceptFrom(l, peers)
-	stop()
+	came.Store(true)
 	_ = s.conn.SetReadDeadline(time.Unix(1, 0)) // the watch is over
 	gone := <-watched
 	_ = s.conn.SetReadDeadline(time.Time{})
@@ -249,6 +261,17 @@ func (s *session) awaitPeer(l *net.TCPListener, peers []netip.AddrPort) (*net.TC
 		err = errGone
 	}
 	return c, err
+}
+
+// awaitEnd waits until the client has ended or aborted. What it says meanwhile is for the
+// peer, and stays where it is; who says more than a little is not watched any more.
+func (s *session) awaitEnd() error {
+	for n := 1; n <= maxHello; n = s.in.Buffered() + 1 {
+		if _, err := s.in.Peek(n); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func acceptFrom(l *net.TCPListener, peers []netip.AddrPort) (*net.TCPConn, error) {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +29,11 @@ type association struct {
 	outer [2]*net.UDPConn // where answers come to: IPv4, IPv6; nil: this host has none
 
 	mu        sync.Mutex
-	from      netip.AddrPort // of the client; port 0: nothing has come yet
+	from      netip.AddrPort  // of the client; port 0: nothing has come yet
+	ctx       context.Context // of the association
+	end       context.CancelFunc
+	asking    int // names that are being asked for
+	waiting   int // bytes that wait for the addresses of names
 	fragments socks5.Fragments
 	peers     map[netip.Addr]time.Time // hosts that the client has sent to, and when
 	names     map[string]*name
@@ -36,17 +41,18 @@ type association struct {
 
 // name is a name of which the address is known, or asked for.
 type name struct {
-	address netip.Addr // not valid: it is being asked for, or there is none
-	asking  bool
-	until   time.Time
-	waiting []socks5.Datagram
+	addresses []netip.AddrPort // none: it is being asked for, or there is none
+	asking    bool
+	until     time.Time
+	waiting   []socks5.Datagram
 }
 
 // Bounds of one association.
 const (
 	maxPeers   = 1024
 	maxNames   = 256
-	maxWaiting = 16 // datagrams that wait for the address of a name
+	maxAsking  = 16      // names that are asked for at a time
+	maxWaiting = 1 << 20 // bytes of datagrams that wait for the addresses of names
 	nameFor    = 30 * time.Second
 	nameWait   = 5 * time.Second
 )
@@ -56,12 +62,12 @@ func (s *session) associate(from target) {
 	a, err := s.newAssociation(from)
 	if err != nil {
 		s.fail(err)
-		_ = socks5.WriteReply(s, replyOf(err), netip.AddrPort{})
+		_ = s.reply(replyOf(err), netip.AddrPort{})
 		s.hangUp()
 		return
 	}
 	defer a.close()
-	if err := socks5.WriteReply(s, socks5.Succeeded, addrPort(a.inner.LocalAddr())); err != nil {
+	if err := s.reply(socks5.Succeeded, addrPort(a.inner.LocalAddr())); err != nil {
 		s.fail(err)
 		s.conn.Close()
 		return
@@ -85,6 +91,7 @@ func (s *session) associate(from target) {
 
 func (s *session) newAssociation(from target) (*association, error) {
 	a := &association{session: s, peers: make(map[netip.Addr]time.Time), names: make(map[string]*name)}
+	a.ctx, a.end = context.WithCancel(s.ctx)
 	// Datagrams are taken from the address that the client's connection has, whatever
 	// address it names: behind a translation of addresses it does not know better. The
 	// port holds if it names one.
@@ -93,11 +100,11 @@ func (s *session) newAssociation(from target) (*association, error) {
 		a.from = netip.AddrPortFrom(s.client.Addr(), from.Port)
 	}
 	var err error
-	if a.inner, err = listenUDP(netip.AddrPortFrom(s.local.Addr(), 0)); err != nil {
+	if a.inner, err = listenUDP(netip.AddrPortFrom(s.local.Addr().WithZone(s.zone), 0), mark); err != nil {
 		return nil, err
 	}
 	for i, every := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
-		a.outer[i], err = listenUDP(netip.AddrPortFrom(every, 0))
+		a.outer[i], err = listenUDP(netip.AddrPortFrom(every, 0), markOne)
 	}
 	if a.outer[0] == nil && a.outer[1] == nil {
 		a.close()
@@ -106,8 +113,14 @@ func (s *session) newAssociation(from target) (*association, error) {
 	return a, nil
 }
 
-func listenUDP(at netip.AddrPort) (*net.UDPConn, error) {
-	l := net.ListenConfig{Control: mark}
+// markOne is mark for a socket that sends to one host at a time: a broadcast is none.
+func markOne(network, address string, raw syscall.RawConn) error {
+	err := raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 0) })
+	return errors.Join(err, mark(network, address, raw))
+}
+
+func listenUDP(at netip.AddrPort, control func(network, address string, raw syscall.RawConn) error) (*net.UDPConn, error) {
+	l := net.ListenConfig{Control: control}
 	c, err := l.ListenPacket(context.Background(), network("udp", at.Addr()), at.String())
 	if err != nil {
 		return nil, err
@@ -116,6 +129,7 @@ func listenUDP(at netip.AddrPort) (*net.UDPConn, error) {
 }
 
 func (a *association) close() {
+	a.end()
 	a.inner.Close()
 	for _, c := range a.outer {
 		if c != nil {
@@ -188,34 +202,37 @@ func (a *association) fromClient(_, b []byte, from netip.AddrPort) {
 // caller holds the lock.
 func (a *association) send(d socks5.Datagram) {
 	if d.Address.Name == "" {
-		a.sendTo(d)
+		a.sendTo(d, []netip.AddrPort{d.Address.AddrPort()})
 		return
 	}
 	known := a.names[d.Address.Name]
 	switch {
 	case known == nil || !known.asking && time.Now().After(known.until):
 		a.ask(d)
-	case known.asking && len(known.waiting) < maxWaiting:
-		known.waiting = append(known.waiting, d.Clone())
-	case !known.asking && known.address.IsValid():
-		d.Address.IP = known.address
-		a.sendTo(d)
+	case known.asking:
+		a.wait(known, d)
+	default:
+		a.sendTo(d, known.addresses)
 	}
 }
 
-// sendTo sends a datagram to an address, if that may be. What one target is, or is not,
-// ends nothing. The caller holds the lock.
-func (a *association) sendTo(d socks5.Datagram) {
-	to := d.Address
-	c := a.outer[0]
-	if to.IP.Is6() {
-		c = a.outer[1]
-	}
-	if c == nil || to.Port == 0 || !a.may(to) || !a.admit(to.IP) {
-		return
-	}
-	if n, err := c.WriteToUDPAddrPort(d.Content, to.AddrPort()); err == nil {
-		a.flow.counts.Sent.Add(uint64(n))
+// sendTo sends a datagram to the first address that it may go to, and that there is a way
+// to. What one target is, or is not, ends nothing. The caller holds the lock.
+func (a *association) sendTo(d socks5.Datagram, addresses []netip.AddrPort) {
+	for _, ap := range addresses {
+		to := target{Name: d.Address.Name, IP: ap.Addr(), Port: d.Address.Port}
+		c := a.outer[0]
+		if to.IP.Is6() {
+			c = a.outer[1]
+		}
+		if c == nil || to.Port == 0 || !a.may(to) || !a.admit(to.IP) {
+			continue
+		}
+		n, err := c.WriteToUDPAddrPort(d.Content, to.AddrPort())
+		if err == nil {
+			a.flow.counts.Sent.Add(uint64(n))
+			return
+		}
 	}
 }
 
@@ -242,42 +259,53 @@ func (a *association) admit(host netip.Addr) bool {
 	return true
 }
 
-// ask has a name resolved, while others are relayed. The caller holds the lock.
-func (a *association) ask(d socks5.Datagram) {
-	if len(a.names) >= maxNames {
-		clear(a.names) // what is being asked for is asked for again
+// wait keeps a datagram until the address of its name is known, if there is room. The
+// caller holds the lock.
+func (a *association) wait(n *name, d socks5.Datagram) {
+	if a.waiting+len(d.Content) <= maxWaiting {
+		a.waiting += len(d.Content)
+		n.waiting = append(n.waiting, d.Clone())
 	}
-	n := &name{asking: true, waiting: []socks5.Datagram{d.Clone()}}
+}
+
+// ask has a name resolved, while others are relayed. Names beyond what may be asked for
+// at a time are dropped, with their datagrams. The caller holds the lock.
+func (a *association) ask(d socks5.Datagram) {
+	if a.asking >= maxAsking || len(a.names) >= maxNames && !a.forgetName() {
+		return
+	}
+	n := &name{asking: true}
+	a.asking++
 	a.names[d.Address.Name] = n
-	go func() {
+	a.wait(n, d)
+	a.tasks.Go(func() {
 		ctx, cancel := context.WithTimeout(a.ctx, nameWait)
 		defer cancel()
 		addresses, err := a.plane.resolve(ctx, d.Address)
 		a.mu.Lock()
 		defer a.mu.Unlock()
+		a.asking--
 		n.asking, n.until = false, time.Now().Add(nameFor)
 		if err == nil {
-			n.address = a.reachable(addresses)
+			n.addresses = addresses
 		}
-		waiting := n.waiting
+		for _, d := range n.waiting {
+			a.waiting -= len(d.Content)
+			a.sendTo(d, n.addresses)
+		}
 		n.waiting = nil
-		for _, d := range waiting {
-			d.Address.IP = n.address
-			if n.address.IsValid() {
-				a.sendTo(d)
-			}
-		}
-	}()
+	})
 }
 
-// reachable returns the first address of a family that this host has.
-func (a *association) reachable(addresses []netip.AddrPort) netip.Addr {
-	for _, ap := range addresses {
-		if ap.Addr().Is4() && a.outer[0] != nil || ap.Addr().Is6() && a.outer[1] != nil {
-			return ap.Addr()
+// forgetName forgets one that is not being asked for, and reports whether there was one.
+func (a *association) forgetName() bool {
+	for text, n := range a.names {
+		if !n.asking {
+			delete(a.names, text)
+			return true
 		}
 	}
-	return netip.Addr{}
+	return false
 }
 
 // fromTarget relays an answer to the client, with the address that it really came from.
@@ -293,7 +321,7 @@ func (a *association) fromTarget(room, b []byte, from netip.AddrPort) {
 	h := socks5.AppendHeader(head[:0], socks5.AddressOf(from))
 	at := len(room) - len(h)
 	copy(room[at:], h)
-	if _, err := a.inner.WriteToUDPAddrPort(room[at:len(room)+len(b)], client); err == nil {
+	if _, err := a.inner.WriteToUDPAddrPort(room[at:len(room)+len(b)], netip.AddrPortFrom(client.Addr().WithZone(a.zone), client.Port())); err == nil {
 		a.flow.counts.Received.Add(uint64(len(b)))
 	}
 }

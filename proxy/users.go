@@ -29,6 +29,7 @@ type users struct {
 	looked  time.Time
 	version fileVersion
 	hashes  map[string]string
+	costly  string // the hash that takes longest
 	err     error
 	key     [sha256.Size]byte
 	proven  map[[sha256.Size]byte]bool // users with passwords that were right, under key
@@ -91,7 +92,7 @@ func (u *users) mark(user, password string) (m [sha256.Size]byte) {
 	return [sha256.Size]byte(h.Sum(nil))
 }
 
-// find returns the hash of a user; of one who is not there that of somebody else.
+// find returns the hash of a user; of one who is not there the one that takes longest.
 func (u *users) find(user string) (hash string, known bool, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -102,10 +103,7 @@ func (u *users) find(user string) (hash string, known bool, err error) {
 	if hash, known = u.hashes[user]; known {
 		return hash, true, nil
 	}
-	for _, hash = range u.hashes {
-		break
-	}
-	return hash, false, nil
+	return u.costly, false, nil
 }
 
 // refresh reads the file again if it has changed.
@@ -124,6 +122,12 @@ func (u *users) refresh() {
 	}
 	u.version = fileVersion{st.Size(), st.ModTime(), st}
 	u.hashes, u.err = readUsers(u.path, st)
+	u.costly = ""
+	for _, hash := range u.hashes {
+		if u.costly == "" || costOf(hash) > costOf(u.costly) {
+			u.costly = hash
+		}
+	}
 	u.proven = make(map[[sha256.Size]byte]bool)
 }
 
@@ -141,7 +145,8 @@ func readUsers(path string, st os.FileInfo) (map[string]string, error) {
 	}
 	all := make(map[string]string)
 	n := 0
-	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
+	lines := bufio.NewScanner(bytes.NewReader(text))
+	for lines.Scan() {
 		n++
 		line := strings.TrimSpace(lines.Text())
 		if line == "" || strings.HasPrefix(line, "#") {
@@ -149,20 +154,37 @@ func readUsers(path string, st os.FileInfo) (map[string]string, error) {
 		}
 		user, hash, ok := strings.Cut(line, ":")
 		if !ok || user == "" || !isHash(hash) {
-			return nil, fmt.Errorf("file of users %s: line %d is not USER:HASH with a hash of bcrypt or argon2id; `htpasswd -nB USER` writes one", path, n)
+			return nil, fmt.Errorf("file of users %s: line %d is not USER:HASH with a hash of bcrypt (cost at most 15) or argon2id; `htpasswd -nB USER` writes one", path, n)
 		}
 		all[user] = hash
 	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("file of users %s: line %d: %w", path, n+1, err)
+	}
 	return all, nil
 }
+
+// maxCost bounds what one hash of bcrypt may take: each step doubles it, and this one is
+// some seconds.
+const maxCost = 15
 
 func isHash(hash string) bool {
 	if strings.HasPrefix(hash, "$argon2id$") {
 		_, err := parseArgon2(hash)
 		return err == nil
 	}
-	_, err := bcrypt.Cost([]byte(hash))
-	return err == nil
+	cost, err := bcrypt.Cost([]byte(hash))
+	return err == nil && cost <= maxCost
+}
+
+// costOf compares what hashes take, roughly: argon2id by its passes over memory, bcrypt by
+// its rounds.
+func costOf(hash string) uint64 {
+	if a, err := parseArgon2(hash); err == nil {
+		return uint64(a.memory) * uint64(a.time)
+	}
+	cost, _ := bcrypt.Cost([]byte(hash)) // it was looked at before
+	return 64 << cost
 }
 
 func verify(hash, password string) bool {

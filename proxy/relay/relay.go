@@ -10,6 +10,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,6 +66,7 @@ type relay struct {
 	idle  time.Duration
 	timer *time.Timer
 	last  atomic.Int64 // when something was sent last, since start, in ns
+	left  int          // what the kernel had still to send when it was looked last
 
 	mu  sync.Mutex
 	err error
@@ -78,10 +80,34 @@ func (r *relay) touch() { r.last.Store(int64(time.Since(start))) }
 func (r *relay) look() {
 	left := r.idle - (time.Since(start) - time.Duration(r.last.Load()))
 	if left <= 0 {
-		r.abort(ErrIdle)
-		return
+		// What was given to the kernel may still be on its way to a slow reader.
+		queued := unsent(r.sides[0]) + unsent(r.sides[1])
+		if queued == 0 || queued == r.left {
+			r.abort(ErrIdle)
+			return
+		}
+		r.left, left = queued, r.idle
 	}
 	r.timer.Reset(left)
+}
+
+// unsent returns how many bytes the kernel has of a socket that the other end has not
+// confirmed (SIOCOUTQ, tcp(7)).
+func unsent(c Conn) int {
+	if e, ok := c.(*early); ok {
+		c = e.Conn
+	}
+	t, ok := c.(*net.TCPConn)
+	if !ok {
+		return 0
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	n := 0
+	_ = raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	return n
 }
 
 func (r *relay) failure() error {
@@ -120,6 +146,10 @@ func Abort(c net.Conn) {
 	if e, ok := c.(*early); ok {
 		c = e.Conn
 	}
+	// TLS would say that all is said.
+	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
+		c = t.NetConn()
+	}
 	if t, ok := c.(*net.TCPConn); ok {
 		_ = t.SetLinger(0)
 	}
@@ -145,7 +175,23 @@ func (r *relay) copy(to, from Conn, n *atomic.Uint64) error {
 	return r.through(to, from, n)
 }
 
-const bufferSize = 32 << 10
+// write writes piece by piece: each that is taken shows that nobody is idle.
+func (r *relay) write(to Conn, b []byte, n *atomic.Uint64) error {
+	r.touch()
+	for piece := range slices.Chunk(b, pieceSize) {
+		if _, err := to.Write(piece); err != nil {
+			return err
+		}
+		r.touch()
+		n.Add(uint64(len(piece)))
+	}
+	return nil
+}
+
+const (
+	bufferSize = 32 << 10
+	pieceSize  = 8 << 10
+)
 
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
@@ -156,12 +202,9 @@ func (r *relay) through(to, from Conn, n *atomic.Uint64) error {
 	for {
 		got, err := from.Read(b[:])
 		if got > 0 {
-			r.touch()
-			if _, err := to.Write(b[:got]); err != nil {
+			if err := r.write(to, b[:got], n); err != nil {
 				return err
 			}
-			r.touch()
-			n.Add(uint64(got))
 		}
 		if err == io.EOF {
 			return nil

@@ -37,13 +37,11 @@ func (r *relay) splice(to, from *net.TCPConn, n *atomic.Uint64) error {
 			return err
 		}
 		r.touch()
-		if err := p.empty(out, got); err != nil {
+		if err := r.empty(p, out, got, n); err != nil {
 			p.close() // with what is left in it
 			return err
 		}
 		p.free()
-		r.touch()
-		n.Add(uint64(got))
 	}
 }
 
@@ -86,14 +84,16 @@ func fill(from syscall.RawConn) (p pipe, got int, err error) {
 }
 
 // empty moves what is in the pipe to a socket.
-func (p pipe) empty(to syscall.RawConn, left int) error {
+func (r *relay) empty(p pipe, to syscall.RawConn, left int, n *atomic.Uint64) error {
 	for left > 0 {
 		var failed error
 		err := to.Write(func(fd uintptr) bool {
-			n, err := unix.Splice(p.r, nil, int(fd), nil, left, flags)
+			moved, err := unix.Splice(p.r, nil, int(fd), nil, left, flags)
 			switch err {
 			case nil:
-				left -= int(n)
+				left -= int(moved)
+				n.Add(uint64(moved))
+				r.touch()
 				return true
 			case unix.EINTR:
 				return true

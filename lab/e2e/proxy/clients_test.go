@@ -63,7 +63,8 @@ func udpEcho(args []string) error {
 
 const proxies = `services: []
 proxies:
-- {name: open, protocol: [socks5, http], listen: ['0.0.0.0:1080', '[2001:db8::1]:1080'], allow: [10.0.0.0/8, '2001:db8::/32', 192.0.2.0/24]}
+- {name: open, protocol: [socks5, http], listen: ['0.0.0.0:1080', '[2001:db8::1]:1080'], allow: [10.0.0.0/8, '2001:db8::/32', 192.0.2.0/24],
+   rules: [{destinations: [203.0.113.0/24], via: direct}, {via: direct}]} # addresses of this host, which others are not to reach otherwise
 - name: locked
   protocol: [socks5, http]
   listen: 10.0.0.1:1081
