@@ -15,7 +15,7 @@ GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
 CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')
 
 # Packages whose tests need neither root nor a kernel of their own.
-PURE     = ./api/... ./config ./flow ./health/... ./ipam ./nodehealth ./service ./source/file
+PURE     = ./api/... ./config ./flow ./health/... ./ipam ./nodehealth ./proxy/... ./service ./source/file
 
 .PHONY: all build generate format check test bench bench-kube demo install clean
 

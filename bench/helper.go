@@ -36,6 +36,8 @@ var helpers = map[string]actor.Role{
 	"hold":      hold,
 	"slam":      slam,
 	"toll":      takeToll,
+	"source":    source,
+	"through":   through,
 }
 
 // vipOf is the VIP of the n-th of many services.

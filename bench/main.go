@@ -49,6 +49,7 @@ var parts = []struct {
 	{"reset", resets},
 	{"flow", flowRate},
 	{"failover", failover},
+	{"proxy", proxies},
 }
 
 func main() {

@@ -52,6 +52,7 @@ type Proxy struct {
 	Connect        time.Duration // for a connection to the target
 	Idle           time.Duration
 	IdleUDP        time.Duration
+	Drain          time.Duration // for connections to end by themselves when the agent ends
 }
 
 // ProxyRule says by which way connections go that fit it. What it does not name fits.
@@ -114,7 +115,7 @@ var proxySchema = schema[Proxy]{what: "a proxy", fields: []field[Proxy]{
 // DefaultProxy is a proxy with the defaults of its keys.
 var DefaultProxy = Proxy{
 	MaxConnections: 20_000, MaxPerClient: 5_000,
-	Handshake: 10 * time.Second, Connect: 10 * time.Second, Idle: time.Hour, IdleUDP: 2 * time.Minute,
+	Handshake: 10 * time.Second, Connect: 10 * time.Second, Idle: time.Hour, IdleUDP: 2 * time.Minute, Drain: 5 * time.Second,
 }
 
 var usersSchema = schema[Proxy]{what: "users", fields: []field[Proxy]{
@@ -131,6 +132,8 @@ var proxyTimeoutsSchema = schema[Proxy]{what: "timeouts", fields: []field[Proxy]
 		func(to *Proxy, v time.Duration) { to.Idle = v }).or(Duration(DefaultProxy.Idle)),
 	span("udp", "What is known of a sender of datagrams is forgotten after so long.", time.Second, 24*time.Hour, time.Millisecond,
 		func(to *Proxy, v time.Duration) { to.IdleUDP = v }).or(Duration(DefaultProxy.IdleUDP)),
+	span("drain", "When the agent ends, nobody new is let in, and those who are have so long to finish.", 0, time.Hour, time.Millisecond,
+		func(to *Proxy, v time.Duration) { to.Drain = v }).or(Duration(DefaultProxy.Drain)),
 }}
 
 var proxyRuleSchema = schema[ProxyRule]{what: "a rule", fields: []field[ProxyRule]{

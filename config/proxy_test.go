@@ -29,7 +29,7 @@ upstreams:
 	}
 	const want = "[{out [socks5 http] [127.0.0.1:1080 [::1]:1080] /etc/pentad/users [] [] false " +
 		"[{[] [{443 443} {8000 8999}] [.corp.example one.example] [] [] [jump corp]} {[10.0.0.0/8] [] [] [] [alice] [corp]} {[] [] [] [] [] [direct]}]  " +
-		"20000 5000 10s 10s 10m0s 2m0s} {in [transparent] [127.0.0.1:15001]  [] [] false []  20000 5000 10s 10s 1h0m0s 2m0s}]"
+		"20000 5000 10s 10s 10m0s 2m0s 5s} {in [transparent] [127.0.0.1:15001]  [] [] false []  20000 5000 10s 10s 1h0m0s 2m0s 5s}]"
 	if have := fmt.Sprint(c.Proxies); have != want {
 		t.Errorf("have %s\nwant %s", have, want)
 	}

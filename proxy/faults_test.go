@@ -75,6 +75,36 @@ func TestCloses(t *testing.T) {
 	})
 }
 
+// Who is in the middle of something when the agent ends may finish it.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	p, at := start(t, config.Proxy{Drain: patience})
+	to := listen(t, "127.0.0.1", echo)
+	c := asked(t, at, 5, 1, 0, to, "half, ")
+	c.take(10)
+	done := make(chan struct{})
+	go func() {
+		p.Close()
+		close(done)
+	}()
+	within(t, "nobody new is let in", func() bool {
+		n, err := net.Dial("tcp", at)
+		if err == nil {
+			n.Close()
+		}
+		return errors.Is(err, syscall.ECONNREFUSED)
+	})
+	c.say("and whole")
+	_ = c.CloseWrite()
+	c.hear("half, and whole")
+	c.ended()
+	select {
+	case <-done:
+	case <-time.After(patience / 2):
+		t.Error("it waits for nobody")
+	}
+}
+
 // A client of elsewhere does not come from here by way of the proxy itself.
 func TestOwnListeners(t *testing.T) {
 	t.Parallel()

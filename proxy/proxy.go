@@ -123,6 +123,18 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	return errors.Join(errs...)
 }
 
+// drain lets nobody new in, and waits for those who are.
+func (p *Plane) drain() {
+	p.mu.Lock()
+	all := slices.Collect(maps.Values(p.servers))
+	p.mu.Unlock()
+	var waits sync.WaitGroup
+	for _, s := range all {
+		waits.Go(s.drain)
+	}
+	waits.Wait()
+}
+
 // keep closes the servers that are not to stay.
 func (p *Plane) keep(stays func(name string) bool) {
 	var gone []*server
@@ -187,10 +199,12 @@ func (*Plane) Distrust() {}
 // Run has no chores.
 func (*Plane) Run(ctx context.Context) { <-ctx.Done() }
 
-// Close ends all proxies and their connections.
+// Close ends all proxies. Connections have the time that their proxy gives them to end by
+// themselves.
 func (p *Plane) Close() {
 	p.applying.Lock()
 	defer p.applying.Unlock()
+	p.drain()
 	p.keep(func(string) bool { return false })
 	p.setForwards(Want{}, nil, false)
 	p.setLinks(nil)

@@ -135,16 +135,39 @@ func (s *server) intact() bool {
 	return true
 }
 
-// close ends the server and its connections.
-func (s *server) close() {
+// shut lets nobody new in.
+func (s *server) shut() {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.closed = true
 	for at, l := range s.listeners {
 		l.Close()
 		delete(s.listeners, at)
 	}
 	s.changed.Broadcast()
-	s.mu.Unlock()
+}
+
+// drain lets nobody new in, and waits as long as it may for those who are.
+func (s *server) drain() {
+	s.shut()
+	over := false
+	limit := time.AfterFunc(s.now.Load().Drain, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		over = true
+		s.changed.Broadcast()
+	})
+	defer limit.Stop()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.n > 0 && !over {
+		s.changed.Wait()
+	}
+}
+
+// close ends the server and its connections.
+func (s *server) close() {
+	s.shut()
 	s.stop()
 	for _, w := range s.webs {
 		w.Close()

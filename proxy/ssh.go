@@ -314,25 +314,33 @@ func (l *link) hops() ([]hop, error) {
 	if err != nil {
 		return nil, err
 	}
+	hops, err := settings.hops(l.upstream.Address)
+	if err != nil {
+		return nil, err
+	}
+	last := &hops[len(hops)-1]
+	if l.upstream.User != "" {
+		last.user = l.upstream.User
+	}
+	if len(l.upstream.Identities) > 0 {
+		last.identities = l.upstream.Identities
+	}
+	return hops, nil
+}
+
+// hops returns a server after the jump hosts before it.
+func (c sshConfig) hops(host string) ([]hop, error) {
 	var hops []hop
-	next := []string{l.upstream.Address}
+	next := []string{host}
 	for len(next) > 0 {
 		if len(hops) == maxJumps {
 			return nil, fmt.Errorf("more than %d hosts by ProxyJump: do they name each other?", maxJumps)
 		}
 		last := next[len(next)-1]
 		next = next[:len(next)-1]
-		h, jumps, err := settings.find(last)
+		h, jumps, err := c.find(last)
 		if err != nil {
 			return nil, err
-		}
-		if len(hops) == 0 {
-			if l.upstream.User != "" {
-				h.user = l.upstream.User
-			}
-			if len(l.upstream.Identities) > 0 {
-				h.identities = l.upstream.Identities
-			}
 		}
 		hops = append(hops, h)
 		next = append(next, jumps...)
@@ -353,11 +361,16 @@ func readSSHConfig(path string) (sshConfig, error) {
 		return sshConfig{}, err
 	}
 	defer f.Close()
-	c, err := sshconfig.Decode(f)
+	c, err := parseSSHConfig(f)
 	if err != nil {
 		return sshConfig{}, fmt.Errorf("%s: %w", path, err)
 	}
-	return sshConfig{c}, nil
+	return c, nil
+}
+
+func parseSSHConfig(r io.Reader) (sshConfig, error) {
+	c, err := sshconfig.Decode(r)
+	return sshConfig{c}, err
 }
 
 func (c sshConfig) get(alias, key string) string {
