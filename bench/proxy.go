@@ -94,7 +94,7 @@ func (s *site) forwarders() ([]*forwarder, error) {
 		args []string
 	}{
 		{forwarder{name: "danted", address: "10.0.0.2:1090", socks: true}, []string{"danted", "-f", dante}},
-		{forwarder{name: "microsocks", address: "10.0.0.2:1091", socks: true}, []string{"microsocks", "-q", "-i", "10.0.0.2", "-p", "1091"}},
+		{forwarder{name: "microsocks", address: "10.0.0.2:1091", socks: true}, []string{"microsocks", "-i", "10.0.0.2", "-p", "1091"}},
 		{forwarder{name: "HAProxy", address: "10.0.0.2:8080"}, []string{"haproxy", "-f", proxy}},
 	} {
 		f := p.forwarder

@@ -33,6 +33,9 @@ const nextAttempt = 250 * time.Millisecond
 
 // dialAny connects to the first address that answers.
 func dialAny(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error) {
+	if len(addresses) == 1 {
+		return dialTCP(ctx, addresses[0])
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type result struct {
@@ -83,9 +86,10 @@ func dialAny(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error
 }
 
 func dialTCP(ctx context.Context, a netip.AddrPort) (relay.Conn, error) {
-	var d net.Dialer
+	d := net.Dialer{KeepAlive: -1, Control: func(network, address string, raw syscall.RawConn) error {
+		return errors.Join(mark(network, address, raw), keepalive(network, address, raw))
+	}}
 	d.SetMultipathTCP(false) // what is spliced has to be plain TCP
-	d.Control = mark
 	c, err := d.DialContext(ctx, "tcp", a.String())
 	if err != nil {
 		return nil, err
@@ -97,6 +101,22 @@ func dialTCP(ctx context.Context, a netip.AddrPort) (relay.Conn, error) {
 // Without the right to do so nothing is captured either.
 func mark(_, _ string, raw syscall.RawConn) error {
 	return raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, host.ProxyMark) })
+}
+
+// keepaliveAfter is how long a connection is silent before its other end is asked whether
+// it is there, and how long it has to answer each time; after nine times it is gone
+// (net.ipv4.tcp_keepalive_probes).
+const keepaliveAfter = 15 // seconds
+
+func keepalive(_, _ string, raw syscall.RawConn) error {
+	var err error
+	failed := raw.Control(func(fd uintptr) {
+		err = errors.Join(
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveAfter),
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveAfter))
+	})
+	return errors.Join(failed, err)
 }
 
 // target is where a client wants to go.

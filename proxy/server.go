@@ -107,7 +107,8 @@ func (s *server) listen() error {
 }
 
 func listenTCP(at netip.AddrPort) (*net.TCPListener, error) {
-	var c net.ListenConfig
+	// What is accepted has the keepalive of its listener: nobody has to set it each time.
+	c := net.ListenConfig{KeepAlive: -1, Control: keepalive}
 	c.SetMultipathTCP(false) // what is spliced has to be plain TCP
 	l, err := c.Listen(context.Background(), network("tcp", at.Addr()), at.String())
 	if err != nil {
