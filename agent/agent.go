@@ -135,7 +135,7 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 	if err := a.recall(); err != nil {
 		return err
 	}
-	a.loadDrains()
+	_ = a.loadDrains() // it says itself what is wrong
 	ctx, stop := context.WithCancel(ctx)
 	defer a.tasks.Wait()
 	defer stop()

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -10,6 +11,7 @@ import (
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
 	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
 )
@@ -19,6 +21,9 @@ import (
 func DrainAlone(opts Options, r api.DrainRequest) (api.DrainAnswer, error) {
 	if r.Timeout != 0 {
 		return api.DrainAnswer{}, fmt.Errorf("%w: no agent runs, which would close what is left after the time-out; without --timeout the kernel is told all the same", api.ErrRefused)
+	}
+	if there, _, err := nat.Installed(); err != nil || there {
+		return api.DrainAnswer{}, fmt.Errorf("%w: no agent runs, which would tell the table for packets from elsewhere, too", cmp.Or(err, api.ErrRefused))
 	}
 	lock, err := host.Lock(opts.Pins)
 	if err != nil {
@@ -34,7 +39,9 @@ func DrainAlone(opts Options, r api.DrainRequest) (api.DrainAnswer, error) {
 	}
 	a := &Agent{opts: opts, log: slog.New(slog.DiscardHandler), states: make(states), known: &known{services: (&service.Snapshot{}).Next(v.Services)}}
 	a.recallStates(v.Services)
-	a.loadDrains()
+	if err := a.loadDrains(); err != nil {
+		return api.DrainAnswer{}, err
+	}
 	// What is drained and no operator has drained the file drains.
 	a.inbox.file.Config, a.inbox.file.Services = &config.Config{}, a.configured(v.Services)
 	p, err := a.prepareDrain(drain{DrainRequest: r}, time.Now())
@@ -44,11 +51,14 @@ func DrainAlone(opts Options, r api.DrainRequest) (api.DrainAnswer, error) {
 	for k, st := range p.set {
 		a.states.set(k, st)
 	}
+	// The next agent believes the file: it comes first.
+	if err := a.writeDrains(); err != nil {
+		return api.DrainAnswer{}, err
+	}
 	next := a.known.services.Next(a.states.over(a.inbox.file.Services, time.Now()))
 	if err := socket.Revise(socket.Options{Pins: opts.Pins, Version: opts.Version}, next); err != nil {
 		return api.DrainAnswer{}, err
 	}
-	a.saveDrains()
 	return p.answer, nil
 }
 

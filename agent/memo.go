@@ -32,14 +32,14 @@ type drainMemo struct {
 
 // loadDrains takes the drains that were saved. Those that the kernel knows, too, are
 // what the kernel says.
-func (a *Agent) loadDrains() {
+func (a *Agent) loadDrains() error {
 	if a.opts.StateDir == "" {
-		return
+		return nil
 	}
 	path := filepath.Join(a.opts.StateDir, drainsFile)
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return
+		return nil
 	}
 	var memos []drainMemo
 	if err == nil {
@@ -47,7 +47,7 @@ func (a *Agent) loadDrains() {
 	}
 	if err != nil {
 		a.log.Error("which backends an operator has drained is known from the kernel alone", "file", path, "error", err)
-		return
+		return fmt.Errorf("%s, where it stands which backends are drained: %w", path, err)
 	}
 	byOperator := make(map[health.Key]bool)
 	for _, m := range memos {
@@ -65,13 +65,20 @@ func (a *Agent) loadDrains() {
 			a.states.set(k, s)
 		}
 	}
+	return nil
 }
 
 // saveDrains saves the drains. Where that fails they hold all the same, but not after a
 // restart of the host.
 func (a *Agent) saveDrains() {
+	if err := a.writeDrains(); err != nil {
+		a.log.Warn("that backends are drained will not outlive a restart of the host", "error", err)
+	}
+}
+
+func (a *Agent) writeDrains() error {
 	if a.opts.StateDir == "" {
-		return
+		return nil
 	}
 	memos := []drainMemo{}
 	for k, s := range a.states {
@@ -87,16 +94,15 @@ func (a *Agent) saveDrains() {
 	})
 	raw, err := json.MarshalIndent(memos, "", "  ")
 	if err == nil && string(raw) == a.savedDrains {
-		return
+		return nil
 	}
 	if err == nil {
 		err = replaceFile(filepath.Join(a.opts.StateDir, drainsFile), raw)
 	}
-	if err != nil {
-		a.log.Warn("that backends are drained will not outlive a restart of the host", "error", err)
-		return
+	if err == nil {
+		a.savedDrains = string(raw)
 	}
-	a.savedDrains = string(raw)
+	return err
 }
 
 // textFile is where the configuration stands that was in force last: an agent that finds a

@@ -24,7 +24,7 @@ var roles = []role{
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
 	part[*capture.Plane, capture.Want]{name: "capture", wanted: hasCaptures, want: wantCaptures,
-		open: openCaptures, remove: removeCaptures, look: 250 * time.Millisecond, minor: true, loud: true},
+		open: openCaptures, remove: removeCaptures, look: 250 * time.Millisecond, minor: true, loud: true, left: captureIsThere},
 	part[*proxy.Plane, proxy.Want]{name: "proxy", wanted: hasProxies, want: wantProxies,
 		open: openProxies, look: time.Second, measure: measureProxies, minor: true, loud: true},
 	part[*metricsServer, config.API]{name: "metrics", wanted: always, want: wantMetrics,
@@ -90,10 +90,17 @@ func tableIsWhole() bool {
 func hasCaptures(c *config.Config) bool { return len(c.Captures) > 0 }
 
 func wantCaptures(k *known) (capture.Want, bool) {
-	return capture.Want{Captures: k.config.Captures, Services: k.services}, true
+	return capture.Want{Captures: k.config.Captures, Services: k.services}, k.silent == 0
 }
 
 func openCaptures(a *Agent, _ func()) *capture.Plane { return capture.New(a.log) }
+
+// captureIsThere reports whether an earlier agent has left a table, which will do until
+// all sources have told which services there are.
+func captureIsThere() bool {
+	v, err := capture.Read()
+	return err == nil && v.Installed()
+}
 
 func removeCaptures(Options) error { return capture.Remove() }
 

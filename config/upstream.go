@@ -41,7 +41,7 @@ var upstreamSchema = schema[Upstream]{what: "an upstream", fields: []field[Upstr
 		return u
 	}),
 	section("ssh", "An SSH server. All connections share one to it, which is made anew when it is lost.", &sshSchema, func(u *Upstream) *Upstream {
-		u.Protocol, u.KnownHosts, u.SSHConfig = SSH, defaultKnownHosts, defaultSSHConfig
+		u.Protocol, u.KnownHosts, u.SSHConfig = SSH, defaultKnownHosts, DefaultSSHConfig
 		u.Keepalive, u.Missed = defaultSSHKeepalive, defaultSSHMissed
 		return u
 	}),
@@ -49,7 +49,7 @@ var upstreamSchema = schema[Upstream]{what: "an upstream", fields: []field[Upstr
 
 const (
 	defaultKnownHosts   = "~/.ssh/known_hosts"
-	defaultSSHConfig    = "~/.ssh/config"
+	DefaultSSHConfig    = "~/.ssh/config" // may be missing, or where the agent may not look
 	defaultSSHKeepalive = 5 * time.Second
 	defaultSSHMissed    = 3
 )
@@ -85,7 +85,7 @@ var sshSchema = schema[Upstream]{what: "ssh", fields: []field[Upstream]{
 		func(to *Upstream, v string) { to.KnownHosts = v }).or(defaultKnownHosts),
 	truth("acceptNew", "The key of a server that is not known yet is taken, and added to `knownHosts`. One that has changed is refused all the same.",
 		func(to *Upstream, v bool) { to.AcceptNew = v }).or("false"),
-	text("config", "path", "A configuration of ssh. It may be missing.", "the path of a file", func(to *Upstream, v string) { to.SSHConfig = v }).or(defaultSSHConfig),
+	text("config", "path", "A configuration of ssh. It may be missing.", "the path of a file", func(to *Upstream, v string) { to.SSHConfig = v }).or(DefaultSSHConfig),
 	span("keepalive", "How often the server is asked whether it is there.", 100*time.Millisecond, time.Hour, time.Millisecond,
 		func(to *Upstream, v time.Duration) { to.Keepalive = v }).or(Duration(defaultSSHKeepalive)),
 	number("missed", "1 to 100", "How many questions without an answer end the connection.", 1, 100,

@@ -27,6 +27,12 @@ func (e *Explanation) AddCapture(v *capture.View, q Question) error {
 		e.step("capture", "which processes are captured depends on who they are: name one with --pid")
 		return nil
 	}
+	own, err1 := os.Readlink("/proc/self/ns/net")
+	its, err2 := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", q.PID))
+	if err1 == nil && err2 == nil && own != its {
+		e.step("capture", "by none: the process is in another network namespace, of which the table of this one sees nothing")
+		return nil
+	}
 	c, err := connectionOf(q)
 	if err != nil {
 		return err

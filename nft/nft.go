@@ -8,12 +8,25 @@ import (
 	"fmt"
 	"net/netip"
 
+	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/service"
 )
+
+// bufferSize is room for the largest transaction: the kernel takes a transaction
+// in one piece (nfnetlink_rcv_batch) and answers each of its messages.
+const bufferSize = 64 << 20
+
+// Dial begins a conversation with nf_tables, which is to be ended by CloseLasting.
+func Dial() (*nftables.Conn, error) {
+	return nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
+		func(c *netlink.Conn) error { return c.SetWriteBuffer(bufferSize) },
+		func(c *netlink.Conn) error { return c.SetReadBuffer(bufferSize) },
+	))
+}
 
 // Reg is the n-th register of four bytes.
 func Reg(n uint32) uint32 { return unix.NFT_REG32_00 + n }

@@ -68,7 +68,7 @@ func TestCloses(t *testing.T) {
 		s.tasks.Go(func() {
 			close(asking)
 			<-s.ctx.Done()
-			p.isOwn(target{IP: netip.MustParseAddr("127.0.0.1"), Port: 1})
+			p.isOwn(target{IP: netip.MustParseAddr("127.0.0.1"), Port: 1}, false)
 		})
 		<-asking
 		closes(t, p)

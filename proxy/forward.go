@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/crypto/ssh"
+
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/proxy/relay"
 )
@@ -43,6 +45,7 @@ type ForwardState struct {
 const (
 	firstRetry = 100 * time.Millisecond
 	lastRetry  = time.Second
+	rejected   = 10 * time.Second // somebody has to change something before it can be
 )
 
 func (p *Plane) startForward(f config.Forward, c chain) *forward {
@@ -101,7 +104,11 @@ func (f *forward) run(ctx context.Context) {
 		if !sleep(ctx, pause) {
 			return
 		}
-		pause = min(2*pause, lastRetry)
+		most := lastRetry
+		if errors.Is(err, errRejected) {
+			most = rejected
+		}
+		pause = min(2*pause, most)
 	}
 }
 
@@ -119,17 +126,19 @@ func (f *forward) once(ctx context.Context, l *link) error {
 		}
 		return l.why()
 	}
-	at, err := client.Listen("tcp", f.Remote)
+	at, err := f.listen(ctx, client)
 	if err != nil {
 		return fmt.Errorf("the server does not listen at %s: %w", f.Remote, err)
 	}
 	f.set(true, nil)
-	stop := context.AfterFunc(ctx, func() { at.Close() })
+	// The server is told once, and nobody waits for its answer.
+	shut := sync.OnceFunc(func() { go at.Close() })
+	defer shut()
+	stop := context.AfterFunc(ctx, shut)
 	defer stop()
 	for {
 		c, err := at.Accept()
 		if err != nil {
-			at.Close()
 			select {
 			case <-l.lostOf(client):
 				return l.why()
@@ -140,6 +149,31 @@ func (f *forward) once(ctx context.Context, l *link) error {
 			}
 		}
 		f.tasks.Go(func() { f.serve(ctx, c.(relay.Conn)) })
+	}
+}
+
+// listen has the server listen. One that does not answer is not waited for beyond the
+// context.
+func (f *forward) listen(ctx context.Context, client *ssh.Client) (net.Listener, error) {
+	type result struct {
+		at  net.Listener
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		at, err := client.Listen("tcp", f.Remote)
+		done <- result{at, err}
+	}()
+	select {
+	case r := <-done:
+		return r.at, r.err
+	case <-ctx.Done():
+		go func() {
+			if r := <-done; r.err == nil {
+				r.at.Close()
+			}
+		}()
+		return nil, ctx.Err()
 	}
 }
 

@@ -76,7 +76,7 @@ type Plane struct {
 	servers  map[string]*server
 	forwards map[string]*forward
 
-	outgoing sync.Map // our own ends of connections to targets
+	outgoing sync.Map // ends of connections to targets
 	local    localAddresses
 
 	linksMu sync.Mutex
@@ -223,13 +223,13 @@ func (p *Plane) Listening(name string) []netip.AddrPort {
 	return slices.Collect(maps.Keys(s.listeners))
 }
 
-// isOwn reports whether an address is one at which a proxy of this host listens: what
-// goes there would come back.
-func (p *Plane) isOwn(to target) bool {
+// isOwn reports whether an address is one at which a proxy of this host listens; or one of
+// those that do not ask, to which what they send would come back.
+func (p *Plane) isOwn(to target, thatDoNotAsk bool) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, s := range p.servers {
-		if s.listensAt(to) {
+		if (!thatDoNotAsk || !s.asks()) && s.listensAt(to) {
 			return true
 		}
 	}

@@ -262,7 +262,8 @@ func (s *server) enter(client netip.Addr) bool {
 	now := s.now.Load()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.clients[client] >= now.MaxPerClient {
+	// All processes of this host that know of no proxy have one address.
+	if s.clients[client] >= now.MaxPerClient && (s.asks() || !s.plane.local.has(client)) {
 		return false
 	}
 	s.clients[client]++
@@ -310,6 +311,12 @@ func zoneOf(a net.Addr) string {
 		return t.Zone
 	}
 	return ""
+}
+
+// asks reports whether clients say where they want to go.
+func (s *server) asks() bool {
+	p := s.now.Load().Protocols
+	return !slices.Contains(p, config.Transparent) && !slices.Contains(p, config.Fixed)
 }
 
 // listensAt reports whether one of the listeners is meant by an address.

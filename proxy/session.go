@@ -225,7 +225,7 @@ func (s *session) dialUpstream(ctx context.Context, to target) (relay.Conn, erro
 // names the loopback is somebody who wants to be inside.
 func (s *session) mayReach(to target, a answer) error {
 	here := s.plane.local.has(s.client.Addr())
-	if (s.speaks(config.Transparent) || !here) && s.plane.isOwn(to) {
+	if s.plane.isOwn(to, here) && (s.speaks(config.Transparent) || !here) {
 		return errOwn // it would be led here again; or somebody of elsewhere would come from here
 	}
 	if here || !isInside(to.IP) && !s.plane.local.has(to.IP) {
@@ -258,11 +258,15 @@ func names(p netip.Prefix, a netip.Addr) bool {
 	return true
 }
 
+// ends are both addresses of a connection of ours. The kernel uses a port for several
+// connections that go to different targets.
+type ends struct{ own, target netip.AddrPort }
+
 // relay copies between the client and its target until both have ended.
 func (s *session) relay(to relay.Conn) {
 	_ = s.conn.SetDeadline(time.Time{})
 	s.plane.flows.reached(s.flow)
-	own := addrPort(to.LocalAddr())
+	own := ends{addrPort(to.LocalAddr()), addrPort(to.RemoteAddr())}
 	s.plane.outgoing.Store(own, true)
 	defer s.plane.outgoing.Delete(own)
 	stop := context.AfterFunc(s.ctx, func() { relay.Abort(to) })
@@ -325,12 +329,12 @@ func (s *session) transparent() {
 		return
 	}
 	s.begin("transparent", "CONNECT", to.String())
-	if _, is := s.plane.outgoing.Load(s.client); is {
+	if _, is := s.plane.outgoing.Load(ends{s.client, to}); is {
 		s.fail(errLoop)
 		relay.Abort(s.conn)
 		return
 	}
-	if to == s.local && s.plane.isOwn(socks5.AddressOf(to)) {
+	if to == s.local && s.plane.isOwn(socks5.AddressOf(to), false) {
 		s.fail(errors.New("it was not led here: the client named the proxy itself"))
 		relay.Abort(s.conn)
 		return

@@ -232,7 +232,7 @@ func (l *link) connect(ctx context.Context) (*ssh.Client, error) {
 	for _, h := range hops {
 		at, err := socks5.ParseAddress(h.host, h.port)
 		if err != nil {
-			return nil, err
+			return nil, closeAll(client, err)
 		}
 		c, err := dial(ctx, at)
 		if err != nil {
@@ -286,11 +286,19 @@ func (l *link) handshake(ctx context.Context, c relay.Conn, h hop) (*ssh.Client,
 	if !stop() && ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
+	var broken net.Error
+	if err != nil && !errors.Is(err, io.EOF) && !errors.As(err, &broken) {
+		return nil, fmt.Errorf("%w: %w", errRejected, err)
+	}
 	if err != nil {
 		return nil, err
 	}
 	return ssh.NewClient(conn, channels, requests), nil
 }
+
+// errRejected says that server and client talk to each other, and one does not want the
+// other: that it is tried again soon makes it no better.
+var errRejected = errors.New("the server and we do not accept each other")
 
 // hop is one SSH server on the way.
 type hop struct {
@@ -328,25 +336,30 @@ func (l *link) hops() ([]hop, error) {
 	return hops, nil
 }
 
-// hops returns a server after the jump hosts before it.
-func (c sshConfig) hops(host string) ([]hop, error) {
-	var hops []hop
-	next := []string{host}
-	for len(next) > 0 {
-		if len(hops) == maxJumps {
-			return nil, fmt.Errorf("more than %d hosts by ProxyJump: do they name each other?", maxJumps)
-		}
-		last := next[len(next)-1]
-		next = next[:len(next)-1]
-		h, jumps, err := c.find(last)
+// hops returns a server after the jump hosts before it. Of several that are named at once
+// only the first has jump hosts of its own: for the others ssh is told (ssh(1), -J).
+func (c sshConfig) hops(host string) ([]hop, error) { return c.hopsWithin(host, maxJumps) }
+
+func (c sshConfig) hopsWithin(host string, most int) ([]hop, error) {
+	h, jumps, err := c.find(host)
+	if err != nil || len(jumps) == 0 && most > 0 {
+		return []hop{h}, err
+	}
+	if len(jumps) >= most {
+		return nil, fmt.Errorf("more than %d hosts by ProxyJump: do they name each other?", maxJumps)
+	}
+	hops, err := c.hopsWithin(jumps[0], most-len(jumps))
+	if err != nil {
+		return nil, err
+	}
+	for _, text := range jumps[1:] {
+		j, _, err := c.find(text)
 		if err != nil {
 			return nil, err
 		}
-		hops = append(hops, h)
-		next = append(next, jumps...)
+		hops = append(hops, j)
 	}
-	slices.Reverse(hops)
-	return hops, nil
+	return append(hops, h), nil
 }
 
 // sshConfig is a configuration of ssh; nil: there is none.
@@ -354,7 +367,8 @@ type sshConfig struct{ *sshconfig.Config }
 
 func readSSHConfig(path string) (sshConfig, error) {
 	f, err := os.Open(home(path))
-	if errors.Is(err, fs.ErrNotExist) {
+	// The unit of systemd keeps homes away.
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) && path == config.DefaultSSHConfig {
 		return sshConfig{}, nil
 	}
 	if err != nil {
@@ -394,6 +408,7 @@ func (c sshConfig) find(text string) (h hop, jumps []string, err error) {
 	if host, p, err := net.SplitHostPort(alias); err == nil {
 		alias, port = host, p
 	}
+	alias = strings.Trim(alias, "[]")
 	h.host = alias
 	if name := c.get(alias, "HostName"); name != "" {
 		h.host = strings.ReplaceAll(name, "%h", alias)
@@ -458,9 +473,14 @@ func (l *link) authentication(h hop) (methods []ssh.AuthMethod, done func(), err
 		paths, must = defaultIdentities, false
 	}
 	var signers []ssh.Signer
+	var locked error
 	for _, path := range paths {
 		s, err := readKey(home(path))
 		if errors.Is(err, fs.ErrNotExist) && !must {
+			continue
+		}
+		if errors.Is(err, errLocked) && (l.upstream.Agent != "" || len(l.upstream.Identities) == 0) {
+			locked = err // the agent may hold it, or another one may do
 			continue
 		}
 		if err != nil {
@@ -472,10 +492,11 @@ func (l *link) authentication(h hop) (methods []ssh.AuthMethod, done func(), err
 		methods = append(methods, ssh.PublicKeys(signers...))
 	}
 	if l.upstream.Agent != "" {
-		c, err := net.Dial("unix", home(l.upstream.Agent))
+		c, err := net.DialTimeout("unix", home(l.upstream.Agent), agentWait)
 		if err != nil {
 			return nil, done, fmt.Errorf("ssh-agent: %w", err)
 		}
+		_ = c.SetDeadline(time.Now().Add(agentWait))
 		done = func() { c.Close() }
 		methods = append(methods, ssh.PublicKeysCallback(agent.NewClient(c).Signers))
 	}
@@ -486,11 +507,20 @@ func (l *link) authentication(h hop) (methods []ssh.AuthMethod, done func(), err
 		}
 		methods = append(methods, ssh.Password(password))
 	}
+	if len(methods) == 0 && locked != nil {
+		return nil, done, locked
+	}
 	if len(methods) == 0 {
 		return nil, done, errors.New("there is no key and no password: name one by identity, agent or passwordFile")
 	}
 	return methods, done, nil
 }
+
+// errLocked is a key that cannot be read without a passphrase.
+var errLocked = errors.New("has a passphrase; an ssh-agent can hold it (agent: SOCKET)")
+
+// agentWait bounds what an ssh-agent may take for all that it is asked.
+const agentWait = 10 * time.Second
 
 func readKey(path string) (ssh.Signer, error) {
 	st, err := os.Stat(path)
@@ -507,7 +537,7 @@ func readKey(path string) (ssh.Signer, error) {
 	s, err := ssh.ParsePrivateKey(raw)
 	var locked *ssh.PassphraseMissingError
 	if errors.As(err, &locked) {
-		return nil, fmt.Errorf("private key %s has a passphrase; an ssh-agent can hold it (agent: SOCKET)", path)
+		return nil, fmt.Errorf("private key %s %w", path, errLocked)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("private key %s: %w", path, err)
@@ -543,6 +573,9 @@ func (l *link) hostKeys(h hop) (*hostKeys, error) {
 	if k.known, err = knownhosts.New(paths...); err != nil {
 		return nil, err
 	}
+	if k.hasAuthority(paths) {
+		return k, nil // servers show certificates, of whatever type
+	}
 	// A server with several keys shows the one that it is asked for: ask for what is known.
 	var wrong *knownhosts.KeyError
 	if errors.As(k.known(h.address(), &net.TCPAddr{IP: net.IPv4zero}, probe{}), &wrong) {
@@ -551,6 +584,14 @@ func (l *link) hostKeys(h hop) (*hostKeys, error) {
 		}
 	}
 	return k, nil
+}
+
+// hasAuthority reports whether certificates are taken (sshd(8), @cert-authority).
+func (*hostKeys) hasAuthority(paths []string) bool {
+	return slices.ContainsFunc(paths, func(path string) bool {
+		text, err := os.ReadFile(path)
+		return err == nil && strings.Contains(string(text), "@cert-authority")
+	})
 }
 
 const systemKnownHosts = "/etc/ssh/ssh_known_hosts"
@@ -588,6 +629,9 @@ func (k *hostKeys) add(line string) error {
 	f, err := os.OpenFile(k.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
+	}
+	if text, err := os.ReadFile(k.path); err == nil && len(text) > 0 && text[len(text)-1] != '\n' {
+		line = "\n" + line // an editor has left the last line open
 	}
 	_, err = f.WriteString(line + "\n")
 	return errors.Join(err, f.Close())

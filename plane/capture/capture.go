@@ -9,13 +9,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"net/netip"
+	"os"
+	"os/user"
 	"reflect"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -48,8 +52,13 @@ type Plane struct {
 	trusted  bool           // the table is what this says
 	rules    map[string]int // how many each chain has
 	seen     uint32         // the generation of the rule set at which all was there
+	counted  time.Time      // when the elements of the sets were counted last
 	missing  []string       // what captures name and this host has not
 }
+
+// countEvery is how often elements are counted, at most: there may be many of them, and
+// others may change theirs all the time.
+const countEvery = 10 * time.Second
 
 // New returns a plane that has not touched the kernel yet.
 func New(log *slog.Logger) *Plane { return &Plane{log: log} }
@@ -59,7 +68,10 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.captures = want.Captures
-	entries, missing := resolve(want.Captures)
+	entries, missing, err := resolve(want.Captures)
+	if err != nil {
+		return err // what there is stays
+	}
 	services := addressesOf(want.Services)
 	if p.trusted && reflect.DeepEqual(entries, p.entries) && p.intact() {
 		if err := p.update(services); err != nil {
@@ -74,30 +86,54 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 		return fmt.Errorf("table inet %s: %w", TableName, err)
 	}
 	p.entries, p.services, p.missing, p.trusted = entries, services, missing, true
-	p.seen, _ = nft.Generation()
+	p.seen, p.counted = 0, time.Time{} // somebody may have been faster: it is looked at
 	return nil
 }
 
 // resolve finds out what the names in captures stand for. What is not there captures
-// nothing.
-func resolve(captures []config.Capture) (entries []entry, missing []string) {
+// nothing; an error says that it is not known whether it is.
+func resolve(captures []config.Capture) (entries []entry, missing []string, err error) {
 	for _, c := range captures {
 		e, err := resolveOne(c)
-		if err != nil {
+		switch {
+		case err == nil:
+			entries = append(entries, e)
+		case isMissing(err):
 			missing = append(missing, fmt.Sprintf("capture %s: nothing is captured: %v", c.Name, err))
-			continue
+		default:
+			return nil, nil, fmt.Errorf("capture %s: %w", c.Name, err)
 		}
-		entries = append(entries, e)
 	}
-	return entries, missing
+	return entries, missing, nil
+}
+
+// errNamespace says that the kernel would look for a cgroup in the wrong place.
+var errNamespace = errors.New("the agent has a cgroup namespace of its own, in which the kernel looks for cgroups; it has to run in that of the host")
+
+func isMissing(err error) bool {
+	var noUser user.UnknownUserError
+	var noGroup user.UnknownGroupError
+	return errors.Is(err, errNamespace) || errors.Is(err, host.ErrCgroup) || errors.Is(err, fs.ErrNotExist) ||
+		errors.As(err, &noUser) || errors.As(err, &noGroup)
+}
+
+// ownCgroups reports whether this process has another view of cgroups than the first one
+// of the host, as far as it can be seen.
+func ownCgroups() bool {
+	own, err1 := os.Readlink("/proc/self/ns/cgroup")
+	first, err2 := os.Readlink("/proc/1/ns/cgroup")
+	return err1 == nil && err2 == nil && own != first
 }
 
 func resolveOne(c config.Capture) (e entry, err error) {
 	e.Capture = c
 	if c.Cgroup != "" {
+		if ownCgroups() {
+			return e, errNamespace
+		}
 		path, err := host.CgroupPath(c.Cgroup)
 		if err != nil {
-			return e, fmt.Errorf("there is no cgroup %s now", c.Cgroup)
+			return e, err
 		}
 		if e.cgroup, err = host.CgroupID(path); err != nil {
 			return e, err
@@ -126,13 +162,17 @@ func addressesOf(s *service.Snapshot) map[netip.AddrPort]bool {
 		return all
 	}
 	for _, x := range s.Services {
+		isTCP := false
 		for _, l := range x.Listeners {
 			if l.Protocol == service.TCP {
 				all[l.Address] = true
+				isTCP = true
 			}
 		}
 		for _, b := range x.Backends {
-			all[b.Address] = true
+			if isTCP {
+				all[b.Address] = true
+			}
 		}
 	}
 	return all
@@ -140,7 +180,7 @@ func addressesOf(s *service.Snapshot) map[netip.AddrPort]bool {
 
 // build makes the table anew, in one transaction.
 func (p *Plane) build(entries []entry, services map[netip.AddrPort]bool) error {
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, err := nft.Dial()
 	if err != nil {
 		return err
 	}
@@ -187,7 +227,7 @@ func (p *Plane) update(services map[netip.AddrPort]bool) error {
 	if len(added)+len(removed) == 0 {
 		return nil
 	}
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, err := nft.Dial()
 	if err != nil {
 		return err
 	}
@@ -224,8 +264,13 @@ func change(conn *nftables.Conn, t *nftables.Table, addresses []netip.AddrPort, 
 func (p *Plane) Intact() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	entries, _ := resolve(p.captures)
-	return p.trusted && reflect.DeepEqual(entries, p.entries) && p.intact()
+	entries, _, err := resolve(p.captures)
+	if err != nil {
+		return true // it cannot be seen now
+	}
+	// What was found wrong is made anew, whatever is looked at next.
+	p.trusted = p.trusted && reflect.DeepEqual(entries, p.entries) && p.intact()
+	return p.trusted
 }
 
 // intact reports whether the table is there, with all its rules. It looks only if
@@ -239,13 +284,21 @@ func (p *Plane) intact() bool {
 	if err != nil || !maps.Equal(have, p.rules) {
 		return false
 	}
+	if time.Since(p.counted) < countEvery {
+		return true // it is looked at again
+	}
+	p.counted = time.Now()
+	v, err := Read()
+	if err != nil || len(v.sets[setName(service.V4)])+len(v.sets[setName(service.V6)]) != len(p.services) {
+		return false
+	}
 	p.seen = now
 	return true
 }
 
 // counts returns how many rules each chain of the table has.
 func counts() (map[string]int, error) {
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, err := nft.Dial()
 	if err != nil {
 		return nil, err
 	}

@@ -25,8 +25,10 @@ const TableName = "pentad-capture"
 //	    meta l4proto != tcp return
 //	    tcp flags & (fin | syn | rst | ack) != syn return # what has begun stays where it is
 //	    meta mark 0x706e3778 return                       # what proxies of this host send
+//	    meta mark 0x706e3764 return                       # probes
 //	    ip daddr 127.0.0.0/8 return
 //	    ip6 daddr ::1 return
+//	    ip6 daddr fe80::/10 return
 //	    ip daddr . tcp dport @services4 return            # connect() has led it there
 //	    socket cgroupv2 level 1 "app.slice" jump to-app
 //	}
@@ -103,7 +105,10 @@ const (
 
 // commonRules let pass what is never captured.
 func commonRules() [][]expr.Any {
-	mark := binaryutil.NativeEndian.PutUint32(host.ProxyMark)
+	sentBy := func(mark uint32) []expr.Any {
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: nft.Reg(0)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: binaryutil.NativeEndian.PutUint32(mark)}, goBack}
+	}
 	return [][]expr.Any{
 		{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: nft.Reg(0)}, &expr.Cmp{Op: expr.CmpOpNeq, Register: nft.Reg(0), Data: []byte{unix.IPPROTO_TCP}}, goBack},
 		{
@@ -111,9 +116,12 @@ func commonRules() [][]expr.Any {
 			&expr.Bitwise{SourceRegister: nft.Reg(0), DestRegister: nft.Reg(0), Len: 1, Mask: []byte{flagsOfOpen}, Xor: []byte{0}},
 			&expr.Cmp{Op: expr.CmpOpNeq, Register: nft.Reg(0), Data: []byte{flagSYN}}, goBack,
 		},
-		{&expr.Meta{Key: expr.MetaKeyMARK, Register: nft.Reg(0)}, &expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: mark}, goBack},
+		sentBy(host.ProxyMark),
+		sentBy(host.ProbeMark),
 		append(toPrefix(netip.MustParsePrefix("127.0.0.0/8")), goBack),
 		append(toPrefix(netip.MustParsePrefix("::1/128")), goBack),
+		// Which link is meant the proxy is not told.
+		append(toPrefix(netip.MustParsePrefix("fe80::/10")), goBack),
 	}
 }
 

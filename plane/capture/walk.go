@@ -27,7 +27,7 @@ type View struct {
 // Read reads the table. It needs no agent. There may be none: then nothing is captured.
 func Read() (*View, error) {
 	v := &View{chains: make(map[string][][]expr.Any), sets: make(map[string]map[string]bool)}
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, err := nft.Dial()
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +169,8 @@ func (w *walk) returned(chain string, rule int) {
 		w.closest = fmt.Sprintf("the capture %s excepts this destination", capture)
 		return
 	}
-	reasons := []string{"only TCP is captured", "what has begun stays where it is", "it is what a proxy of this host sends", "the loopback is never captured", "the loopback is never captured"}
+	reasons := []string{"only TCP is captured", "what has begun stays where it is", "it is what a proxy of this host sends", "it is a probe",
+		"the loopback is never captured", "the loopback is never captured", "addresses of a link are never captured"}
 	if chain == chainPrerouting {
 		reasons = append(reasons, "it is for this host itself")
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/nft"
 	"github.com/pentad/pentad/service"
 )
 
@@ -22,15 +23,8 @@ type kernel struct {
 	sets  map[set]*nftables.Set
 }
 
-// bufferSize is room for the largest transaction: the kernel takes a transaction
-// in one piece (nfnetlink_rcv_batch) and answers each of its messages.
-const bufferSize = 64 << 20
-
 func dial() (*kernel, error) {
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
-		func(c *netlink.Conn) error { return c.SetWriteBuffer(bufferSize) },
-		func(c *netlink.Conn) error { return c.SetReadBuffer(bufferSize) },
-	))
+	conn, err := nft.Dial()
 	if err != nil {
 		return nil, err
 	}

@@ -480,7 +480,9 @@ func TestIncludedFiles(t *testing.T) {
 		w.Eventually("the services "+want, func() error {
 			var have []string
 			for _, s := range w.View().Services {
-				have = append(have, s.Name+"@"+s.Listeners[0].String())
+				for _, l := range s.Listeners { // it may be between two writes, and have none yet
+					have = append(have, s.Name+"@"+l.String())
+				}
 			}
 			if strings.Join(have, " ") != want {
 				return fmt.Errorf("have %v", have)

@@ -128,7 +128,13 @@ func TestCapture(t *testing.T) {
 	explains("is captured by app and led to [::1]:15001", "--pid", pid, "[2001:db8::9]:80")
 	explains("the capture app excepts this destination", "--pid", pid, "203.0.113.8:80")
 	explains("the capture app is about this process, and not about this destination", "--pid", pid, "10.0.0.5:80")
-	explains("no capture is about it", "--pid", fmt.Sprint(os.Getpid()), "203.0.113.9:80")
+	explains("the process is in another network namespace", "--pid", fmt.Sprint(os.Getpid()), "203.0.113.9:80")
+	elsewhere, err := w.Start(exec.Command("sleep", "60"), lab.Outside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	explains("no capture is about it", "--pid", fmt.Sprint(elsewhere.Process.Pid), "203.0.113.9:80")
+	explains("addresses of a link are never captured", "--pid", pid, "[fe80::1]:80")
 	explains("the loopback is never captured", "--pid", pid, "127.0.0.1:80")
 	explains("is captured by lab and led to 198.51.100.1:15002", "--from", "198.51.100.2", "203.0.113.77:80")
 	explains("it is for this host itself", "--from", "198.51.100.2", "203.0.113.9:80")
