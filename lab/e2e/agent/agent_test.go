@@ -158,9 +158,10 @@ func TestDrain(t *testing.T) {
 		}
 	}
 	w.Agent.Kill()
-	if out, err := w.Pentad("backend", "drain", "web", "10.0.0.1:7000"); err == nil || !strings.Contains(out, "no agent is running") {
-		t.Errorf("drain without an agent: %v: %s", err, out)
+	if out := w.MustPentad("backend", "drain", "web", "10.0.0.1:7000"); !strings.Contains(out, "web 10.0.0.1:7000: drained") {
+		t.Errorf("drain without an agent: %s", out)
 	}
+	w.AwaitStates("web", service.Drained, service.Serving)
 }
 
 func TestTwoAgents(t *testing.T) {
