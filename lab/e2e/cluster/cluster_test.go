@@ -69,7 +69,7 @@ func buildAndRun(m *testing.M) int {
 // answerLines is a client: it reads "tcp ADDRESS:PORT" (or udp) and writes what the
 // server there says, or "error" and why there is none. It binds an address ("bind"),
 // holds a connection ("hold") and says later whether that is "alive" still, lets it
-// go ("drop"), asks by UDP from one port each time ("from PORT ADDRESS:PORT"), and by
+// go ("drop"), makes one that may take long ("wait"), asks by UDP from one port each time ("from PORT ADDRESS:PORT"), and by
 // one connected socket, which the first time makes ("again").
 func answerLines([]string) error {
 	held, asked := make(map[string]net.Conn), newAsker()
@@ -80,7 +80,9 @@ func answerLines([]string) error {
 		answer, err := "", error(nil)
 		switch verb {
 		case "hold":
-			held[rest], answer, err = hold(rest)
+			held[rest], answer, err = hold(rest, quickly)
+		case "wait":
+			held[rest], answer, err = hold(rest, patience)
 		case "alive":
 			answer, err = isAlive(held[rest])
 		case "drop":
@@ -115,8 +117,8 @@ func answerLines([]string) error {
 }
 
 // hold makes a connection and returns what the server said.
-func hold(address string) (net.Conn, string, error) {
-	d := net.Dialer{Timeout: quickly}
+func hold(address string, within time.Duration) (net.Conn, string, error) {
+	d := net.Dialer{Timeout: within}
 	d.SetMultipathTCP(false)
 	c, err := d.Dial("tcp", address)
 	if err != nil {

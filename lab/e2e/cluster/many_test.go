@@ -87,7 +87,7 @@ func (a *asker) act(m many, what string) (string, error) {
 	network, address, _ := strings.Cut(what, " ")
 	switch m.Verb {
 	case "hold":
-		c, answer, err := hold(address)
+		c, answer, err := hold(address, quickly)
 		if err != nil {
 			return "", err
 		}

@@ -179,7 +179,6 @@ func (r *real) answers(address string, pods int) map[string]bool {
 // Real pods behind every type of Service: they reach each other and themselves,
 // readiness counts, and a rolling update loses nothing.
 func TestRealNode(t *testing.T) {
-	t.Parallel()
 	r := newReal(t)
 	ctx := t.Context()
 	if err := r.a.start(); err != nil {
@@ -298,7 +297,6 @@ func (r *real) empties() {
 // keeps this machine's own control groups and pins out of it: the agent and the
 // controllers run in pods, with the capabilities that they are given and no others.
 func TestManifestsRun(t *testing.T) {
-	t.Parallel()
 	r := newReal(t)
 	ctx := t.Context()
 	dir := t.TempDir()
