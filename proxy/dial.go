@@ -11,8 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"strings"
 	"syscall"
 	"time"
 
@@ -251,31 +249,11 @@ type statusError struct {
 
 func (e *statusError) Error() string { return "it answers " + e.text }
 
-// errLoose says that a file with a secret can be read by more than its owner.
-var errLoose = errors.New("others than its owner can read or write it; chmod 600 ends that")
-
 // loginOf reads who we are to an upstream.
 func loginOf(u config.Upstream) (socks5.Login, error) {
 	if u.User == "" {
 		return socks5.Login{}, nil
 	}
-	password, err := readPassword(u.PasswordFile)
+	password, err := host.ReadPassword(u.PasswordFile)
 	return socks5.Login{User: u.User, Password: password}, err
-}
-
-// readPassword reads a file of which the first line is a password.
-func readPassword(path string) (string, error) {
-	st, err := os.Stat(path)
-	if err != nil {
-		return "", err
-	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("password file %s: %w", path, errLoose)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	first, _, _ := strings.Cut(string(text), "\n")
-	return strings.TrimSuffix(first, "\r"), nil
 }

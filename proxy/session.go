@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/proxy/relay"
 	"github.com/pentad/pentad/proxy/socks5"
 )
@@ -39,7 +40,7 @@ var (
 	errRefused = errors.New("refused by the rules of the proxy")
 	errOwn     = errors.New("refused: it is this proxy itself")
 	errHost    = errors.New("refused: an address of the host itself, which no rule names")
-	errLoop    = errors.New("refused: it was sent by this proxy; except what has the mark 0x706e3778 from what is led here")
+	errLoop    = fmt.Errorf("refused: it was sent by this proxy; except what has the mark %#x from what is led here", host.ProxyMark)
 )
 
 // maxHello is how much of a client's first words is read at a time.
@@ -91,7 +92,7 @@ func (s *session) begin(protocol, command, to string) {
 // fail notes that the client does not get where it wants.
 func (s *session) fail(err error) {
 	var file *fs.PathError
-	if errors.Is(err, errLoose) || errors.As(err, &file) {
+	if errors.Is(err, host.ErrLoose) || errors.As(err, &file) {
 		s.log.Error("a client does not get where it wants", "error", err)
 	}
 	s.plane.flows.end(s.flow, true, Describe(err))
@@ -298,7 +299,7 @@ func Describe(err error) string {
 		return "no answer in time"
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return fmt.Sprintf("no such host %s", dns.Name)
-	case errors.Is(err, errLoose) || errors.As(err, &file):
+	case errors.Is(err, host.ErrLoose) || errors.As(err, &file):
 		return "the proxy itself is not set up well; its log says why"
 	case errors.As(err, &dns):
 		return fmt.Sprintf("%s cannot be resolved: %s", dns.Name, dns.Err)

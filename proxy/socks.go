@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/proxy/relay"
 	"github.com/pentad/pentad/proxy/socks5"
 )
@@ -191,7 +192,7 @@ func (s *session) failBind(err error) {
 func (s *session) peers(from target) ([]netip.AddrPort, error) {
 	if from.Name == "" && from.IP.IsUnspecified() {
 		a, needsAddress := choose(s.settings.Rules, question{s.client.Addr(), s.user, target{Port: from.Port}})
-		if needsAddress || a.via[0] != "direct" {
+		if needsAddress || a.via[0] != config.Direct {
 			return nil, errRefused
 		}
 		return nil, nil
@@ -206,7 +207,7 @@ func (s *session) peers(from target) ([]netip.AddrPort, error) {
 	var may []netip.AddrPort
 	for _, ap := range addresses {
 		q.to.IP = ap.Addr()
-		if a, _ := choose(s.settings.Rules, q); a.via[0] == "direct" && s.mayReach(q.to, a) == nil {
+		if a, _ := choose(s.settings.Rules, q); a.via[0] == config.Direct && s.mayReach(q.to, a) == nil {
 			may = append(may, ap)
 		}
 	}

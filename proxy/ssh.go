@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/proxy/relay"
 	"github.com/pentad/pentad/proxy/socks5"
 )
@@ -501,7 +502,7 @@ func (l *link) authentication(h hop) (methods []ssh.AuthMethod, done func(), err
 		methods = append(methods, ssh.PublicKeysCallback(agent.NewClient(c).Signers))
 	}
 	if l.upstream.PasswordFile != "" {
-		password, err := readPassword(l.upstream.PasswordFile)
+		password, err := host.ReadPassword(l.upstream.PasswordFile)
 		if err != nil {
 			return nil, done, err
 		}
@@ -523,16 +524,9 @@ var errLocked = errors.New("has a passphrase; an ssh-agent can hold it (agent: S
 const agentWait = 10 * time.Second
 
 func readKey(path string) (ssh.Signer, error) {
-	st, err := os.Stat(path)
+	raw, err := host.ReadSecret(path)
 	if err != nil {
-		return nil, err
-	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("private key %s: %w", path, errLoose)
-	}
-	raw, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("private key: %w", err)
 	}
 	s, err := ssh.ParsePrivateKey(raw)
 	var locked *ssh.PassphraseMissingError

@@ -201,7 +201,7 @@ func TestAuthentication(t *testing.T) {
 		{"all have", config.Upstream{}, []string{locked}, "has a passphrase; an ssh-agent can hold it"},
 		{"the agent may hold it", config.Upstream{Agent: socket, Identities: []string{locked}}, []string{locked}, "1"},
 		{"it was named", config.Upstream{Identities: []string{locked}}, []string{locked}, "has a passphrase"},
-		{"others can read it", config.Upstream{}, []string{loose}, "others than its owner can read or write it"},
+		{"others can read it", config.Upstream{}, []string{loose}, "others may not have any right to it"},
 		{"it is not there", config.Upstream{}, []string{filepath.Join(dir, "none")}, "no such file"},
 		{"no agent", config.Upstream{Agent: filepath.Join(dir, "none")}, []string{plain}, "ssh-agent: "},
 	} {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/go-sql-driver/mysql"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -24,7 +25,7 @@ const askReadOnly = "select 1 from dual where @@global.read_only into @pentad"
 func newMySQL(h service.Health, dial dialFunc) Func {
 	quiet := log.New(io.Discard, "", 0)
 	return func(ctx context.Context, addr netip.AddrPort) error {
-		password, err := readPassword(h.PasswordFile)
+		password, err := host.ReadPassword(h.PasswordFile)
 		if err != nil {
 			return err
 		}

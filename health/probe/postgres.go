@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -17,7 +18,7 @@ import (
 // recovery, which a replica is (PostgreSQL documentation, 9.27.3).
 func newPostgres(h service.Health, dial dialFunc) Func {
 	return func(ctx context.Context, addr netip.AddrPort) error {
-		password, err := readPassword(h.PasswordFile)
+		password, err := host.ReadPassword(h.PasswordFile)
 		if err != nil {
 			return err
 		}

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -160,17 +161,17 @@ func TestPasswordFile(t *testing.T) {
 	if err := os.WriteFile(path, []byte("secret word\nmore\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if p, err := readPassword(path); err != nil || p != "secret word" {
+	if p, err := host.ReadPassword(path); err != nil || p != "secret word" {
 		t.Errorf("password %q, %v", p, err)
 	}
 	if err := os.Chmod(path, 0o640); err != nil {
 		t.Fatal(err)
 	}
-	_, err := readPassword(path)
+	_, err := host.ReadPassword(path)
 	if err == nil || !strings.Contains(err.Error(), "chmod 600") || strings.Contains(err.Error(), "secret") {
 		t.Errorf("a file that others can read: %v", err)
 	}
-	if _, err := readPassword(path + "-none"); !errors.Is(err, os.ErrNotExist) {
+	if _, err := host.ReadPassword(path + "-none"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
 }

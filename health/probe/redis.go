@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -22,7 +23,7 @@ import (
 // elements as a server announces.
 func newRedis(h service.Health, dial dialFunc) Func {
 	return func(ctx context.Context, addr netip.AddrPort) error {
-		password, err := readPassword(h.PasswordFile)
+		password, err := host.ReadPassword(h.PasswordFile)
 		if err != nil {
 			return err
 		}

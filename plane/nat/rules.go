@@ -230,7 +230,6 @@ func loadListener(family service.Family, n uint32) ([]expr.Any, uint32) {
 	return []expr.Any{
 		nft.LoadDestination(family, nft.Reg(n)),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: nft.Reg(n + w)},
-		// The destination port has the same place in TCP (RFC 9293, 3.1) and UDP (RFC 768).
 		nft.LoadPort(nft.Reg(n + w + 1)),
 	}, n + w + 2
 }
