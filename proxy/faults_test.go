@@ -316,8 +316,7 @@ func TestNameFlood(t *testing.T) {
 	t.Parallel()
 	_, at := start(t, config.Proxy{})
 	c := asked(t, at, 5, 3, 0, nowhere)
-	b := c.take(10)
-	relayAt := netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), uint16(b[8])<<8|uint16(b[9]))
+	relayAt := c.bound()
 	u := udp(t, "127.0.0.1:0")
 	before := runtime.NumGoroutine()
 	for i := range 2000 {
@@ -347,9 +346,8 @@ func TestDatagramsOfSeveralAddresses(t *testing.T) {
 		return []netip.AddrPort{netip.MustParseAddrPort("224.0.0.1:1"), netip.MustParseAddrPort("127.0.0.2:1"), netip.MustParseAddrPort("127.0.0.1:1")}, nil
 	}
 	c := asked(t, at, 5, 3, 0, nowhere)
-	b := c.take(10)
 	u := udp(t, "127.0.0.1:0")
-	u.send(netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), uint16(b[8])<<8|uint16(b[9])), 0, 0, 0, named("three.test", to.Port()), "hello")
+	u.send(c.bound(), 0, 0, 0, named("three.test", to.Port()), "hello")
 	u.hear(0, 0, 0, to, "hello")
 }
 

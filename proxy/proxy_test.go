@@ -152,6 +152,16 @@ func (c *client) take(n int) []byte {
 	return b
 }
 
+// bound fails the test unless the answer is a success, and returns the IPv4 address in it.
+func (c *client) bound() netip.AddrPort {
+	c.t.Helper()
+	b := c.take(10)
+	if b[1] != 0 || b[3] != 1 {
+		c.t.Fatalf("heard % x", b)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), uint16(b[8])<<8|uint16(b[9]))
+}
+
 // ended fails the test unless nothing more comes.
 func (c *client) ended() {
 	c.t.Helper()

@@ -327,16 +327,9 @@ func TestBind(t *testing.T) {
 	t.Parallel()
 	_, at := start(t, config.Proxy{})
 	peer := netip.MustParseAddrPort("127.0.0.1:21")
-	bound := func(t *testing.T, c *client) netip.AddrPort {
-		b := c.take(10)
-		if b[1] != 0 || b[3] != 1 {
-			t.Fatalf("heard % x", b)
-		}
-		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), uint16(b[8])<<8|uint16(b[9]))
-	}
 	t.Run("25 where, 26 who has come, 30 one only", func(t *testing.T) {
 		c := asked(t, at, 5, 2, 0, peer)
-		where := bound(t, c)
+		where := c.bound()
 		if where.Port() == 0 || where.Addr().IsUnspecified() {
 			t.Fatalf("it listens at %s", where)
 		}
@@ -353,7 +346,7 @@ func TestBind(t *testing.T) {
 	})
 	t.Run("27 another host is turned away", func(t *testing.T) {
 		c := asked(t, at, 5, 2, 0, peer)
-		where := bound(t, c)
+		where := c.bound()
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}}
 		if other, err := d.Dial("tcp", where.String()); err == nil { // it may be turned away before
 			defer other.Close()
@@ -367,7 +360,7 @@ func TestBind(t *testing.T) {
 	})
 	t.Run("29 the client goes", func(t *testing.T) {
 		c := asked(t, at, 5, 2, 0, peer)
-		where := bound(t, c)
+		where := c.bound()
 		c.Close()
 		within(t, "nobody listens", func() bool {
 			p, err := net.Dial("tcp", where.String())
@@ -387,11 +380,7 @@ func TestAssociate(t *testing.T) {
 	associated := func(t *testing.T, from netip.AddrPort) (*client, netip.AddrPort) {
 		t.Helper()
 		c := asked(t, at, 5, 3, 0, from)
-		b := c.take(10)
-		if b[1] != 0 || b[3] != 1 {
-			t.Fatalf("heard % x", b)
-		}
-		return c, netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), uint16(b[8])<<8|uint16(b[9]))
+		return c, c.bound()
 	}
 	t.Run("31 no source is named, 32 where the relay is, 35 to 37 headers", func(t *testing.T) {
 		_, relay := associated(t, nowhere)
