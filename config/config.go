@@ -152,7 +152,7 @@ func ParseText(t *Text) (*Config, error) {
 	for name, some := range c.Files {
 		c.Files[name] = slices.DeleteFunc(some, isDisabled)
 	}
-	c.Warnings, c.needs = d.sorted(d.warnings), append(d.needs(c, seen["scope"]), append(d.needsOfProxies(c, root), d.needsOfCaptures(c)...)...)
+	c.Warnings, c.needs = d.sorted(d.warnings), append(d.needs(c, seen["scope"]), append(d.needsOfProxies(c), d.needsOfCaptures(c)...)...)
 	return c, nil
 }
 

@@ -26,8 +26,10 @@ type decoder struct {
 	taken    taken
 	vias     []viaNode
 
-	forwardNodes []*yaml.Node
-	captureNodes []*yaml.Node
+	proxyNodes    []*yaml.Node // of Proxies, and so on
+	upstreamNodes []*yaml.Node
+	forwardNodes  []*yaml.Node
+	captureNodes  []*yaml.Node
 
 	elsewhere *foreign // nodes that stand in another file; nil: none do
 }

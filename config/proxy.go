@@ -1,7 +1,6 @@
 package config
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -274,6 +273,7 @@ func (d *decoder) proxies(n *yaml.Node, to *Config) {
 		}
 		d.checkProxy(e, seen, p, to)
 		to.Proxies = append(to.Proxies, p)
+		d.proxyNodes = append(d.proxyNodes, e)
 	})
 }
 
@@ -390,19 +390,17 @@ func leadsBack(c *Config, r ProxyRule, loops map[string]bool) bool {
 }
 
 // needsOfProxies lists the files that proxies and upstreams name.
-func (d *decoder) needsOfProxies(c *Config, root *yaml.Node) (all []need) {
-	missing := func(what, path string) {
-		all = append(all, need{d.problem(root, "%s on this host", fmt.Sprintf(what, path)), func(string) bool { return isThere(path) }})
-	}
-	for _, p := range c.Proxies {
-		if p.UsersFile != "" {
-			missing("proxy "+p.Name+": there is no file of users %s", p.UsersFile)
+func (d *decoder) needsOfProxies(c *Config) (all []need) {
+	missing := func(at *yaml.Node, what, path string) {
+		if path != "" {
+			all = append(all, need{d.problem(at, "%s %s on this host", what, path), func(string) bool { return isThere(path) }})
 		}
 	}
-	for _, u := range c.Upstreams {
-		if u.PasswordFile != "" {
-			missing("upstream "+u.Name+": there is no password file %s", u.PasswordFile)
-		}
+	for i, p := range c.Proxies {
+		missing(d.proxyNodes[i], "proxy "+p.Name+": there is no file of users", p.UsersFile)
+	}
+	for i, u := range c.Upstreams {
+		missing(d.upstreamNodes[i], "upstream "+u.Name+": there is no password file", u.PasswordFile)
 	}
 	return all
 }

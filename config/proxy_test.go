@@ -36,7 +36,7 @@ upstreams:
 	if have := fmt.Sprint(c.Upstreams); have != "[{jump http proxy.example:3128   true []   false  0s 0} {corp socks5 192.0.2.5:1080 me /etc/pentad/corp false []   false  0s 0}]" {
 		t.Errorf("upstreams are %s", have)
 	}
-	if missing := c.CheckHost("/sys/fs/cgroup"); len(missing) != 2 || !strings.Contains(missing[0].Error(), "there is no file of users /etc/pentad/users on this host") {
+	if missing := c.CheckHost("/sys/fs/cgroup"); len(missing) != 2 || !strings.HasPrefix(missing[0].Error(), "f:3:3: proxy out: there is no file of users /etc/pentad/users on this host") {
 		t.Errorf("missing are %v", missing)
 	}
 }

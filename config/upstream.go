@@ -176,5 +176,6 @@ func (d *decoder) upstreams(n *yaml.Node, to *Config) {
 			d.errorf(e, "upstream %s: a user has at most 255 bytes", u.Name)
 		}
 		to.Upstreams = append(to.Upstreams, u)
+		d.upstreamNodes = append(d.upstreamNodes, e)
 	})
 }

@@ -240,7 +240,7 @@ func (s *session) mayReach(to target, a answer) error {
 
 // isInside reports whether an address means another host, or none, to each that uses it.
 func isInside(a netip.Addr) bool {
-	return a.IsLoopback() || a.IsUnspecified() || a.IsLinkLocalUnicast() || a.IsInterfaceLocalMulticast()
+	return a.IsLoopback() || a.IsUnspecified() || a.IsLinkLocalUnicast()
 }
 
 // names reports whether a prefix means an address of this host: whoever writes 0.0.0.0/0

@@ -125,7 +125,7 @@ func replyOf(err error) socks5.Reply {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return socks5.ConnectionRefused
 	case errors.Is(err, syscall.EAFNOSUPPORT), errors.Is(err, syscall.EADDRNOTAVAIL):
-		return socks5.AddressTypeNotSupport
+		return socks5.AddressTypeNotSupported
 	case errors.As(err, &status):
 		return status.reply()
 	}

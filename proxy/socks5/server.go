@@ -25,13 +25,6 @@ func Greet(c io.ReadWriter, check func(user, password string) bool) (user string
 	if b[0] != version {
 		return "", fmt.Errorf("%w: the first byte is %#02x", ErrVersion, b[0])
 	}
-	return GreetAfterVersion(c, check)
-}
-
-// GreetAfterVersion is Greet where somebody has read the first byte, to know the protocol
-// by it.
-func GreetAfterVersion(c io.ReadWriter, check func(user, password string) bool) (user string, err error) {
-	var b [256]byte
 	if _, err := io.ReadFull(c, b[:1]); err != nil {
 		return "", err
 	}

@@ -56,15 +56,15 @@ type Reply byte
 
 // The replies.
 const (
-	Succeeded             Reply = 0
-	GeneralFailure        Reply = 1
-	NotAllowed            Reply = 2
-	NetworkUnreachable    Reply = 3
-	HostUnreachable       Reply = 4
-	ConnectionRefused     Reply = 5
-	TTLExpired            Reply = 6
-	CommandNotSupported   Reply = 7
-	AddressTypeNotSupport Reply = 8
+	Succeeded               Reply = 0
+	GeneralFailure          Reply = 1
+	NotAllowed              Reply = 2
+	NetworkUnreachable      Reply = 3
+	HostUnreachable         Reply = 4
+	ConnectionRefused       Reply = 5
+	TTLExpired              Reply = 6
+	CommandNotSupported     Reply = 7
+	AddressTypeNotSupported Reply = 8
 )
 
 var replies = [...]string{
@@ -145,7 +145,7 @@ const (
 const maxAddress = 1 + 1 + 255 + 2
 
 // readAddress reads an address: its type, itself, its port. The error of a type that is
-// not known is AddressTypeNotSupport.
+// not known is AddressTypeNotSupported.
 func readAddress(r io.Reader) (Address, error) {
 	var b [maxAddress]byte
 	if _, err := io.ReadFull(r, b[:1]); err != nil {
@@ -163,7 +163,7 @@ func readAddress(r io.Reader) (Address, error) {
 		}
 		return readName(r, b[1:1+int(b[0])+2])
 	default:
-		return Address{}, AddressTypeNotSupport
+		return Address{}, AddressTypeNotSupported
 	}
 	if _, err := io.ReadFull(r, b[:n+2]); err != nil {
 		return Address{}, err
