@@ -20,6 +20,7 @@ import (
 	"github.com/pentad/pentad/flow"
 	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/plane/socket"
+	"github.com/pentad/pentad/service"
 	"github.com/pentad/pentad/view"
 )
 
@@ -41,7 +42,7 @@ func newFlow(at *places) *cobra.Command {
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "follow connections until interrupted")
 	cmd.Flags().StringVar(&want.service, "service", "", "only of this service")
 	cmd.Flags().Var(&want.pid, "pid", "only of this process")
-	cmd.Flags().StringVar(&want.proxy, "proxy", "", "only of clients of this proxy")
+	cmd.Flags().StringVar(&want.proxy, "proxy", "", "only of clients of this proxy or forward")
 	// The flag was just defined: this cannot fail.
 	_ = cmd.RegisterFlagCompletionFunc("service", completeServices(at))
 	o := addList(cmd)
@@ -76,12 +77,8 @@ func (w filter) check(cmd *cobra.Command, at *places) error {
 		}
 	}
 	if w.proxy != "" {
-		proxies, err := api.NewClient(at.runDir).Proxies(cmd.Context())
-		if err != nil {
+		if err := w.checkProxy(cmd.Context(), at); err != nil {
 			return err
-		}
-		if !slices.ContainsFunc(proxies, func(p api.Proxy) bool { return p.Name == w.proxy }) {
-			return fmt.Errorf("there is no proxy %s; `pentad proxy list` shows them", w.proxy)
 		}
 	}
 	if w.service == "" {
@@ -95,6 +92,30 @@ func (w filter) check(cmd *cobra.Command, at *places) error {
 		return noService(h, w.service)
 	}
 	return nil
+}
+
+// checkProxy refuses a name that neither a proxy nor a forward has.
+func (w filter) checkProxy(ctx context.Context, at *places) error {
+	agent := api.NewClient(at.runDir)
+	proxies, err := agent.Proxies(ctx)
+	if err != nil {
+		return err
+	}
+	forwards, err := agent.Forwards(ctx)
+	if err != nil {
+		return err
+	}
+	var names []string
+	for _, p := range proxies {
+		names = append(names, p.Name)
+	}
+	for _, f := range forwards {
+		names = append(names, f.Name)
+	}
+	if slices.Contains(names, w.proxy) {
+		return nil
+	}
+	return fmt.Errorf("there is no proxy or forward %s%s; `pentad proxy list` and `pentad forward list` show them", w.proxy, service.Nearest(w.proxy, names))
 }
 
 func listFlows(ctx context.Context, at *places, want filter, o *output, out, errOut io.Writer) error {
