@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/crypto/argon2"
 	"golang.org/x/crypto/bcrypt"
 
 	"github.com/pentad/pentad/config"
@@ -431,7 +433,9 @@ func TestUsersFile(t *testing.T) {
 		}
 		return fmt.Sprint(ok)
 	}
-	const argon = "$argon2id$v=19$m=64,t=1,p=1$c29tZXNhbHQ$" // with the hash of "hunter2" below
+	salt := []byte("somesalt")
+	argon := "$argon2id$v=19$m=64,t=1,p=1$" + base64.RawStdEncoding.EncodeToString(salt) + "$" +
+		base64.RawStdEncoding.EncodeToString(argon2.IDKey([]byte("hunter2"), salt, 1, 64, 1, 32))
 	cheap, costly := hash("hunter2", bcrypt.MinCost), hash("hunter3", bcrypt.MinCost+1)
 	write("alice:"+cheap+"\nadmin:"+costly+"\n", 0o600)
 	for _, c := range []struct{ user, password, want string }{
@@ -449,7 +453,9 @@ func TestUsersFile(t *testing.T) {
 		{"no hash", "alice:hunter2", "line 1 is not USER:HASH"},
 		{"too costly", "alice:$2a$31$2g1ZtKRnkXhJ7hCjW7pzGOzFQvJjQ1PBY3qYQd1Hi2dYkqFC7v0mS", "line 1 is not USER:HASH"},
 		{"too long", "# " + strings.Repeat("x", 1<<17) + "\nalice:" + cheap, "line 1"},
-		{"argon2id of too much", "alice:" + strings.Replace(argon, "m=64", "m=99999999", 1) + "AAAAAAAAAAAAAAAAAAAAAA", "line 1 is not USER:HASH"},
+		{"argon2id of too much", "alice:" + strings.Replace(argon, "m=64", "m=99999999", 1), "line 1 is not USER:HASH"},
+		{"argon2id", "alice:" + argon, "true"},
+		{"argon2id of another", "alice:" + strings.Replace(argon, "t=1", "t=2", 1), "false"},
 		{"the old one", "alice:" + cheap, "true"},
 	} {
 		write(c.text, 0o600)

@@ -12,6 +12,7 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/lab/e2e"
 	"github.com/pentad/pentad/plane/capture"
 )
@@ -35,15 +36,7 @@ func TestCapture(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "curl", "nginx", "nft")
 	w := newWorld(t, "203.0.113.8", "203.0.113.9", "203.0.113.10", "2001:db8::9")
-	there, err := lab.NewHost()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := there.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	there := w.another()
 	name, _, err := lab.Wire(w.Host, []string{"198.51.100.1/24", "2001:db8:5::1/64"}, there, []string{"198.51.100.2/24", "2001:db8:5::2/64"})
 	if err != nil {
 		t.Fatal(err)
@@ -168,4 +161,53 @@ func (w *world) conn() (c *nftables.Conn, err error) {
 		return err
 	})
 	return c, err
+}
+
+// What arrives from another host to go to a third is led to the proxy, over IPv4 and
+// IPv6. The third has no way back to the first: without the proxy nothing would arrive.
+func TestCaptureArriving(t *testing.T) {
+	t.Parallel()
+	lab.Need(t, "ncat")
+	w := newWorld(t)
+	there, far := w.another(), w.another()
+	name, _, err := lab.Wire(w.Host, []string{"198.51.100.1/24", "2001:db8:5::1/64"}, there, []string{"198.51.100.2/24", "2001:db8:5::2/64"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := lab.Wire(w.Host, []string{"10.7.0.1/24", "2001:db8:7::1/64"}, far, []string{"10.7.0.2/24", "2001:db8:7::2/64"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range []error{w.Forward(), there.Route("10.7.0.0/24", "198.51.100.1"), there.Route("2001:db8:7::/64", "2001:db8:5::1")} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, at := range []string{"10.7.0.2:80", "[2001:db8:7::2]:80", "10.7.0.2:81"} {
+		p, err := far.Start(actor.Command("late reply", at), lab.Outside)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Eventually(at+" is ready", func() error {
+			if !strings.Contains(p.Log.String(), "ready") {
+				return errors.New(p.Log.String())
+			}
+			return nil
+		})
+	}
+	w.RunAgent(fmt.Sprintf(`services: []
+proxies: [{name: arriving, protocol: transparent, listen: ['198.51.100.1:15002', '[2001:db8:5::1]:15002'], open: true}]
+capture: [{name: lab, match: {interface: %s, ports: [80]}, to: arriving}]
+`, name))
+	for _, to := range []string{"10.7.0.2", "2001:db8:7::2"} {
+		if out := w.pipeFrom(t, there, "a question", "ncat", to, "80"); out != "heard a question" {
+			t.Errorf("%s says %q", to, out)
+		}
+	}
+	// What no capture is about goes its own way, which is none here.
+	if out, err := there.Run(e2e.Within(t, e2e.Patience), lab.Outside, "ncat", "-w", "1s", "10.7.0.2", "81"); err == nil {
+		t.Errorf("port 81 was led to the proxy: %s", out)
+	}
+	if metrics := w.Get("/metrics"); !strings.Contains(metrics, `pentad_proxy_connections_total{proxy="arriving"} 2`) {
+		t.Error("not both were led to the proxy, and no more")
+	}
 }

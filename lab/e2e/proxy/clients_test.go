@@ -180,15 +180,7 @@ func TestDante(t *testing.T) {
 	t.Parallel()
 	lab.Need(t, "socksify", "ncat", "python3", "nginx")
 	w := start(t)
-	there, err := lab.NewHost()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := there.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	there := w.another()
 	if _, _, err := lab.Wire(w.Host, []string{"192.0.2.1/24"}, there, []string{"192.0.2.2/24"}); err != nil {
 		t.Fatal(err)
 	}

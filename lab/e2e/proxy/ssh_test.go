@@ -33,19 +33,7 @@ func newSite(t *testing.T) *site {
 	t.Helper()
 	lab.Need(t, "ssh", "ssh-keygen", "/usr/sbin/sshd")
 	s := &site{world: newWorld(t)}
-	host := func() *lab.Host {
-		h, err := lab.NewHost()
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := h.Close(); err != nil {
-				t.Error(err)
-			}
-		})
-		return h
-	}
-	s.bastion, s.inner = host(), host()
+	s.bastion, s.inner = s.another(), s.another()
 	for _, err := range []error{
 		wire(s.Host, "192.0.2.1/24", s.bastion, "192.0.2.2/24"), wire(s.bastion, "198.51.100.1/24", s.inner, "198.51.100.2/24"),
 	} {
