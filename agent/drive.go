@@ -50,7 +50,7 @@ type part[P plane[W], W want[W]] struct {
 	open    func(a *Agent, lost func()) P
 	remove  func(Options) error // takes it out of the kernel; nil: it ends with the agent
 	look    time.Duration       // how often the plane is asked whether it is intact; 0: never
-	left    func() bool         // whether what an earlier agent left will do until the want is known
+	left    func(Options) bool  // whether what an earlier agent left will do until the want is known
 	measure func(P, meter)
 	minor   bool // services do not depend on it: what fails is a warning
 	loud    bool // what fails is a problem all the same
@@ -130,7 +130,10 @@ func (d *drive[P, W]) state() roleState {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s := d.is
-	s.name, s.minor, s.loud, s.left = d.part.name, d.part.minor, d.part.loud, d.part.left
+	s.name, s.minor, s.loud = d.part.name, d.part.minor, d.part.loud
+	if left := d.part.left; left != nil {
+		s.left = func() bool { return left(d.agent.opts) }
+	}
 	if d.isOpen {
 		s.warner, _ = any(d.plane).(warner)
 	}

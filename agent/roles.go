@@ -82,7 +82,7 @@ func removeNAT(opts Options) error { return errors.Join(nat.Remove(), restoreCon
 
 // tableIsWhole reports whether an earlier agent has left what packets from elsewhere
 // need: then the node serves, though the API server has not answered this agent yet.
-func tableIsWhole() bool {
+func tableIsWhole(Options) bool {
 	_, whole, err := nat.Installed()
 	return err == nil && whole
 }
@@ -90,18 +90,20 @@ func tableIsWhole() bool {
 func hasCaptures(c *config.Config) bool { return len(c.Captures) > 0 }
 
 func wantCaptures(k *known) (capture.Want, bool) {
-	return capture.Want{Captures: k.config.Captures, Services: k.services}, k.silent == 0
+	return capture.Want{Captures: k.config.Captures, Services: k.services, Scope: k.config.Scope.Cgroup}, k.silent == 0
 }
 
-func openCaptures(a *Agent, _ func()) *capture.Plane { return capture.New(a.log) }
+func openCaptures(a *Agent, _ func()) *capture.Plane {
+	return capture.New(a.opts.Pins)
+}
 
 // captureIsThere reports whether an earlier agent has left a table, which will do until
 // all sources have told which services there are.
-func captureIsThere() bool {
-	v, err := capture.Read()
+func captureIsThere(opts Options) bool {
+	v, err := capture.Read(opts.Pins)
 	return err == nil && v.Installed()
 }
 
-func removeCaptures(Options) error { return capture.Remove() }
+func removeCaptures(opts Options) error { return capture.Remove(opts.Pins) }
 
 func openNodeHealth(a *Agent, _ func()) *nodehealth.Server { return nodehealth.New(a.nodeState, a.log) }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pentad/pentad/host"
@@ -294,6 +295,11 @@ func resets(ctx context.Context, b *board) error {
 	defer lock.Close()
 	p := socket.New(socket.Options{Pins: s.Pins, Version: "bench"})
 	defer p.Close()
+	chores, end := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { p.Run(chores) })
+	defer running.Wait()
+	defer end()
 	// Two snapshots that differ in what the probe says.
 	web := func(down bool) []*service.Service {
 		return []*service.Service{{

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"os/user"
@@ -29,17 +30,39 @@ type Capture struct {
 	Ports        []PortRange    // empty: all
 	Except       []netip.Prefix
 
-	Proxy string           // the name of a proxy of this host; empty: To says it
-	To    []netip.AddrPort // where the proxy listens, of this file or of somebody else
+	UDP bool // datagrams, beside or in place of connections
+	TCP bool
+
+	Mode       CaptureMode
+	Proxy      string           // the name of a proxy of this host; empty: To says it
+	To         []netip.AddrPort // where the proxy listens, of this file or of somebody else
+	KeepSource bool             // the proxy goes on with the address of the client
+	Direct     bool             // while the proxy does not listen all goes where it wanted to go
 }
 
-// CaptureModes are the ways to capture.
-var CaptureModes = []string{"redirect"}
+// CaptureMode is a way to capture.
+type CaptureMode uint8
+
+// The ways to capture. The zero value is one that nobody has chosen.
+const (
+	CaptureEBPF     CaptureMode = iota + 1 // in connect()
+	CaptureRedirect                        // by DNAT
+	CaptureTProxy                          // by a socket that takes what is not its own
+)
+
+// CaptureModes are the words for the ways to capture, in the order of the constants.
+var CaptureModes = []string{"ebpf", "redirect", "tproxy"}
+
+// String returns the word for the mode.
+func (m CaptureMode) String() string { return CaptureModes[m-1] }
 
 var captureSchema = schema[Capture]{what: "a capture", fields: []field[Capture]{
 	nameField(func(to *Capture, v string) { to.Name = v }, "app"),
 	section("match", "Whose connections, and which of them.", &captureMatchSchema, itself).must(),
-	word("mode", "`redirect`: by a table of nftables of pentad's own, for TCP.", CaptureModes, func(*Capture, int) {}).or("redirect"),
+	word("mode", "`ebpf`: inside connect(), for TCP of processes; no packet is touched. `redirect`: packets are translated by a table of nftables of pentad's own, for TCP. "+
+		"`tproxy`: packets that arrive at an interface are handed to the proxy as they are, for TCP and UDP; its program has to set IP_TRANSPARENT. By default `ebpf` for processes; "+
+		"at an interface `tproxy` to a proxy of this file, and `redirect` to one of somebody else.", CaptureModes,
+		func(to *Capture, i int) { to.Mode = CaptureMode(i + 1) }),
 	{
 		key: "to", kind: "name, or ADDRESS:PORT", required: true,
 		doc: "A proxy of this file with `protocol: transparent`, or where one of somebody else listens.",
@@ -57,6 +80,8 @@ var captureSchema = schema[Capture]{what: "a capture", fields: []field[Capture]{
 			}
 		},
 	},
+	word("onProxyDown", "What becomes of connections while the proxy does not listen. `refuse`: they are refused. `direct`: they go where they wanted to go, past the proxy (of mode `ebpf` only).",
+		[]string{"refuse", "direct"}, func(to *Capture, i int) { to.Direct = i == 1 }).or("refuse"),
 }}
 
 var captureMatchSchema = schema[Capture]{what: "match", fields: []field[Capture]{
@@ -75,7 +100,17 @@ var captureMatchSchema = schema[Capture]{what: "match", fields: []field[Capture]
 	text("group", "name or number", "Processes of this group.", "a group", func(to *Capture, v string) { to.Group = v }),
 	text("interface", "name", "What arrives here to go elsewhere; what is for this host itself is left alone.", "the name of an interface",
 		func(to *Capture, v string) { to.Interface = v }),
-	word("protocol", "Of this protocol.", []string{"tcp"}, func(*Capture, int) {}).or("tcp"),
+	{
+		key: "protocol", kind: "word, or list of words", fallback: "tcp", doc: "Of these protocols, `tcp` or `udp`; `udp` in mode `tproxy` only.",
+		set: func(d *decoder, n *yaml.Node, to *Capture) {
+			to.TCP, to.UDP = false, false
+			d.oneOrMore(n, func(e *yaml.Node) {
+				if i, ok := d.word(e, "tcp", "udp"); ok {
+					to.TCP, to.UDP = to.TCP || i == 0, to.UDP || i == 1
+				}
+			})
+		},
+	},
 	prefixes("destinations", "To these addresses; to all by default. The loopback is left alone always.", func(to *Capture, v []netip.Prefix) { to.Destinations = v }),
 	{
 		key: "ports", kind: "list of ports", doc: "To these ports, each a number or a range such as `8000-8999`; to all by default.",
@@ -88,7 +123,7 @@ var captureMatchSchema = schema[Capture]{what: "match", fields: []field[Capture]
 
 func (d *decoder) captures(n *yaml.Node, to *Config) {
 	d.list(n, "a list of captures", func(e *yaml.Node) {
-		var c Capture
+		c := Capture{TCP: true}
 		seen := captureSchema.decode(d, e, &c)
 		if seen == nil {
 			return
@@ -104,10 +139,43 @@ func (d *decoder) captures(n *yaml.Node, to *Config) {
 				d.errorf(match, "capture %s: want a cgroup, user, group or interface: every process would also be those that the proxy itself needs", c.Name)
 			}
 		}
+		d.checkMode(e, seen, &c)
 		to.Captures = append(to.Captures, c)
 		d.captureNodes = append(d.captureNodes, e)
 	})
 }
+
+// checkMode chooses a mode if nobody has, and finds what does not go with it.
+func (d *decoder) checkMode(n *yaml.Node, seen map[string]*yaml.Node, c *Capture) {
+	if c.Mode == 0 {
+		switch {
+		case c.Interface == "":
+			c.Mode = CaptureEBPF
+		case c.Proxy != "" || c.UDP:
+			c.Mode = CaptureTProxy
+		default:
+			c.Mode = CaptureRedirect
+		}
+	}
+	at := cmp.Or(seen["mode"], n)
+	switch {
+	case c.Mode == CaptureEBPF && c.Interface != "":
+		d.errorf(at, "capture %s: mode ebpf is about what processes of this host do; what arrives at an interface is captured by redirect or tproxy", c.Name)
+	case c.Mode == CaptureTProxy && c.Interface == "":
+		d.errorf(at, "capture %s: mode tproxy is about what arrives at an interface; processes of this host are captured by ebpf or redirect", c.Name)
+	case c.UDP && c.Mode != CaptureTProxy:
+		d.errorf(at, "capture %s: mode %s captures TCP only: it could not tell the proxy where a datagram wanted to go; UDP that arrives at an interface is captured by tproxy", c.Name, c.Mode)
+	}
+	if c.Direct && c.Mode != CaptureEBPF {
+		d.errorf(seen["onProxyDown"], "capture %s: onProxyDown: direct is for mode ebpf: packets are led away before the kernel knows whether anybody listens", c.Name)
+	}
+	if c.Mode == CaptureEBPF && len(c.Ports) > MaxCapturePorts {
+		d.errorf(seen["match"], "capture %s: %d ranges of ports; mode ebpf takes %d", c.Name, len(c.Ports), MaxCapturePorts)
+	}
+}
+
+// MaxCapturePorts is how many ranges of ports a capture in connect() may have.
+const MaxCapturePorts = 32
 
 // checkCaptures finds the proxies that captures lead to.
 func (d *decoder) checkCaptures(c *Config) {
@@ -132,18 +200,27 @@ func (d *decoder) checkCaptures(c *Config) {
 		case !slices.Contains(c.Proxies[at].Protocols, Transparent):
 			d.errorf(n, "capture %s: clients that do not know of a proxy need one with \"protocol: transparent\"; %s speaks %s", x.Name, x.Proxy, c.Proxies[at].Protocols[0])
 		default:
-			x.To = c.Proxies[at].Listen
-			d.checkReach(n, *x)
+			d.leadTo(n, x, &c.Proxies[at])
 		}
 		d.checkArrival(n, *x)
 	}
+}
+
+// leadTo leads a capture to a proxy of this file, which may learn what it is to take.
+func (d *decoder) leadTo(n *yaml.Node, x *Capture, p *Proxy) {
+	x.To, x.KeepSource = p.Listen, p.KeepSource
+	p.UDP = p.UDP || x.UDP
+	if x.KeepSource && x.Interface == "" {
+		d.errorf(n, "capture %s: %s has keepSource, which is for clients of other hosts: what processes of this host send has its addresses already", x.Name, x.Proxy)
+	}
+	d.checkReach(n, *x)
 }
 
 // checkArrival refuses what the kernel would drop: packets from elsewhere never reach the
 // loopback.
 func (d *decoder) checkArrival(n *yaml.Node, x Capture) {
 	for _, at := range x.To {
-		if x.Interface != "" && at.Addr().IsLoopback() {
+		if x.Interface != "" && x.Mode == CaptureRedirect && at.Addr().IsLoopback() {
 			d.errorf(n, "capture %s: what arrives at an interface cannot be led to %s: let the proxy listen at an address of this host that is not its loopback", x.Name, at)
 			return
 		}

@@ -43,7 +43,9 @@ type Proxy struct {
 	Deny      []netip.Prefix // wins over Allow
 	Open      bool           // whoever can reach it may use it
 	Rules     []ProxyRule    // the first that fits; what fits none is refused. None: all goes direct
-	Target    string         // HOST:PORT where all go, of Fixed
+	// Of Transparent: it takes datagrams, too, and goes on with the address of its client.
+	UDP, KeepSource bool
+	Target          string // HOST:PORT where all go, of Fixed
 
 	MaxConnections int
 	MaxPerClient   int
@@ -108,6 +110,8 @@ var proxySchema = schema[Proxy]{what: "a proxy", fields: []field[Proxy]{
 		func(to *Proxy, v int) { to.MaxConnections = v }).or(strconv.Itoa(DefaultProxy.MaxConnections)),
 	number("maxPerClient", "connections", "The same for one client address; further ones are closed.", 1, 1_000_000,
 		func(to *Proxy, v int) { to.MaxPerClient = v }).or(strconv.Itoa(DefaultProxy.MaxPerClient)),
+	truth("keepSource", "Targets that are reached directly see the address of the client, not of this host. Of `transparent` only, for clients of other hosts; what targets answer has to come by this host.",
+		func(to *Proxy, v bool) { to.KeepSource = v }).or("false"),
 	section("timeouts", "How long it waits.", &proxyTimeoutsSchema, itself),
 }}
 
@@ -295,6 +299,9 @@ func (d *decoder) checkProxy(n *yaml.Node, seen map[string]*yaml.Node, p Proxy, 
 	}
 	if slices.Contains(p.Protocols, Transparent) && seen["users"] != nil {
 		d.errorf(seen["users"], "clients of a transparent proxy do not know of it: nobody can be asked who he is")
+	}
+	if p.KeepSource && !slices.Contains(p.Protocols, Transparent) && seen["keepSource"] != nil {
+		d.errorf(seen["keepSource"], "proxy %s: keepSource goes with \"protocol: transparent\"; clients of others mean to be seen as the proxy", p.Name)
 	}
 	for _, r := range p.Rules {
 		if len(r.Users) > 0 && p.UsersFile == "" && seen["rules"] != nil {

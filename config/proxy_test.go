@@ -28,8 +28,8 @@ upstreams:
 		t.Fatal(err)
 	}
 	const want = "[{out [socks5 http] [127.0.0.1:1080 [::1]:1080] /etc/pentad/users [] [] false " +
-		"[{[] [{443 443} {8000 8999}] [.corp.example one.example] [] [] [jump corp]} {[10.0.0.0/8] [] [] [] [alice] [corp]} {[] [] [] [] [] [direct]}]  " +
-		"20000 5000 10s 10s 10m0s 2m0s 5s} {in [transparent] [127.0.0.1:15001]  [] [] false []  20000 5000 10s 10s 1h0m0s 2m0s 5s}]"
+		"[{[] [{443 443} {8000 8999}] [.corp.example one.example] [] [] [jump corp]} {[10.0.0.0/8] [] [] [] [alice] [corp]} {[] [] [] [] [] [direct]}] false false  " +
+		"20000 5000 10s 10s 10m0s 2m0s 5s} {in [transparent] [127.0.0.1:15001]  [] [] false [] false false  20000 5000 10s 10s 1h0m0s 2m0s 5s}]"
 	if have := fmt.Sprint(c.Proxies); have != want {
 		t.Errorf("have %s\nwant %s", have, want)
 	}
@@ -64,6 +64,8 @@ func TestProxyErrors(t *testing.T) {
 		{"a URL", "upstreams: [{name: a, http: {address: 'http://proxy.example:1'}}]\nservices: []", `f:1:39: want HOST:PORT such as 192.0.2.5:3128, found "http://proxy.example:1"; write the address without what stands before ://`},
 		{"a star", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{domains: ['*.corp'], via: direct}]}]", `f:1:77: want a name such as .corp.example, found "*.corp"; all below a name is written ".corp"`},
 		{"ports", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, rules: [{ports: [90-80], via: direct}]}]", `f:1:75: want a port from 1 to 65535, or a range such as 8000-8999, found "90-80"`},
+		{"keepSource", "proxies: [{name: a, protocol: http, listen: 127.0.0.1:1, keepSource: true}]",
+			`f:1:70: proxy a: keepSource goes with "protocol: transparent"; clients of others mean to be seen as the proxy`},
 		{"another word", "proxies: [{name: a, protocol: socks, listen: 127.0.0.1:1}]", `f:1:31: want socks5, http or transparent, found "socks"; did you mean "socks5"?`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -79,7 +81,8 @@ func TestProxyErrors(t *testing.T) {
 }
 
 func TestCaptures(t *testing.T) {
-	const proxy = "proxies: [{name: p, protocol: transparent, listen: 127.0.0.1:1}, {name: s, protocol: socks5, listen: 127.0.0.1:2}]\n"
+	const proxy = "proxies: [{name: p, protocol: transparent, listen: 127.0.0.1:1}, {name: s, protocol: socks5, listen: 127.0.0.1:2}, " +
+		"{name: k, protocol: transparent, keepSource: true, listen: 127.0.0.1:3}]\n"
 	for _, c := range []struct{ name, text, want string }{
 		{"of a proxy", "capture: [{name: a, match: {cgroup: /a, destinations: [10.0.0.0/8]}, to: p}]", ""},
 		{"of somebody else", "capture: [{name: a, match: {user: app}, to: 127.0.0.1:9}]", ""},
@@ -87,12 +90,26 @@ func TestCaptures(t *testing.T) {
 			"f:2:28: capture a: want a cgroup, user, group or interface: every process would also be those that the proxy itself needs"},
 		{"of two kinds", "capture: [{name: a, match: {interface: eth0, user: x}, to: 192.0.2.1:9}]",
 			"f:2:28: capture a: interface is for what arrives, which is of no process here: it goes with no cgroup, user or group"},
-		{"to nobody", "capture: [{name: a, match: {user: x}, to: q}]", `f:2:11: capture a: there is no proxy "q"; known are p, s`},
+		{"to nobody", "capture: [{name: a, match: {user: x}, to: q}]", `f:2:11: capture a: there is no proxy "q"; known are p, s, k`},
 		{"to one that asks", "capture: [{name: a, match: {user: x}, to: s}]",
 			`f:2:11: capture a: clients that do not know of a proxy need one with "protocol: transparent"; s speaks socks5`},
-		{"arrives, and the loopback", "capture: [{name: a, match: {interface: eth0}, to: p}]",
+		{"arrives", "capture: [{name: a, match: {interface: eth0, protocol: [tcp, udp]}, to: p}]", ""},
+		{"arrives, and the loopback", "capture: [{name: a, match: {interface: eth0}, mode: redirect, to: p}]",
 			"f:2:11: capture a: what arrives at an interface cannot be led to 127.0.0.1:1: let the proxy listen at an address of this host that is not its loopback"},
-		{"UDP", "capture: [{name: a, match: {user: x, protocol: udp}, to: p}]", `f:2:48: want tcp, found "udp"; known are tcp`},
+		{"UDP", "capture: [{name: a, match: {user: x, protocol: udp}, to: p}]",
+			"f:2:11: capture a: mode ebpf captures TCP only: it could not tell the proxy where a datagram wanted to go; UDP that arrives at an interface is captured by tproxy"},
+		{"UDP by redirect", "capture: [{name: a, match: {interface: eth0, protocol: udp}, mode: redirect, to: 192.0.2.1:9}]",
+			"f:2:68: capture a: mode redirect captures TCP only: it could not tell the proxy where a datagram wanted to go; UDP that arrives at an interface is captured by tproxy"},
+		{"a protocol", "capture: [{name: a, match: {user: x, protocol: sctp}, to: p}]", `f:2:48: want tcp or udp, found "sctp"; did you mean "tcp"?`},
+		{"in connect, and arrives", "capture: [{name: a, match: {interface: eth0}, mode: ebpf, to: p}]",
+			"f:2:53: capture a: mode ebpf is about what processes of this host do; what arrives at an interface is captured by redirect or tproxy"},
+		{"a socket, and of a process", "capture: [{name: a, match: {user: x}, mode: tproxy, to: p}]",
+			"f:2:45: capture a: mode tproxy is about what arrives at an interface; processes of this host are captured by ebpf or redirect"},
+		{"direct", "capture: [{name: a, match: {user: x}, onProxyDown: direct, to: p}]", ""},
+		{"direct by redirect", "capture: [{name: a, match: {user: x}, mode: redirect, onProxyDown: direct, to: p}]",
+			"f:2:68: capture a: onProxyDown: direct is for mode ebpf: packets are led away before the kernel knows whether anybody listens"},
+		{"keepSource of a process", "capture: [{name: a, match: {user: x}, to: k}]",
+			"f:2:11: capture a: k has keepSource, which is for clients of other hosts: what processes of this host send has its addresses already"},
 		{"a cgroup", "capture: [{name: a, match: {user: x, cgroup: app.slice}, to: p}]",
 			`f:2:46: want a path such as /app.slice, found "app.slice"; all processes are those without this key`},
 	} {

@@ -30,7 +30,7 @@ func (e *Explanation) AddCapture(v *capture.View, q Question) error {
 	own, err1 := os.Readlink("/proc/self/ns/net")
 	its, err2 := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", q.PID))
 	if err1 == nil && err2 == nil && own != its {
-		e.step("capture", "by none: the process is in another network namespace, of which the table of this one sees nothing")
+		e.step("capture", "by none: the process is in another network namespace, of which those who capture here see nothing")
 		return nil
 	}
 	c, err := connectionOf(q)
@@ -43,10 +43,10 @@ func (e *Explanation) AddCapture(v *capture.View, q Question) error {
 
 // AddCapturedPackets is AddCapture for packets that arrive from an address.
 func (e *Explanation) AddCapturedPackets(v *capture.View, from netip.Addr, q Question) {
-	if !v.Installed() || q.Protocol != service.TCP || e.Verdict == Reaches || e.Verdict == Refused {
+	if !v.Installed() || e.Verdict == Reaches || e.Verdict == Refused {
 		return
 	}
-	c := capture.Connection{Destination: q.Destination, Interface: interfaceTo(from), Local: isLocal(q.Destination.Addr())}
+	c := capture.Connection{Destination: q.Destination, UDP: q.Protocol == service.UDP, Interface: interfaceTo(from), Local: isLocal(q.Destination.Addr())}
 	if c.Interface == "" {
 		e.step("capture", "there is no way to %s, so that it is not known at which interface its packets arrive", from)
 		return
@@ -60,13 +60,20 @@ func (e *Explanation) captured(o capture.Outcome, q Question, whose string) {
 	switch {
 	case o.Capture == "":
 		e.step("capture", "by none: %s", o.Why)
+	case o.Handed:
+		e.step("capture", "by %s", o.Capture)
+		e.conclude(Captured, "%s to %s is captured by %s and handed to %s as it is: the socket of the proxy has the address where it wanted to go.", first(whose), dest, o.Capture, o.To)
 	case o.Redir:
 		e.step("capture", "by %s", o.Capture)
 		e.conclude(Captured, "%s to %s is captured by %s and led to port %d of this host, where the proxy is told where it wanted to go.",
 			first(whose), dest, o.Capture, o.To.Port())
 	case o.To.IsValid():
 		e.step("capture", "by %s", o.Capture)
-		e.conclude(Captured, "%s to %s is captured by %s and led to %s, where the proxy is told where it wanted to go.", first(whose), dest, o.Capture, o.To)
+		without := ""
+		if o.Direct {
+			without = " While nobody listens there it goes where it wanted to go."
+		}
+		e.conclude(Captured, "%s to %s is captured by %s and led to %s, where the proxy is told where it wanted to go.%s", first(whose), dest, o.Capture, o.To, without)
 	default:
 		e.step("capture", "by %s", o.Capture)
 		e.conclude(Refused, "%s to %s is captured by %s, whose proxy listens at no address of that family: it is refused. Add one to its listen.",

@@ -1,7 +1,6 @@
 package flow
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -163,21 +162,11 @@ func (s scope) contains(cgroup string) bool {
 
 // cgroupOf returns the cgroup (v2) of a process, below the root of the hierarchy.
 func cgroupOf(pid int) (string, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/cgroup", pid))
+	path, err := host.CgroupOf(pid)
 	if errors.Is(err, os.ErrNotExist) {
 		return "", fmt.Errorf("process %d: %w", pid, ErrNoProcess)
 	}
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	// The line of version 2 is "0::/path", see cgroups(7).
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if path, ok := strings.CutPrefix(lines.Text(), "0::"); ok {
-			return path, nil
-		}
-	}
-	return "", fmt.Errorf("process %d is in no cgroup of version 2", pid)
+	return path, err
 }
 
 // hooks returns the hook that is missing, if one is.

@@ -55,3 +55,20 @@ func CgroupID(path string) (uint64, error) {
 	}
 	return st.Ino, nil
 }
+
+// CgroupOf returns the cgroup (v2) of a process, as a path below the root. The error is
+// fs.ErrNotExist when there is no such process.
+func CgroupOf(pid int) (string, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	// The line of version 2 is "0::/path", see cgroups(7).
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if path, ok := strings.CutPrefix(lines.Text(), "0::"); ok {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("process %d is in no cgroup of version 2", pid)
+}

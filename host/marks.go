@@ -12,6 +12,10 @@ const (
 	// to a proxy. Who may set a mark may do everything else, too. The bytes spell "pn7x".
 	ProxyMark = 0x706e3778
 
+	// LocalMark is the mark of a packet that a rule delivers to a socket of this host,
+	// wherever it wants to go. The bytes spell "pn7t".
+	LocalMark = 0x706e3774
+
 	// TranslatedMark is the bit of a packet's mark that it has between its translation
 	// and the choice of its source address, on its way through this host. It is
 	// kube-proxy's (--iptables-masquerade-bit), which other tools know to leave alone.

@@ -48,7 +48,7 @@ func (h *Host) plug(name string, addresses []string) error {
 		}
 	}
 	// Link-local addresses, too, are usable at once.
-	if err := h.sysctl("net/ipv6/conf/"+name+"/accept_dad", "0"); err != nil {
+	if err := h.Sysctl("net/ipv6/conf/"+name+"/accept_dad", "0"); err != nil {
 		return err
 	}
 	return h.handle.LinkSetUp(l)
@@ -71,8 +71,8 @@ func (h *Host) Void(address string) error {
 	return h.plug(veth.Name, []string{address})
 }
 
-// sysctl sets a parameter of the host's network, such as "net/ipv4/ip_forward".
-func (h *Host) sysctl(name, value string) error {
+// Sysctl sets a parameter of the host's network, such as "net/ipv4/ip_forward".
+func (h *Host) Sysctl(name, value string) error {
 	return h.Do(func() error {
 		// /proc/sys/net shows the namespace of the thread that opens it.
 		return os.WriteFile("/proc/sys/"+name, []byte(value), 0)
@@ -150,7 +150,7 @@ func (h *Host) RouteReplace(prefix, via string) error {
 
 // Forward makes the host pass packets on, as a router or a node does.
 func (h *Host) Forward() error {
-	return errors.Join(h.sysctl("net/ipv4/ip_forward", "1"), h.sysctl("net/ipv6/conf/all/forwarding", "1"))
+	return errors.Join(h.Sysctl("net/ipv4/ip_forward", "1"), h.Sysctl("net/ipv6/conf/all/forwarding", "1"))
 }
 
 // Switch is a layer-2 segment into which hosts are plugged.
@@ -161,8 +161,8 @@ type Switch struct {
 // AnswerAll has the host send an ICMP message for everything that it refuses, where
 // Linux sends some a second.
 func (h *Host) AnswerAll() error {
-	return errors.Join(h.sysctl("net/ipv4/icmp_ratelimit", "0"), h.sysctl("net/ipv4/icmp_msgs_per_sec", "1000000"),
-		h.sysctl("net/ipv4/icmp_msgs_burst", "1000000"), h.sysctl("net/ipv6/icmp/ratelimit", "0"))
+	return errors.Join(h.Sysctl("net/ipv4/icmp_ratelimit", "0"), h.Sysctl("net/ipv4/icmp_msgs_per_sec", "1000000"),
+		h.Sysctl("net/ipv4/icmp_msgs_burst", "1000000"), h.Sysctl("net/ipv6/icmp/ratelimit", "0"))
 }
 
 // NewSwitch makes a switch. It needs root.

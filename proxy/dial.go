@@ -32,7 +32,7 @@ const nextAttempt = 250 * time.Millisecond
 // dialAny connects to the first address that answers.
 func dialAny(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error) {
 	if len(addresses) == 1 {
-		return dialTCP(ctx, addresses[0])
+		return dialTCP(ctx, addresses[0], netip.Addr{})
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -42,7 +42,7 @@ func dialAny(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error
 	}
 	results := make(chan result)
 	dial := func(a netip.AddrPort) {
-		c, err := dialTCP(ctx, a)
+		c, err := dialTCP(ctx, a, netip.Addr{})
 		select {
 		case results <- result{c, err}:
 		case <-ctx.Done():
@@ -83,11 +83,18 @@ func dialAny(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error
 	return nil, first
 }
 
-func dialTCP(ctx context.Context, a netip.AddrPort) (relay.Conn, error) {
+// dialTCP connects to an address, as if from another host if from is valid.
+func dialTCP(ctx context.Context, a netip.AddrPort, from netip.Addr) (relay.Conn, error) {
 	d := net.Dialer{KeepAlive: -1, Control: func(network, address string, raw syscall.RawConn) error {
 		return errors.Join(mark(network, address, raw), keepalive(network, address, raw))
 	}}
 	d.SetMultipathTCP(false) // what is spliced has to be plain TCP
+	if from.IsValid() {
+		d.Control = func(network, address string, raw syscall.RawConn) error {
+			return errors.Join(mark(network, address, raw), keepalive(network, address, raw), disguised(network, address, raw))
+		}
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+	}
 	c, err := d.DialContext(ctx, "tcp", a.String())
 	if err != nil {
 		return nil, err
@@ -99,6 +106,16 @@ func dialTCP(ctx context.Context, a netip.AddrPort) (relay.Conn, error) {
 // Without the right to do so nothing is captured either.
 func mark(_, _ string, raw syscall.RawConn) error {
 	return raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, host.ProxyMark) })
+}
+
+// disguised lets a socket have the address of another host, and a port that only its
+// target cannot have twice.
+func disguised(network, _ string, raw syscall.RawConn) error {
+	var err error
+	failed := raw.Control(func(fd uintptr) {
+		err = errors.Join(transparent(int(fd), network), unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1))
+	})
+	return errors.Join(failed, err)
 }
 
 // keepaliveAfter is how long a connection is silent before its other end is asked whether

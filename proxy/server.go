@@ -9,13 +9,16 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/proxy/relay"
 )
 
@@ -33,6 +36,7 @@ type server struct {
 
 	mu        sync.Mutex
 	listeners map[netip.AddrPort]*net.TCPListener
+	datagrams map[netip.AddrPort]*datagrams
 	changed   *sync.Cond // clients have gone, or may be more
 	clients   map[netip.Addr]int
 	n         int
@@ -51,7 +55,7 @@ type settings struct {
 func newServer(p *Plane, name string) *server {
 	s := &server{
 		plane: p, name: name, log: p.log.With("proxy", name),
-		listeners: make(map[netip.AddrPort]*net.TCPListener), clients: make(map[netip.Addr]int),
+		listeners: make(map[netip.AddrPort]*net.TCPListener), datagrams: make(map[netip.AddrPort]*datagrams), clients: make(map[netip.Addr]int),
 	}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.changed = sync.NewCond(&s.mu)
@@ -75,6 +79,7 @@ func (s *server) set(w config.Proxy, upstreams map[string]config.Upstream) {
 		s.tasks.Go(func() { _ = next.web.Serve(next.queue) })
 	}
 	s.now.Store(next)
+	defer s.endDatagrams(func(at netip.AddrPort) bool { return !w.UDP || !slices.Contains(w.Listen, at) })
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for at, l := range s.listeners {
@@ -92,10 +97,13 @@ func (s *server) listen() error {
 	defer s.mu.Unlock()
 	var errs []error
 	for _, at := range s.now.Load().Listen {
+		if err := s.listenForDatagrams(at); err != nil {
+			errs = append(errs, fmt.Errorf("%s cannot be listened at for UDP: %w", at, err))
+		}
 		if s.listeners[at] != nil {
 			continue
 		}
-		l, err := listenTCP(at)
+		l, err := listenTCP(at, s.now.Load().listenerOptions())
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s cannot be listened at: %w", at, err))
 			continue
@@ -106,9 +114,40 @@ func (s *server) listen() error {
 	return errors.Join(errs...)
 }
 
-func listenTCP(at netip.AddrPort) (*net.TCPListener, error) {
-	// What is accepted has the keepalive of its listener: nobody has to set it each time.
-	c := net.ListenConfig{KeepAlive: -1, Control: keepalive}
+// control sets options of a socket that is not bound yet.
+type control = func(network, address string, raw syscall.RawConn) error
+
+// listenerOptions are those of the sockets that listen. What is accepted has them, too:
+// nobody has to set keepalive each time.
+func (s *settings) listenerOptions() control {
+	if slices.Contains(s.Protocols, config.Transparent) {
+		return captured
+	}
+	return keepalive
+}
+
+// captured is for a listener to which connections are led that want to go elsewhere. By
+// the mark, which not everybody may set, it is known as one of ours. A socket that is
+// transparent takes connections to addresses that this host has not. Who may neither
+// takes what a REDIRECT leads here.
+func captured(network, address string, raw syscall.RawConn) error {
+	failed := raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, host.ProxyMark)
+		_ = transparent(int(fd), network)
+	})
+	return errors.Join(failed, keepalive(network, address, raw))
+}
+
+// transparent lets a socket have addresses that this host has not.
+func transparent(fd int, network string) error {
+	if strings.HasSuffix(network, "4") {
+		return unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+	}
+	return unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
+}
+
+func listenTCP(at netip.AddrPort, options control) (*net.TCPListener, error) {
+	c := net.ListenConfig{KeepAlive: -1, Control: options}
 	c.SetMultipathTCP(false) // what is spliced has to be plain TCP
 	l, err := c.Listen(context.Background(), network("tcp", at.Addr()), at.String())
 	if err != nil {
@@ -128,8 +167,9 @@ func network(name string, a netip.Addr) string {
 func (s *server) intact() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, at := range s.now.Load().Listen {
-		if s.listeners[at] == nil {
+	now := s.now.Load()
+	for _, at := range now.Listen {
+		if s.listeners[at] == nil || now.UDP && s.datagrams[at] == nil {
 			return false
 		}
 	}
@@ -138,6 +178,7 @@ func (s *server) intact() bool {
 
 // shut lets nobody new in.
 func (s *server) shut() {
+	defer s.endDatagrams(func(netip.AddrPort) bool { return true })
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
@@ -288,6 +329,15 @@ func (s *server) serve(c *net.TCPConn) {
 	stop := context.AfterFunc(s.ctx, func() { relay.Abort(c) })
 	defer stop()
 	(&session{server: s, settings: now, conn: c, client: from, local: addrPort(c.LocalAddr()), zone: zoneOf(c.LocalAddr())}).run()
+}
+
+// keptSource returns the address of a client as which its targets are to be reached; the
+// zero address: as this host.
+func (s *settings) keptSource(client netip.Addr) netip.Addr {
+	if !s.KeepSource || isInside(client) {
+		return netip.Addr{}
+	}
+	return client
 }
 
 func permitted(p config.Proxy, client netip.Addr) bool {

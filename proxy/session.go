@@ -190,13 +190,22 @@ func (s *session) waysTo(q question, addresses []netip.AddrPort) (all []way, err
 		all = append(all, w)
 	}
 	if len(direct) > 0 {
-		dial := func(ctx context.Context) (relay.Conn, error) { return dialAny(ctx, direct) }
+		dial := func(ctx context.Context) (relay.Conn, error) { return s.dialDirect(ctx, direct) }
 		all = append([]way{{[]string{config.Direct}, dial}}, all...)
 	}
 	if len(all) == 0 {
 		return nil, reason
 	}
 	return all, nil
+}
+
+// dialDirect connects to the first address that answers; where the client came from may
+// be kept.
+func (s *session) dialDirect(ctx context.Context, addresses []netip.AddrPort) (relay.Conn, error) {
+	if from := s.settings.keptSource(s.client.Addr()); from.IsValid() && len(addresses) == 1 {
+		return dialTCP(ctx, addresses[0], from)
+	}
+	return dialAny(ctx, addresses)
 }
 
 // indirect is the way through upstreams, or none.
@@ -382,5 +391,5 @@ func (s *session) openNamed(to target) (relay.Conn, error) {
 	if err := s.mayReach(to, a); err != nil {
 		return nil, err
 	}
-	return dialTCP(ctx, to.AddrPort())
+	return s.dialDirect(ctx, []netip.AddrPort{to.AddrPort()})
 }

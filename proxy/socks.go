@@ -154,7 +154,7 @@ func (s *session) socksBind(from target) {
 		s.failBind(err)
 		return
 	}
-	l, err := listenTCP(netip.AddrPortFrom(s.outside(peers), 0))
+	l, err := listenTCP(netip.AddrPortFrom(s.outside(peers), 0), keepalive)
 	if err != nil {
 		s.failBind(err)
 		return

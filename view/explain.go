@@ -30,7 +30,7 @@ func NewExplainer(ctx context.Context, at Places, client netip.Addr) (*Explainer
 	if e.packets, err = readPackets(); err != nil {
 		return nil, err
 	}
-	if e.captures, err = capture.Read(); err != nil {
+	if e.captures, err = capture.Read(at.Pins); err != nil {
 		return nil, err
 	}
 	for _, m := range e.packets.Mappings {

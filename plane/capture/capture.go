@@ -1,32 +1,28 @@
-// Package capture leads connections of programs that know of no proxy to one: by a table
-// of nftables of its own, which translates where their first packet goes.
+// Package capture leads connections of programs that know of no proxy to one: by programs
+// inside connect(), or by a table of nftables of its own, which translates where packets
+// go or hands them to the proxy as they are.
 //
 // It knows nothing of proxies but where they listen. What it leads there stays led while
-// the agent is dead: then it is refused, and does not go another way.
+// the agent is dead: then it is refused, and does not go another way, unless the file
+// says so.
 package capture
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
-	"maps"
-	"net/netip"
 	"os"
 	"os/user"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"sync"
-	"time"
-
-	"github.com/google/nftables"
-	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/host"
-	"github.com/pentad/pentad/nft"
 	"github.com/pentad/pentad/service"
 )
 
@@ -34,67 +30,78 @@ import (
 type Want struct {
 	Captures []config.Capture
 	Services *service.Snapshot // what is led to them, or by them, is not captured
+	Scope    string            // the cgroup of those whose processes this host serves, as the file names it
 }
 
 // Equal reports whether both are the same.
 func (w Want) Equal(o Want) bool {
-	return w.Services == o.Services && reflect.DeepEqual(w.Captures, o.Captures)
+	return w.Services == o.Services && w.Scope == o.Scope && reflect.DeepEqual(w.Captures, o.Captures)
 }
 
-// Plane is the table.
+// planeDir is this plane's part of the pin directory.
+const planeDir = "capture"
+
+// Plane is what captures: programs in connect(), and a table of packets.
 type Plane struct {
-	log *slog.Logger
-
 	mu       sync.Mutex
-	captures []config.Capture
-	entries  []entry // as the table has them
-	services map[netip.AddrPort]bool
-	trusted  bool           // the table is what this says
-	rules    map[string]int // how many each chain has
-	seen     uint32         // the generation of the rule set at which all was there
-	counted  time.Time      // when the elements of the sets were counted last
-	missing  []string       // what captures name and this host has not
+	want     Want
+	programs programs
+	table    table
+	missing  []string // what captures name and this host has not
 }
 
-// countEvery is how often elements are counted, at most: there may be many of them, and
-// others may change theirs all the time.
-const countEvery = 10 * time.Second
+// New returns a plane that has not touched the kernel yet. pins is the directory of all
+// pins, on bpffs.
+func New(pins string) *Plane { return &Plane{programs: programs{dir: filepath.Join(pins, planeDir)}} }
 
-// New returns a plane that has not touched the kernel yet.
-func New(log *slog.Logger) *Plane { return &Plane{log: log} }
-
-// Apply has the table lead what is wanted, whatever it was before.
+// Apply has the kernel lead what is wanted, whatever it did before.
 func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.captures = want.Captures
-	entries, missing, err := resolve(want.Captures)
+	p.want = want
+	entries, missing, err := resolve(want)
 	if err != nil {
 		return err // what there is stays
 	}
 	services := addressesOf(want.Services)
-	if p.trusted && reflect.DeepEqual(entries, p.entries) && p.intact() {
-		if err := p.update(services); err != nil {
-			p.trusted = false
-			return err
+	inConnect, packets := split(entries)
+	apply := []func() error{
+		func() error { return p.programs.apply(inConnect, services) },
+		func() error { return p.table.apply(packets, services) },
+	}
+	// Whoever is captured by the other from now on is so without a moment in between.
+	if slices.ContainsFunc(packets, func(e entry) bool { return hasEntry(p.programs.entries, e.Name) }) {
+		slices.Reverse(apply)
+	}
+	var errs []error
+	for _, f := range apply {
+		errs = append(errs, f())
+	}
+	p.missing = missing
+	return errors.Join(errs...)
+}
+
+func hasEntry(entries []entry, name string) bool {
+	return slices.ContainsFunc(entries, func(e entry) bool { return e.Name == name })
+}
+
+// split separates what programs in connect() do from what packets need.
+func split(entries []entry) (inConnect, packets []entry) {
+	for _, e := range entries {
+		if e.Mode == config.CaptureEBPF {
+			inConnect = append(inConnect, e)
+		} else {
+			packets = append(packets, e)
 		}
-		p.services, p.missing = services, missing
-		return nil
 	}
-	p.trusted = false
-	if err := p.build(entries, services); err != nil {
-		return fmt.Errorf("table inet %s: %w", TableName, err)
-	}
-	p.entries, p.services, p.missing, p.trusted = entries, services, missing, true
-	p.seen, p.counted = 0, time.Time{} // somebody may have been faster: it is looked at
-	return nil
+	return inConnect, packets
 }
 
 // resolve finds out what the names in captures stand for. What is not there captures
 // nothing; an error says that it is not known whether it is.
-func resolve(captures []config.Capture) (entries []entry, missing []string, err error) {
-	for _, c := range captures {
-		e, err := resolveOne(c)
+func resolve(want Want) (entries []entry, missing []string, err error) {
+	for _, c := range want.Captures {
+		e, err := resolveOne(c, want.Scope)
 		switch {
 		case err == nil:
 			entries = append(entries, e)
@@ -125,20 +132,23 @@ func ownCgroups() bool {
 	return err1 == nil && err2 == nil && own != first
 }
 
-func resolveOne(c config.Capture) (e entry, err error) {
+func resolveOne(c config.Capture, scope string) (e entry, err error) {
 	e.Capture = c
-	if c.Cgroup != "" {
-		if ownCgroups() {
+	cgroup := c.Cgroup
+	if c.Mode == config.CaptureEBPF {
+		cgroup = cmp.Or(cgroup, scope, "/")
+	}
+	if cgroup != "" {
+		if c.Mode != config.CaptureEBPF && ownCgroups() {
 			return e, errNamespace
 		}
-		path, err := host.CgroupPath(c.Cgroup)
-		if err != nil {
+		if e.cgroup, err = placeOf(cgroup); err != nil {
 			return e, err
 		}
-		if e.cgroup, err = host.CgroupID(path); err != nil {
-			return e, err
-		}
-		e.level = uint32(strings.Count(c.Cgroup, "/"))
+		e.level = uint32(strings.Count(cgroup, "/"))
+	}
+	if e.asking, err = cgroupOfProxy(c, scope); err != nil {
+		return e, err
 	}
 	if c.User != "" {
 		if e.user, err = c.UserID(); err != nil {
@@ -155,177 +165,67 @@ func resolveOne(c config.Capture) (e entry, err error) {
 	return e, nil
 }
 
-// addressesOf returns the listeners and backends of services, of TCP.
-func addressesOf(s *service.Snapshot) map[netip.AddrPort]bool {
-	all := make(map[netip.AddrPort]bool)
+// addressesOf returns the listeners and backends of services.
+func addressesOf(s *service.Snapshot) map[service.Listener]bool {
+	all := make(map[service.Listener]bool)
 	if s == nil {
 		return all
 	}
 	for _, x := range s.Services {
-		isTCP := false
 		for _, l := range x.Listeners {
-			if l.Protocol == service.TCP {
-				all[l.Address] = true
-				isTCP = true
-			}
-		}
-		for _, b := range x.Backends {
-			if isTCP {
-				all[b.Address] = true
+			all[service.Listener{Address: l.Address, Protocol: l.Protocol}] = true
+			for _, b := range x.Backends {
+				all[service.Listener{Address: b.Address, Protocol: l.Protocol}] = true
 			}
 		}
 	}
 	return all
 }
 
-// build makes the table anew, in one transaction.
-func (p *Plane) build(entries []entry, services map[netip.AddrPort]bool) error {
-	conn, err := nft.Dial()
+// cgroupOfProxy returns the cgroup of the program that asks where a connection wanted to
+// go: of a proxy of this file the agent's own, else all that this host serves.
+func cgroupOfProxy(c config.Capture, scope string) (place, error) {
+	if c.Mode != config.CaptureEBPF {
+		return place{}, nil
+	}
+	if c.Proxy == "" {
+		return placeOf(cmp.Or(scope, "/"))
+	}
+	own, err := host.CgroupOf(os.Getpid())
 	if err != nil {
-		return err
+		return place{}, err
 	}
-	defer func() { _ = conn.CloseLasting() }()
-	t := &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}
-	conn.AddTable(t) // so that it can be removed
-	conn.DelTable(t)
-	conn.AddTable(t)
-	for _, f := range service.EachFamily {
-		if err := conn.AddSet(setOf(t, f), nil); err != nil {
-			return err
-		}
-	}
-	all := chains(t, entries)
-	p.rules = make(map[string]int)
-	for _, c := range all {
-		conn.AddChain(c.def)
-		p.rules[c.def.Name] = len(c.rules)
-	}
-	for _, c := range all {
-		for _, r := range c.rules {
-			conn.AddRule(&nftables.Rule{Table: t, Chain: c.def, Exprs: r})
-		}
-	}
-	if err := change(conn, t, slices.Collect(maps.Keys(services)), conn.SetAddElements); err != nil {
-		return err
-	}
-	return conn.Flush()
+	return placeOf(own)
 }
 
-// update makes the sets of addresses what they should be.
-func (p *Plane) update(services map[netip.AddrPort]bool) error {
-	var added, removed []netip.AddrPort
-	for a := range services {
-		if !p.services[a] {
-			added = append(added, a)
-		}
+func placeOf(cgroup string) (p place, err error) {
+	if p.path, err = host.CgroupPath(cgroup); err != nil {
+		return p, err
 	}
-	for a := range p.services {
-		if !services[a] {
-			removed = append(removed, a)
-		}
-	}
-	if len(added)+len(removed) == 0 {
-		return nil
-	}
-	conn, err := nft.Dial()
-	if err != nil {
-		return err
-	}
-	defer func() { _ = conn.CloseLasting() }()
-	t := &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}
-	if err := errors.Join(change(conn, t, removed, conn.SetDeleteElements), change(conn, t, added, conn.SetAddElements)); err != nil {
-		return err
-	}
-	return conn.Flush()
+	p.id, err = host.CgroupID(p.path)
+	return p, err
 }
 
-// perMessage is how many elements one message has: its length has 16 bits.
-const perMessage = 500
-
-func change(conn *nftables.Conn, t *nftables.Table, addresses []netip.AddrPort, do func(*nftables.Set, []nftables.SetElement) error) error {
-	for _, f := range service.EachFamily {
-		var elements []nftables.SetElement
-		for _, a := range addresses {
-			if service.FamilyOf(a.Addr()) == f {
-				elements = append(elements, element(a))
-			}
-		}
-		for some := range slices.Chunk(elements, perMessage) {
-			if err := do(setOf(t, f), some); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// Intact reports whether the table is what Apply made, and what it is about is still the
-// same.
+// Intact reports whether the kernel has what Apply made, and what it is about is still
+// the same.
 func (p *Plane) Intact() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	entries, _, err := resolve(p.captures)
+	entries, _, err := resolve(p.want)
 	if err != nil {
 		return true // it cannot be seen now
 	}
-	// What was found wrong is made anew, whatever is looked at next.
-	p.trusted = p.trusted && reflect.DeepEqual(entries, p.entries) && p.intact()
-	return p.trusted
+	inConnect, packets := split(entries)
+	// Both are looked at: what was found wrong is made anew, whatever is looked at next.
+	programs, table := p.programs.intact(inConnect), p.table.intact(packets)
+	return programs && table
 }
 
-// intact reports whether the table is there, with all its rules. It looks only if
-// somebody has changed anything in nf_tables.
-func (p *Plane) intact() bool {
-	now, err := nft.Generation()
-	if err != nil || now == p.seen {
-		return err == nil
-	}
-	have, err := counts()
-	if err != nil || !maps.Equal(have, p.rules) {
-		return false
-	}
-	if time.Since(p.counted) < countEvery {
-		return true // it is looked at again
-	}
-	p.counted = time.Now()
-	v, err := Read()
-	if err != nil || len(v.sets[setName(service.V4)])+len(v.sets[setName(service.V6)]) != len(p.services) {
-		return false
-	}
-	p.seen = now
-	return true
-}
-
-// counts returns how many rules each chain of the table has.
-func counts() (map[string]int, error) {
-	conn, err := nft.Dial()
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = conn.CloseLasting() }()
-	all, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return nil, err
-	}
-	have := make(map[string]int)
-	for _, c := range all {
-		if c.Table.Name != TableName {
-			continue
-		}
-		rules, err := conn.GetRules(c.Table, c)
-		if err != nil {
-			return nil, err
-		}
-		have[c.Name] = len(rules)
-	}
-	return have, nil
-}
-
-// Distrust has the next Apply make the table anew.
+// Distrust has the next Apply make everything anew.
 func (p *Plane) Distrust() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.trusted = false
+	p.programs.trusted, p.table.trusted = false, false
 }
 
 // Run has no chores.
@@ -341,24 +241,7 @@ func (p *Plane) Warnings() []string {
 	return p.missing
 }
 
-// Remove removes the table, whoever made it.
-func Remove() error {
-	conn, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
-	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
-		return nil // a kernel without nf_tables has no tables
-	}
-	if err != nil {
-		return err
-	}
-	for _, t := range tables {
-		if t.Name == TableName {
-			conn.DelTable(t)
-			return conn.Flush()
-		}
-	}
-	return nil
+// Remove takes out all that captures, whoever made it.
+func Remove(pins string) error {
+	return errors.Join(removePrograms(filepath.Join(pins, planeDir)), removeTable(), setRoutes(nil))
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -18,26 +19,37 @@ import (
 	"github.com/pentad/pentad/service"
 )
 
-// View is the table as the kernel has it.
+// View is what captures, as the kernel has it.
 type View struct {
-	chains map[string][][]expr.Any
-	sets   map[string]map[string]bool // the elements of each, by key
+	chains   map[string][][]expr.Any
+	sets     map[string]map[string]bool // the elements of each, by key
+	programs []attachment
 }
 
-// Read reads the table. It needs no agent. There may be none: then nothing is captured.
-func Read() (*View, error) {
-	v := &View{chains: make(map[string][][]expr.Any), sets: make(map[string]map[string]bool)}
+// Read reads the table, and what programs read that are pinned in a directory. It needs
+// no agent. There may be none: then nothing is captured.
+func Read(pins string) (*View, error) {
+	v := &View{}
+	var err error
+	if v.programs, err = readPrograms(filepath.Join(pins, planeDir)); err != nil {
+		return nil, fmt.Errorf("programs of captures: %w", err)
+	}
+	return v, v.readTable()
+}
+
+func (v *View) readTable() error {
+	v.chains, v.sets = make(map[string][][]expr.Any), make(map[string]map[string]bool)
 	conn, err := nft.Dial()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { _ = conn.CloseLasting() }()
 	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
 	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
-		return v, nil // a kernel without nf_tables has no tables
+		return nil // a kernel without nf_tables has no tables
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	var table *nftables.Table
 	for _, c := range chains {
@@ -47,7 +59,7 @@ func Read() (*View, error) {
 		table = c.Table
 		rules, err := conn.GetRules(c.Table, c)
 		if err != nil {
-			return nil, fmt.Errorf("table inet %s: %w", TableName, err)
+			return fmt.Errorf("table inet %s: %w", TableName, err)
 		}
 		v.chains[c.Name] = nil
 		for _, r := range rules {
@@ -55,12 +67,12 @@ func Read() (*View, error) {
 		}
 	}
 	if table == nil {
-		return v, nil
+		return nil
 	}
 	for _, f := range service.EachFamily {
 		elements, err := conn.GetSetElements(setOf(table, f))
 		if err != nil {
-			return nil, fmt.Errorf("table inet %s: %w", TableName, err)
+			return fmt.Errorf("table inet %s: %w", TableName, err)
 		}
 		keys := make(map[string]bool, len(elements))
 		for _, e := range elements {
@@ -68,15 +80,16 @@ func Read() (*View, error) {
 		}
 		v.sets[setName(f)] = keys
 	}
-	return v, nil
+	return nil
 }
 
-// Installed reports whether there is a table.
-func (v *View) Installed() bool { return len(v.chains) > 0 }
+// Installed reports whether anything may be captured.
+func (v *View) Installed() bool { return len(v.chains)+len(v.programs) > 0 }
 
 // Connection is the first packet of one.
 type Connection struct {
 	Destination netip.AddrPort
+	UDP         bool // it is a datagram
 	// Of a process.
 	User, Group uint32
 	Mark        uint32
@@ -86,26 +99,59 @@ type Connection struct {
 	Local     bool // it is for this host itself
 }
 
+func (c Connection) protocol() byte {
+	if c.UDP {
+		return unix.IPPROTO_UDP
+	}
+	return unix.IPPROTO_TCP
+}
+
 // Outcome is what the table does with one.
 type Outcome struct {
 	Capture string         // by which it is captured; empty: by none
 	To      netip.AddrPort // where it is led to; not valid: nowhere, it is refused
 	Redir   bool           // To has only a port: the address is the host's own
+	Handed  bool           // it is handed to a socket of To as it is, and not translated
+	Direct  bool           // while nobody listens there it goes where it wanted to go
 	Why     string         // it is not captured
 }
 
-// Walk walks through the rules with a connection, as the kernel does.
+// Walk has a connection go through connect() and then through the rules, as the kernel
+// does.
 func (v *View) Walk(c Connection) Outcome {
-	w := walk{view: v, conn: c}
-	chain := chainOutput
-	if c.Interface != "" {
-		chain = chainPrerouting
+	o := v.connect(c)
+	if o.Capture != "" || len(v.chains) == 0 {
+		return o
 	}
+	packets := v.walkTable(c, chainOutput)
+	if c.Interface != "" {
+		// Whoever is handed to a socket is not translated.
+		if packets = v.walkTable(c, chainDeliver); packets.Capture == "" {
+			packets = packets.or(v.walkTable(c, chainPrerouting))
+		}
+	}
+	if packets.Capture == "" && len(v.programs) > 0 && o.Why != whyNobody {
+		packets.Why = o.Why // it came nearer
+	}
+	return packets
+}
+
+// or is the outcome where both chains may capture: of two reasons the one that came
+// nearer.
+func (o Outcome) or(other Outcome) Outcome {
+	if other.Capture == "" && (other.Why == whyNobody || other.Why == whyNotTCP) {
+		return o
+	}
+	return other
+}
+
+func (v *View) walkTable(c Connection, chain string) Outcome {
+	w := walk{view: v, conn: c}
 	if w.chain(chain) {
 		return w.out
 	}
 	if w.out.Why == "" {
-		w.out.Why = cmp.Or(w.closest, "no capture is about it")
+		w.out.Why = cmp.Or(w.closest, whyNobody)
 	}
 	return w.out
 }
@@ -128,6 +174,10 @@ func (w *walk) chain(name string) bool {
 		}
 		switch v := verdict.(type) {
 		case *expr.Verdict:
+			if v.Kind == expr.VerdictAccept {
+				w.out = Outcome{Capture: w.at, To: w.handedTo(), Handed: true}
+				return true
+			}
 			if v.Kind != expr.VerdictJump {
 				w.returned(name, i)
 				return false
@@ -156,6 +206,14 @@ func (w *walk) chain(name string) bool {
 	return false
 }
 
+// handedTo is to whose socket the rule has handed the packet that was walked through last:
+// package nftables does not read the expression that does it, but what that has read.
+func (w *walk) handedTo() netip.AddrPort {
+	f := service.FamilyOf(w.conn.Destination.Addr())
+	to, _ := netip.AddrFromSlice(w.get(nft.Reg(0), f.Length()))
+	return netip.AddrPortFrom(to, binary.BigEndian.Uint16(w.get(nft.Reg(nft.Words(f)), 2)))
+}
+
 func unspecified(a netip.Addr) netip.Addr {
 	if a.Is4() {
 		return netip.IPv4Unspecified()
@@ -169,12 +227,15 @@ func (w *walk) returned(chain string, rule int) {
 		w.closest = fmt.Sprintf("the capture %s excepts this destination", capture)
 		return
 	}
-	reasons := []string{"only TCP is captured", "what has begun stays where it is", "it is what a proxy of this host sends", "it is a probe",
-		"the loopback is never captured", "the loopback is never captured", "addresses of a link are never captured"}
-	if chain == chainPrerouting {
+	reasons := []string{whyNotTCP, whyBegun}
+	if chain == chainDeliver {
+		reasons = []string{whyBegun, whyBegun, whyBegun, whyBegun, "only TCP and UDP are captured"}
+	}
+	reasons = append(reasons, "it is what a proxy of this host sends", "it is a probe", whyLoopback, whyLoopback, whyLink)
+	if chain != chainOutput {
 		reasons = append(reasons, "it is for this host itself")
 	}
-	reasons = append(reasons, "a service leads to it, or it is a backend of one", "a service leads to it, or it is a backend of one")
+	reasons = append(reasons, whyService, whyService)
 	if rule < len(reasons) {
 		w.out.Why = reasons[rule]
 	}
@@ -230,7 +291,11 @@ func (w *walk) step(x expr.Any) bool {
 		}
 		return false
 	case *expr.Lookup:
-		return w.view.sets[x.SetName][string(w.get(x.SourceRegister, f.Length()+4))]
+		return w.view.sets[x.SetName][string(w.get(x.SourceRegister, f.Length()+8))]
+	case *expr.Range:
+		b := w.get(x.Register, len(x.FromData))
+		inside := bytes.Compare(b, x.FromData) >= 0 && bytes.Compare(b, x.ToData) <= 0
+		return inside == (x.Op == expr.CmpOpEq)
 	}
 	return true
 }
@@ -246,6 +311,9 @@ func (w *walk) isBelow(id []byte) bool {
 }
 
 func (w *walk) meta(x *expr.Meta) bool {
+	if x.SourceRegister {
+		return true // it sets something
+	}
 	c := w.conn
 	ofProcess := c.Interface == ""
 	number := func(n uint32) { w.put(x.Register, binary.NativeEndian.AppendUint32(nil, n)) }
@@ -253,7 +321,7 @@ func (w *walk) meta(x *expr.Meta) bool {
 	case expr.MetaKeyNFPROTO:
 		w.put(x.Register, []byte{nft.Proto(service.FamilyOf(c.Destination.Addr()))})
 	case expr.MetaKeyL4PROTO:
-		w.put(x.Register, []byte{unix.IPPROTO_TCP})
+		w.put(x.Register, []byte{c.protocol()})
 	case expr.MetaKeyMARK:
 		number(c.Mark)
 	case expr.MetaKeySKUID:
@@ -286,9 +354,9 @@ func (w *walk) payload(x *expr.Payload, f service.Family) bool {
 	return true
 }
 
-// place is where a register begins in regs. The kernel names registers of 16 bytes 1 to
+// regAt is where a register begins in regs. The kernel names registers of 16 bytes 1 to
 // 4, and those of four bytes, which are the same memory, from 8 on.
-func place(register uint32) int {
+func regAt(register uint32) int {
 	if register < unix.NFT_REG32_00 {
 		return int(register-1) * 16
 	}
@@ -296,13 +364,13 @@ func place(register uint32) int {
 }
 
 func (w *walk) put(register uint32, b []byte) {
-	at := place(register)
+	at := regAt(register)
 	padded := (len(b) + 3) / 4 * 4
 	clear(w.regs[at : at+padded])
 	copy(w.regs[at:], b)
 }
 
 func (w *walk) get(register uint32, n int) []byte {
-	at := place(register)
+	at := regAt(register)
 	return w.regs[at : at+n]
 }

@@ -8,9 +8,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/pins"
 )
 
 // hooks are the programs and where they attach, in the order of attaching: what
@@ -69,45 +69,13 @@ func (a *attacher) attach(programs map[string]*ebpf.Program, cgroup string) erro
 }
 
 func (a *attacher) attachOne(name string, at ebpf.AttachType, p *ebpf.Program, cgroup string, id uint64) error {
-	pin := filepath.Join(a.dir, linksDir, name)
-	old, err := link.LoadPinnedLink(pin, nil)
-	if err == nil && linkCgroup(old) == id {
-		if err := old.Update(p); err != nil {
-			old.Close()
-			return err
-		}
-		a.keep(name, old)
-		return nil
-	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	fresh, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: at, Program: p})
+	l, err := pins.Attach(filepath.Join(a.dir, linksDir), name, at, p, cgroup, id)
 	if err != nil {
 		return err
 	}
-	next := nextPin(a.dir, name)
-	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	if err := fresh.Pin(next); err != nil {
-		fresh.Close()
-		return err
-	}
-	if old != nil {
-		defer old.Close()
-	}
-	if err := os.Rename(next, pin); err != nil {
-		fresh.Close()
-		return err
-	}
-	a.keep(name, fresh)
+	a.keep(name, l)
 	return nil
 }
-
-// nextPin is where a new link waits to be renamed over the old one. The bpf
-// filesystem reserves names with a dot.
-func nextPin(dir, name string) string { return filepath.Join(dir, linksDir, "next-"+name) }
 
 func (a *attacher) keep(name string, l link.Link) {
 	if a.links == nil {
@@ -119,31 +87,12 @@ func (a *attacher) keep(name string, l link.Link) {
 	a.links[name] = l
 }
 
-// linkCgroup returns the id of the cgroup that a link is attached to, 0 when it
-// is detached or no cgroup link.
-func linkCgroup(l link.Link) uint64 {
-	info, err := l.Info()
-	if err != nil {
-		return 0
-	}
-	if c := info.Cgroup(); c != nil {
-		return c.CgroupId
-	}
-	return 0
-}
-
 // readHooks looks at the pinned links.
 func readHooks(dir string) []Hook {
 	all := make([]Hook, 0, len(hooks))
 	for _, h := range hooks {
-		hook := Hook{Name: h.name}
-		l, err := link.LoadPinnedLink(filepath.Join(dir, linksDir, h.name), nil)
-		if err == nil {
-			hook.CgroupID = linkCgroup(l)
-			hook.Attached = hook.CgroupID != 0
-			l.Close()
-		}
-		all = append(all, hook)
+		id := pins.CgroupOf(filepath.Join(dir, linksDir), h.name)
+		all = append(all, Hook{Name: h.name, CgroupID: id, Attached: id != 0})
 	}
 	return all
 }
@@ -153,25 +102,7 @@ func readHooks(dir string) []Hook {
 func detachAll(dir string) error {
 	var errs []error
 	for i := len(hooks) - 1; i >= 0; i-- {
-		pin := filepath.Join(dir, linksDir, hooks[i].name)
-		for _, path := range []string{pin, nextPin(dir, hooks[i].name)} {
-			l, err := link.LoadPinnedLink(path, nil)
-			if errors.Is(err, os.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				errs = append(errs, err)
-				continue
-			}
-			// A link whose cgroup is gone is detached already.
-			if d, ok := l.(interface{ Detach() error }); ok {
-				if err := d.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) && !errors.Is(err, unix.EINVAL) {
-					errs = append(errs, fmt.Errorf("hook %s: %w", hooks[i].name, err))
-				}
-			}
-			errs = append(errs, l.Unpin())
-			l.Close()
-		}
+		errs = append(errs, pins.Detach(filepath.Join(dir, linksDir), hooks[i].name))
 	}
 	return errors.Join(errs...)
 }

@@ -6,19 +6,22 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/crypto/bcrypt"
+	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/lab"
 	"github.com/pentad/pentad/lab/actor"
 	"github.com/pentad/pentad/lab/e2e"
 )
 
-var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho}
+var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho, "visit": visit, "who is there": whoIsThere, "ask who": askWho}
 
 // lateReply serves at an address: it answers a connection when the other side has ended
 // its sending, with what it has heard.
@@ -41,6 +44,123 @@ func lateReply(args []string) error {
 			}
 		}()
 	}
+}
+
+// whoIsThere serves TCP and UDP at an address: it tells each client its address.
+func whoIsThere(args []string) error {
+	l, err := net.Listen("tcp", args[0])
+	if err != nil {
+		return err
+	}
+	c, err := net.ListenPacket("udp", args[0])
+	if err != nil {
+		return err
+	}
+	go func() {
+		b := make([]byte, 1500)
+		for {
+			_, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = c.WriteTo([]byte("you are "+hostOf(from)), from)
+		}
+	}()
+	fmt.Println("ready")
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		_, _ = io.WriteString(c, "you are "+hostOf(c.RemoteAddr()))
+		c.Close()
+	}
+}
+
+func hostOf(a net.Addr) string {
+	h, _, _ := net.SplitHostPort(a.String())
+	return h
+}
+
+// askWho asks that by one socket, which takes answers of nobody else.
+func askWho(args []string) error {
+	c, err := net.DialTimeout(args[0], args[1], 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	if args[0] == "udp" {
+		if _, err := io.WriteString(c, "who am I?"); err != nil {
+			return err
+		}
+	}
+	b := make([]byte, 1500)
+	n, err := c.Read(b)
+	if err != nil {
+		return err
+	}
+	fmt.Print(string(b[:n]))
+	return nil
+}
+
+// visit asks a server for a page by a socket of a kind, and says what it got of whom.
+func visit(args []string) error {
+	kind, to := args[0], args[1]
+	network := "tcp"
+	d := net.Dialer{}
+	d.SetMultipathTCP(kind == "mptcp")
+	switch kind {
+	case "tcp4", "tcp6":
+		network = kind
+	case "mapped":
+		return visitMapped(to)
+	case "again":
+		// A connection that has ended leaves nothing for the next.
+		c, err := d.Dial(network, to)
+		if err != nil {
+			return err
+		}
+		c.Close()
+	}
+	c, err := d.Dial(network, to)
+	if err != nil {
+		return err
+	}
+	return ask(c)
+}
+
+// visitMapped is of an IPv6 socket that connects to an address of IPv4.
+func visitMapped(to string) error {
+	at := netip.MustParseAddrPort(to)
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrInet6{Addr: at.Addr().As16(), Port: int(at.Port())}); err != nil {
+		return err
+	}
+	f := os.NewFile(uintptr(fd), "socket")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return err
+	}
+	return ask(c)
+}
+
+func ask(c net.Conn) error {
+	defer c.Close()
+	if _, err := io.WriteString(c, "GET / HTTP/1.0\r\n\r\n"); err != nil {
+		return err
+	}
+	b, err := io.ReadAll(c)
+	if err != nil {
+		return err
+	}
+	_, page, _ := strings.Cut(string(b), "\r\n\r\n")
+	fmt.Printf("%s of %s", page, c.RemoteAddr())
+	return nil
 }
 
 func udpEcho(args []string) error {
