@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/pentad/pentad/config"
@@ -19,7 +20,7 @@ var roles = []role{
 	part[*socket.Plane, socket.Want]{name: "socket", wanted: always, want: wantSocket,
 		open: openSocket, remove: removeSocket, look: time.Second, measure: measureSocket},
 	// A firewall that is reloaded takes the table away: that is looked for often.
-	part[*tunedNAT, nat.Want]{name: "nat", wanted: inCluster, want: wantNAT,
+	part[*tunedNAT, nat.Want]{name: "nat", wanted: forwards, want: wantNAT,
 		open: openNAT, remove: removeNAT, look: 250 * time.Millisecond, left: tableIsWhole},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
@@ -34,6 +35,11 @@ var roles = []role{
 func always(*config.Config) bool { return true }
 
 func inCluster(c *config.Config) bool { return c.Source.Kubernetes != nil }
+
+// forwards reports whether packets are translated that pass this host.
+func forwards(c *config.Config) bool {
+	return inCluster(c) || slices.ContainsFunc(c.Services, func(s *service.Service) bool { return s.Forward == service.ForwardNAT })
+}
 
 // known is what the agent knows at one moment: what every role's want is made of. It is
 // immutable.
@@ -53,9 +59,11 @@ func wantSocket(k *known) (socket.Want, bool) {
 }
 
 func wantNAT(k *known) (nat.Want, bool) {
-	return nat.Want{Services: k.services, Ranges: nat.Ranges{
-		Pods: k.node.Pods, Reserved: k.node.Reserved, Untracked: k.config.Source.Kubernetes.Untracked,
-	}}, k.silent == 0
+	w := nat.Want{Services: k.services, Ranges: nat.Ranges{Pods: k.node.Pods, Reserved: k.node.Reserved}}
+	if k := k.config.Source.Kubernetes; k != nil {
+		w.Untracked = k.Untracked
+	}
+	return w, k.silent == 0
 }
 
 func wantNodeHealth(k *known) (nodehealth.Want, bool) {

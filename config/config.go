@@ -137,6 +137,7 @@ func ParseText(t *Text) (*Config, error) {
 	d.taken = taken{make(map[string]*origin), make(map[service.Listener]string)}
 	d.errors = append(d.errors, d.claim(c.Services)...)
 	d.addIncluded(t, c, seen["include"])
+	d.defaultForward(c)
 	d.checkVias(c)
 	d.checkForwards(c)
 	d.checkCaptures(c)

@@ -40,6 +40,7 @@ func TestDefaults(t *testing.T) {
 			},
 			Health:  service.Health{Probe: service.ProbeTCP, Interval: 2 * time.Second, Timeout: time.Second, Rise: 2, Fall: 2},
 			Breaker: service.Breaker{Failures: 3, Ejection: 10 * time.Second, MaxEjected: 50},
+			Forward: service.ForwardNone,
 		}},
 		Scope: Scope{Cgroup: "/"},
 		API:   API{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},

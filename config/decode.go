@@ -66,6 +66,7 @@ type origin struct {
 	file          string
 	name          *yaml.Node
 	health        *yaml.Node // nil: nothing is said of it
+	forward       bool       // it is said what becomes of packets
 	listeners     []service.Listener
 	listenerNodes []*yaml.Node
 	backendNodes  []*yaml.Node // of Backends

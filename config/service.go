@@ -67,6 +67,10 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		"What happens to the connections to a backend that fails its probe or is removed. `reset`: they are closed at once, so that "+
 			"clients connect anew; connected UDP sockets too. `keep`: they are left alone. Draining never resets.",
 		service.OnDowns, func(to *service.Service, i int) { to.OnDown = service.OnDown(i) }).or("reset"),
+	word("forward",
+		"What becomes of packets to the service that arrive from other hosts, or come from guests of this one: `none`: only sockets of this host see the service. "+
+			"`nat`: they are led to a backend by a table of nftables, which also tells their answers the way. By default `none`, and with `source.kubernetes` `nat`.",
+		service.Forwards, func(to *service.Service, i int) { to.Forward = service.Forward(i) }),
 	span("slowStart",
 		"How long a backend that is new among others, or comes back, takes less than its share, which grows from a tenth; 100ms to 1h.",
 		100*time.Millisecond, service.MaxSlowStart, time.Millisecond, func(to *service.Service, v time.Duration) { to.SlowStart = v }),
@@ -88,7 +92,7 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 }}
 
 // sharedKeys are what services may have in common.
-var sharedKeys = []string{"balance", "affinity", "keepalive", "breaker", "connect", "onDown", "slowStart", "flows", "health"}
+var sharedKeys = []string{"balance", "affinity", "keepalive", "breaker", "connect", "onDown", "forward", "slowStart", "flows", "health"}
 
 // tcpKeys are those that make no sense of a service whose listeners are all UDP.
 var tcpKeys = []string{"keepalive", "breaker", "connect", "health"}
@@ -110,6 +114,16 @@ func sharedFields() []field[service.Service] {
 func (d *decoder) checkDefaults(n *yaml.Node, _ *Config) {
 	s := &service.Service{Balance: service.LeastLatency, Listeners: []service.Listener{{Protocol: service.TCP}}}
 	d.checkTogether(defaultsSchema.decode(d, n, s), s)
+}
+
+// defaultForward says of services of which the file does not what becomes of packets to
+// them.
+func (d *decoder) defaultForward(c *Config) {
+	for _, s := range c.Services {
+		if at := d.at[s]; c.Source.Kubernetes == nil && at != nil && !at.forward {
+			s.Forward = service.ForwardNone
+		}
+	}
 }
 
 // setDefaults finds the defaults, wherever in the file they stand.
@@ -385,7 +399,7 @@ func (d *decoder) service(n *yaml.Node) *service.Service {
 	if seen["name"] != nil {
 		at.name = seen["name"]
 	}
-	at.health = seen["health"]
+	at.health, at.forward = seen["health"], seen["forward"] != nil
 	if at.health == nil {
 		s.Health = defaultHealth(s)
 	}

@@ -183,6 +183,15 @@ func (e *Explanation) noMapping(v *nat.View, dest service.Listener, place servic
 	return e.conclude(Passes, "Packets to %s go on as they are: it is no address of a service for packets; `pentad service list` shows those that are.", dest)
 }
 
+// AddOwnServices says that packets go past services that sockets of this host see.
+func (e *Explanation) AddOwnServices(names []string) {
+	if e.Verdict != Passes || len(names) == 0 {
+		return
+	}
+	e.conclude(Passes, "Packets to %s go on as they are: the service %s is there for sockets of this host only (forward: none); with \"forward: nat\" it answers others, too.",
+		e.Destination, strings.Join(names, ", "))
+}
+
 // mapping explains the choice of a backend and of the client's address.
 func (e *Explanation) mapping(v *nat.View, m nat.Mapping, from netip.Addr) *Explanation {
 	dest := m.Listener.At()

@@ -131,6 +131,27 @@ const (
 	Keep
 )
 
+// Forward is what becomes of packets to a service that arrive from elsewhere, or that
+// come from guests of this host that have no sockets here.
+type Forward uint8
+
+// The ways to forward. The zero value is what a node of a cluster does.
+const (
+	ForwardNAT  Forward = iota // their destination is translated
+	ForwardNone                // nothing: only sockets of this host see the service
+)
+
+// Forwards are the words of the configuration, by Forward.
+var Forwards = []string{"nat", "none"}
+
+// String returns the word of the configuration.
+func (f Forward) String() string {
+	if int(f) < len(Forwards) {
+		return Forwards[f]
+	}
+	return fmt.Sprintf("forward %d", uint8(f))
+}
+
 // OnDowns are the words of the configuration, by OnDown.
 var OnDowns = []string{"reset", "keep"}
 
@@ -249,6 +270,7 @@ type Service struct {
 	ConnectTimeout time.Duration
 	SlowStart      time.Duration // how long a backend that is new or back takes less than its share; 0: none
 	OnDown         OnDown
+	Forward        Forward
 	Silent         bool // no flow events
 	// Sources are who may reach the guarded listeners from outside this host.
 	Sources []netip.Prefix // sorted
@@ -400,7 +422,7 @@ func (h Health) Verdict() time.Duration { return time.Duration(h.Fall)*h.Interva
 func (s *Service) Equal(o *Service) bool {
 	return s == o || s.Name == o.Name && s.Source == o.Source && s.Balance == o.Balance && s.Affinity == o.Affinity &&
 		s.Health == o.Health && s.Keepalive == o.Keepalive && s.Breaker == o.Breaker &&
-		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Silent == o.Silent && s.Elsewhere == o.Elsewhere &&
+		s.ConnectTimeout == o.ConnectTimeout && s.SlowStart == o.SlowStart && s.OnDown == o.OnDown && s.Forward == o.Forward && s.Silent == o.Silent && s.Elsewhere == o.Elsewhere &&
 		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Backends, o.Backends) && slices.Equal(s.Sources, o.Sources) &&
 		s.Of.equal(o.Of)
 }

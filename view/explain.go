@@ -20,6 +20,8 @@ type Explainer struct {
 	client   netip.Addr
 	warnings []string
 	owners   map[service.Listener][]string
+	// Services that listen for sockets of this host, where packets are asked for.
+	unforwarded map[service.Listener][]string
 }
 
 // NewExplainer looks at the kernel. With a valid client it explains packets from that
@@ -36,7 +38,9 @@ func NewExplainer(ctx context.Context, at Places, client netip.Addr) (*Explainer
 	for _, m := range e.packets.Mappings {
 		e.owners[m.Listener.At()] = append(e.owners[m.Listener.At()], m.Service)
 	}
-	if !client.IsValid() {
+	if client.IsValid() {
+		e.readUnforwarded(at.Pins)
+	} else {
 		if e.kernel, err = socket.Read(at.Pins); err != nil {
 			return nil, err
 		}
@@ -51,6 +55,20 @@ func NewExplainer(ctx context.Context, at Places, client netip.Addr) (*Explainer
 		e.warnings = running.Warnings
 	}
 	return e, nil
+}
+
+// readUnforwarded reads which services answer sockets of this host. There may be none.
+func (e *Explainer) readUnforwarded(pins string) {
+	e.unforwarded = make(map[service.Listener][]string)
+	v, err := socket.Read(pins)
+	if err != nil {
+		return
+	}
+	for _, s := range v.Services {
+		for _, l := range s.Listeners {
+			e.unforwarded[l.At()] = append(e.unforwarded[l.At()], s.Name)
+		}
+	}
 }
 
 // Listeners returns the services that listen at each address.
@@ -69,6 +87,7 @@ func (e *Explainer) Explain(q flow.Question) (*flow.Explanation, error) {
 func (e *Explainer) walk(q flow.Question) (*flow.Explanation, error) {
 	if e.client.IsValid() {
 		x := flow.ExplainPackets(e.packets, e.client, q)
+		x.AddOwnServices(e.unforwarded[service.Listener{Address: q.Destination, Protocol: q.Protocol}])
 		x.AddCapturedPackets(e.captures, e.client, q)
 		return x, nil
 	}

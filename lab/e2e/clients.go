@@ -85,3 +85,76 @@ func endOf(c net.Conn) string {
 	}
 	return err.Error()
 }
+
+// tell serves TCP and UDP at addresses: it tells each client its own name, and the
+// address that it sees of it.
+func tell(args []string) error {
+	failed := make(chan error)
+	for _, at := range args[1:] {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			return err
+		}
+		c, err := net.ListenPacket("udp", at)
+		if err != nil {
+			return err
+		}
+		go func() { failed <- tellTCP(l, args[0]) }()
+		go func() { failed <- tellUDP(c, args[0]) }()
+	}
+	fmt.Println("ready")
+	return <-failed
+}
+
+func tellTCP(l net.Listener, name string) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		_, _ = fmt.Fprintf(c, "%s sees %s", name, hostOf(c.RemoteAddr()))
+		c.Close()
+	}
+}
+
+func tellUDP(c net.PacketConn, name string) error {
+	b := make([]byte, 1500)
+	for {
+		_, from, err := c.ReadFrom(b)
+		if err != nil {
+			return err
+		}
+		if _, err := c.WriteTo(fmt.Appendf(nil, "%s sees %s", name, hostOf(from)), from); err != nil {
+			return err
+		}
+	}
+}
+
+func hostOf(a net.Addr) string {
+	h, _, _ := net.SplitHostPort(a.String())
+	return h
+}
+
+// beTold asks an address, over a network, by one socket that takes answers of nobody
+// else, and prints what it is told.
+func beTold(args []string) error {
+	const patience = 5 * time.Second
+	c, err := net.DialTimeout(args[0], args[1], patience)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(patience))
+	if args[0] == "udp" {
+		if _, err := io.WriteString(c, "who am I?"); err != nil {
+			return err
+		}
+	}
+	b := make([]byte, 1500)
+	n, err := c.Read(b)
+	if err != nil {
+		return err
+	}
+	fmt.Print(string(b[:n]))
+	return nil
+}

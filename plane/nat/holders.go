@@ -21,6 +21,9 @@ func forPackets(l service.Listener) bool { return l.From.Has(service.FromWorld |
 // places returns where a service listens for packets, each place once.
 func places(s *service.Service) []service.Listener {
 	var all []service.Listener
+	if s.Forward != service.ForwardNAT {
+		return nil
+	}
 	for _, l := range s.Listeners {
 		if at := l.At(); forPackets(l) && (len(all) == 0 || all[len(all)-1] != at) {
 			all = append(all, at) // sorted: the same are neighbours

@@ -71,7 +71,8 @@ type Plane struct {
 	generation uint32                     // of the rule set when Intact saw it last; 0: changed since
 
 	saidMu sync.Mutex
-	said   []string // of refused, for people
+	said   []string                  // of refused, for people
+	passed map[service.Family]string // a service whose packets this host has to pass on, by family
 
 	staleMu   sync.Mutex
 	stale     stale // flows that conntrack has to forget
@@ -101,6 +102,7 @@ func (p *Plane) Apply(ctx context.Context, want Want) error {
 		return fmt.Errorf("table inet %s: %w", TableName, err)
 	}
 	p.applied = &want
+	p.notePassed(want.Services)
 	return nil
 }
 

@@ -161,9 +161,16 @@ func (p *Plane) say() {
 	p.saidMu.Unlock()
 }
 
-// Warnings say which listeners the kernel would not have, and why, sorted.
+// Warnings say which listeners the kernel would not have, and why, sorted; and which
+// setting of the host keeps packets from their backends.
 func (p *Plane) Warnings() []string {
 	p.saidMu.Lock()
 	defer p.saidMu.Unlock()
-	return slices.Clone(p.said)
+	all := slices.Clone(p.said)
+	for _, f := range service.EachFamily {
+		if s, ok := p.passed[f]; ok {
+			all = append(all, warnOfForwarding(f, s)...)
+		}
+	}
+	return all
 }

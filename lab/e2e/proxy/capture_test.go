@@ -316,13 +316,13 @@ func newPath(t *testing.T) *path {
 }
 
 // serve starts a server on the far host.
-func (p *path) serve(role, at string) {
+func (p *path) serve(role string, args ...string) {
 	p.T.Helper()
-	server, err := p.far.Start(actor.Command(role, at), lab.Outside)
+	server, err := p.far.Start(actor.Command(role, args...), lab.Outside)
 	if err != nil {
 		p.T.Fatal(err)
 	}
-	p.Eventually(at+" is ready", func() error {
+	p.Eventually(fmt.Sprint(args)+" is ready", func() error {
 		if !strings.Contains(server.Log.String(), "ready") {
 			return errors.New(server.Log.String())
 		}
@@ -399,7 +399,7 @@ func testCaptureWhole(t *testing.T, keep bool) {
 	}
 	for to := range seen {
 		for _, port := range []string{"53", "80"} {
-			w.serve("who is there", net.JoinHostPort(to, port))
+			w.serve("tell", "far", net.JoinHostPort(to, port))
 		}
 	}
 	w.RunAgent(fmt.Sprintf(`services: []
@@ -416,7 +416,7 @@ capture: [{name: lab, match: {interface: %s, protocol: [tcp, udp], except: [10.7
 		for to, from := range seen {
 			for _, kind := range []string{"tcp", "udp"} {
 				before := w.led()
-				if out := w.ask("ask who", kind, net.JoinHostPort(to, "53")); out != "you are "+from {
+				if out := w.ask("be told", kind, net.JoinHostPort(to, "53")); out != "far sees "+from {
 					t.Errorf("%s: %s over %s: %q, want %s", when, to, kind, out, from)
 				}
 				if n := w.led() - before; n != 1 {
@@ -445,7 +445,7 @@ capture: [{name: lab, match: {interface: %s, protocol: [tcp, udp], except: [10.7
 		t.Fatal(err)
 	}
 	w.Eventually("the rules are put back", func() error {
-		if out := w.ask("ask who", "udp", "10.7.0.2:53"); out != "you are "+seen["10.7.0.2"] {
+		if out := w.ask("be told", "udp", "10.7.0.2:53"); out != "far sees "+seen["10.7.0.2"] {
 			return errors.New(out)
 		}
 		return nil

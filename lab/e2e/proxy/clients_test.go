@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/sys/unix"
@@ -21,7 +20,7 @@ import (
 	"github.com/pentad/pentad/lab/e2e"
 )
 
-var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho, "visit": visit, "who is there": whoIsThere, "ask who": askWho}
+var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho, "visit": visit}
 
 // lateReply serves at an address: it answers a connection when the other side has ended
 // its sending, with what it has heard.
@@ -44,64 +43,6 @@ func lateReply(args []string) error {
 			}
 		}()
 	}
-}
-
-// whoIsThere serves TCP and UDP at an address: it tells each client its address.
-func whoIsThere(args []string) error {
-	l, err := net.Listen("tcp", args[0])
-	if err != nil {
-		return err
-	}
-	c, err := net.ListenPacket("udp", args[0])
-	if err != nil {
-		return err
-	}
-	go func() {
-		b := make([]byte, 1500)
-		for {
-			_, from, err := c.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			_, _ = c.WriteTo([]byte("you are "+hostOf(from)), from)
-		}
-	}()
-	fmt.Println("ready")
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		_, _ = io.WriteString(c, "you are "+hostOf(c.RemoteAddr()))
-		c.Close()
-	}
-}
-
-func hostOf(a net.Addr) string {
-	h, _, _ := net.SplitHostPort(a.String())
-	return h
-}
-
-// askWho asks that by one socket, which takes answers of nobody else.
-func askWho(args []string) error {
-	c, err := net.DialTimeout(args[0], args[1], 5*time.Second)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
-	if args[0] == "udp" {
-		if _, err := io.WriteString(c, "who am I?"); err != nil {
-			return err
-		}
-	}
-	b := make([]byte, 1500)
-	n, err := c.Read(b)
-	if err != nil {
-		return err
-	}
-	fmt.Print(string(b[:n]))
-	return nil
 }
 
 // visit asks a server for a page by a socket of a kind, and says what it got of whom.
