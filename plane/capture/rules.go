@@ -53,6 +53,7 @@ const TableName = "pentad-capture"
 //	}
 //	chain to-lab {
 //	    ip daddr 0.0.0.0/0 meta l4proto udp tproxy to 127.0.0.1:15002 meta mark set 0x706e3774 accept
+//	    ip daddr 0.0.0.0/0 meta l4proto udp reject            # nobody listens there
 //	}
 //
 // In mode redirect a connection is translated once, by its first packet; conntrack
@@ -306,7 +307,10 @@ func (e entry) rules() (rules [][]expr.Any) {
 				continue
 			}
 			for _, l4 := range e.protocols() {
-				rules = append(rules, slices.Concat(to, ofProtocol(l4), e.deliver(service.FamilyOf(p.Addr()), l4)))
+				if hand := e.deliver(service.FamilyOf(p.Addr())); hand != nil {
+					rules = append(rules, slices.Concat(to, ofProtocol(l4), hand))
+				}
+				rules = append(rules, slices.Concat(to, ofProtocol(l4), refuse(l4)))
 			}
 		}
 	}
@@ -328,15 +332,21 @@ func ofProtocol(number byte) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: nft.Reg(0)}, &expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: []byte{number}}}
 }
 
-// deliver hands a packet to the proxy as it is. Of a family in which that has no address
-// it is refused.
-func (e entry) deliver(f service.Family, protocol byte) []expr.Any {
-	to, ok := e.Target(f)
-	switch {
-	case !ok && protocol == unix.IPPROTO_TCP:
+// refuse is what becomes of a packet that could not be handed to the proxy: to let it go
+// would be a way around that.
+func refuse(protocol byte) []expr.Any {
+	if protocol == unix.IPPROTO_TCP {
 		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
-	case !ok:
-		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}}
+	}
+	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}}
+}
+
+// deliver hands a packet to a socket of the proxy as it is; nil: that has no address of
+// the family. Where there is no such socket the rule goes no further.
+func (e entry) deliver(f service.Family) []expr.Any {
+	to, ok := e.Target(f)
+	if !ok {
+		return nil
 	}
 	port := &expr.Immediate{Register: nft.Reg(nft.Words(f)), Data: binaryutil.BigEndian.PutUint16(to.Port())}
 	hand := &expr.TProxy{Family: nft.Proto(f), TableFamily: nft.Proto(f), RegPort: nft.Reg(nft.Words(f))}

@@ -451,6 +451,23 @@ capture: [{name: lab, match: {interface: %s, protocol: [tcp, udp], except: [10.7
 		return nil
 	})
 	each("after the rules were removed")
+	// With the agent dead what is captured is refused, and does not go another way.
+	for _, err := range []error{w.far.RouteReplace("198.51.100.0/24", "10.7.0.1"), w.far.RouteReplace("2001:db8:5::/64", "2001:db8:7::1")} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.Agent.Kill()
+	for to := range seen {
+		for _, kind := range []string{"tcp", "udp"} {
+			if out := w.ask("be told", kind, net.JoinHostPort(to, "53")); !strings.Contains(out, "refused") {
+				t.Errorf("%s over %s, with the agent dead: %s", to, kind, out)
+			}
+		}
+	}
+	w.Agent = w.Launch()
+	w.Ready()
+	each("with another agent")
 	// The kernel may take the mark for what the way back has.
 	for _, name := range []string{"all", w.name} {
 		if err := w.Sysctl("net/ipv4/conf/"+name+"/src_valid_mark", "1"); err != nil {
