@@ -3,6 +3,7 @@ package config
 import (
 	"cmp"
 	"fmt"
+	"net"
 	"net/netip"
 	"os/user"
 	"path"
@@ -169,16 +170,25 @@ func (d *decoder) checkMode(n *yaml.Node, seen map[string]*yaml.Node, c *Capture
 	if c.Direct && c.Mode != CaptureEBPF {
 		d.errorf(seen["onProxyDown"], "capture %s: onProxyDown: direct is for mode ebpf: packets are led away before the kernel knows whether anybody listens", c.Name)
 	}
+	for _, p := range c.Destinations {
+		if p.Addr().IsLoopback() && p.Bits() > 0 || p.Addr().IsLinkLocalUnicast() && p.Addr().Is6() {
+			d.errorf(seen["match"], "capture %s: nothing to %s is ever captured: the loopback and addresses of a link are left alone", c.Name, p)
+		}
+	}
 	if c.Mode == CaptureEBPF && len(c.Ports) > MaxCapturePorts {
 		d.errorf(seen["match"], "capture %s: %d ranges of ports; mode ebpf takes %d", c.Name, len(c.Ports), MaxCapturePorts)
 	}
 }
+
+// MaxCaptures is how many captures in connect() there may be for one cgroup.
+const MaxCaptures = 64
 
 // MaxCapturePorts is how many ranges of ports a capture in connect() may have.
 const MaxCapturePorts = 32
 
 // checkCaptures finds the proxies that captures lead to.
 func (d *decoder) checkCaptures(c *Config) {
+	d.checkNumber(c)
 	for i := range c.Captures {
 		x := &c.Captures[i]
 		n := d.captureNodes[i]
@@ -223,6 +233,20 @@ func (d *decoder) checkArrival(n *yaml.Node, x Capture) {
 		if x.Interface != "" && x.Mode == CaptureRedirect && at.Addr().IsLoopback() {
 			d.errorf(n, "capture %s: what arrives at an interface cannot be led to %s: let the proxy listen at an address of this host that is not its loopback", x.Name, at)
 			return
+		}
+	}
+}
+
+// checkNumber finds what is more than the programs of one cgroup take.
+func (d *decoder) checkNumber(c *Config) {
+	at := make(map[string]int)
+	for i, x := range c.Captures {
+		if x.Mode != CaptureEBPF {
+			continue
+		}
+		cgroup := cmp.Or(x.Cgroup, c.Scope.Cgroup)
+		if at[cgroup]++; at[cgroup] == MaxCaptures+1 {
+			d.errorf(d.captureNodes[i], "capture %s: there are more than %d captures of mode ebpf for the cgroup %s; several prefixes and ports can be one capture", x.Name, MaxCaptures, cgroup)
 		}
 	}
 }
@@ -288,6 +312,10 @@ func (d *decoder) needsOfCaptures(c *Config) (all []need) {
 		if x.User != "" {
 			all = append(all, need{d.problem(d.captureNodes[i], "capture %s: there is no user %s on this host", x.Name, x.User),
 				func(string) bool { _, err := x.UserID(); return err == nil }})
+		}
+		if x.Interface != "" {
+			all = append(all, need{d.problem(d.captureNodes[i], "capture %s: there is no interface %s on this host now; nothing of it is captured until there is", x.Name, x.Interface),
+				func(string) bool { _, err := net.InterfaceByName(x.Interface); return err == nil }})
 		}
 		if x.Cgroup != "" {
 			all = append(all, need{d.problem(d.captureNodes[i], "capture %s: there is no cgroup %s on this host now; nothing of it is captured until there is", x.Name, x.Cgroup),

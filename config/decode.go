@@ -294,6 +294,10 @@ func (d *decoder) prefixes(n *yaml.Node) []netip.Prefix {
 			d.errorf(e, "want %s, without bits behind its length, found %q", want, shorten(text))
 			return
 		}
+		if p.Addr().Is4In6() {
+			d.errorf(e, "want %s, found %q; an address of IPv4 is written as such, also where sockets of IPv6 use it", want, shorten(text))
+			return
+		}
 		all = append(all, p)
 	})
 	return all

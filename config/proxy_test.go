@@ -80,6 +80,15 @@ func TestProxyErrors(t *testing.T) {
 	}
 }
 
+// many are captures of one cgroup.
+func many(n int) string {
+	var all []string
+	for i := range n {
+		all = append(all, fmt.Sprintf("{name: c%d, match: {user: '%d'}, to: 127.0.0.1:9}", i, i))
+	}
+	return strings.Join(all, ", ")
+}
+
 func TestCaptures(t *testing.T) {
 	const proxy = "proxies: [{name: p, protocol: transparent, listen: 127.0.0.1:1}, {name: s, protocol: socks5, listen: 127.0.0.1:2}, " +
 		"{name: k, protocol: transparent, keepSource: true, listen: 127.0.0.1:3}]\n"
@@ -110,6 +119,12 @@ func TestCaptures(t *testing.T) {
 			"f:2:68: capture a: onProxyDown: direct is for mode ebpf: packets are led away before the kernel knows whether anybody listens"},
 		{"keepSource of a process", "capture: [{name: a, match: {user: x}, to: k}]",
 			"f:2:11: capture a: k has keepSource, which is for clients of other hosts: what processes of this host send has its addresses already"},
+		{"the loopback", "capture: [{name: a, match: {user: x, destinations: [127.0.0.0/8]}, to: p}]",
+			"f:2:28: capture a: nothing to 127.0.0.0/8 is ever captured: the loopback and addresses of a link are left alone"},
+		{"a mapped prefix", "capture: [{name: a, match: {user: x, destinations: ['::ffff:10.0.0.0/104']}, to: p}]",
+			`f:2:53: want a prefix such as 192.0.2.0/24 or 2001:db8::/32, found "::ffff:10.0.0.0/104"; an address of IPv4 is written as such, also where sockets of IPv6 use it`},
+		{"too many", "capture: [" + many(65) + "]",
+			"f:2:3255: capture c64: there are more than 64 captures of mode ebpf for the cgroup /; several prefixes and ports can be one capture"},
 		{"a cgroup", "capture: [{name: a, match: {user: x, cgroup: app.slice}, to: p}]",
 			`f:2:46: want a path such as /app.slice, found "app.slice"; all processes are those without this key`},
 	} {

@@ -143,5 +143,5 @@ func interfaceTo(a netip.Addr) string {
 
 func isLocal(a netip.Addr) bool {
 	routes, err := netlink.RouteGet(a.AsSlice())
-	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
+	return a.IsMulticast() || err == nil && len(routes) > 0 && (routes[0].Type == unix.RTN_LOCAL || routes[0].Type == unix.RTN_BROADCAST || routes[0].Type == unix.RTN_ANYCAST)
 }

@@ -16,6 +16,10 @@ const (
 	// wherever it wants to go. The bytes spell "pn7t".
 	LocalMark = 0x706e3774
 
+	// CapturedBit is the bit of the mark of a connection (ct mark) whose packets are handed
+	// to a proxy.
+	CapturedBit = 1 << 17
+
 	// TranslatedMark is the bit of a packet's mark that it has between its translation
 	// and the choice of its source address, on its way through this host. It is
 	// kube-proxy's (--iptables-masquerade-bit), which other tools know to leave alone.

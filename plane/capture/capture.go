@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -65,24 +66,27 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	}
 	services := addressesOf(want.Services)
 	inConnect, packets := split(entries)
-	apply := []func() error{
-		func() error { return p.programs.apply(inConnect, services) },
-		func() error { return p.table.apply(packets, services) },
-	}
-	// Whoever is captured by the other from now on is so without a moment in between.
-	if slices.ContainsFunc(packets, func(e entry) bool { return hasEntry(p.programs.entries, e.Name) }) {
-		slices.Reverse(apply)
-	}
 	var errs []error
-	for _, f := range apply {
-		errs = append(errs, f())
+	// Whoever is captured by the other from now on is so without a moment in between: the
+	// table has what is new before the programs lose anything, and loses nothing before they
+	// have it.
+	if !reflect.DeepEqual(inConnect, p.programs.entries) && len(packets)+len(p.table.entries) > 0 {
+		errs = append(errs, p.table.apply(withOthers(packets, p.table.entries), services))
 	}
+	errs = append(errs, p.programs.apply(inConnect, services), p.table.apply(packets, services))
 	p.missing = missing
 	return errors.Join(errs...)
 }
 
-func hasEntry(entries []entry, name string) bool {
-	return slices.ContainsFunc(entries, func(e entry) bool { return e.Name == name })
+// withOthers returns entries and those of others that have none of their names.
+func withOthers(entries, others []entry) []entry {
+	all := slices.Clone(entries)
+	for _, o := range others {
+		if !slices.ContainsFunc(entries, func(e entry) bool { return e.Name == o.Name }) {
+			all = append(all, o)
+		}
+	}
+	return all
 }
 
 // split separates what programs in connect() do from what packets need.
@@ -105,6 +109,9 @@ func resolve(want Want) (entries []entry, missing []string, err error) {
 		switch {
 		case err == nil:
 			entries = append(entries, e)
+			if e.Interface != "" && !isInterface(e.Interface) {
+				missing = append(missing, fmt.Sprintf("capture %s: there is no interface %s; nothing is captured until there is", c.Name, e.Interface))
+			}
 		case isMissing(err):
 			missing = append(missing, fmt.Sprintf("capture %s: nothing is captured: %v", c.Name, err))
 		default:
@@ -122,6 +129,11 @@ func isMissing(err error) bool {
 	var noGroup user.UnknownGroupError
 	return errors.Is(err, errNamespace) || errors.Is(err, host.ErrCgroup) || errors.Is(err, fs.ErrNotExist) ||
 		errors.As(err, &noUser) || errors.As(err, &noGroup)
+}
+
+func isInterface(name string) bool {
+	_, err := net.InterfaceByName(name)
+	return err == nil
 }
 
 // ownCgroups reports whether this process has another view of cgroups than the first one

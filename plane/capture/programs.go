@@ -28,9 +28,9 @@ import (
 // The directory of pins has the maps that programs of different times share, and the
 // links, by the id of their cgroup:
 //
-//	wanted, origins, services
+//	wanted, origins, told, services
 //	processes-ID/{sock_ops,getpeername4,getpeername6,connect4,connect6}
-//	proxies-ID/original_dst
+//	proxies-ID/{original_dst,accepted}
 type programs struct {
 	dir string
 
@@ -47,6 +47,9 @@ const (
 	nextServices = "next-" + programsMapServices
 )
 
+// stateMaps are what programs have done, which those of later times go on from.
+var stateMaps = []string{programsMapWanted, programsMapOrigins, programsMapTold}
+
 type hook struct {
 	name   string // of the program and of its pin
 	attach ebpf.AttachType
@@ -62,7 +65,10 @@ var hooksOfProcesses = []hook{
 	{programsProgConnect6, ebpf.AttachCGroupInet6Connect},
 }
 
-var hooksOfProxies = []hook{{programsProgOriginalDst, ebpf.AttachCGroupGetsockopt}}
+var hooksOfProxies = []hook{
+	{programsProgOriginalDst, ebpf.AttachCGroupGetsockopt},
+	{programsProgAccepted, ebpf.AttachCGroupSockOps},
+}
 
 // The bits of traits, the kinds of prefixes and their heads, as in bpf/capture.bpf.c.
 const (
@@ -77,12 +83,6 @@ const (
 	prefixDestination = 2
 	prefixHead        = 64
 )
-
-// maxEntries is how many captures in connect() there may be at one cgroup.
-const maxEntries = 64
-
-// errTooMany says that more is wanted than the programs take.
-var errTooMany = errors.New("too many captures")
 
 // point is where programs attach, and the entries that are about it.
 type point struct {
@@ -171,7 +171,7 @@ func (p *programs) openShared(services map[service.Listener]bool) (map[string]*e
 		return nil, err
 	}
 	shared := make(map[string]*ebpf.Map)
-	for _, name := range []string{programsMapWanted, programsMapOrigins} {
+	for _, name := range stateMaps {
 		if shared[name], err = openOrMake(filepath.Join(p.dir, name), spec.Maps[name]); err != nil {
 			return nil, fmt.Errorf("map %s: %w", name, err)
 		}
@@ -263,9 +263,6 @@ func (p *programs) attach(at point, shared map[string]*ebpf.Map) error {
 
 // specFor is what is loaded for a point: its programs, and the maps that they use.
 func specFor(at point) (*ebpf.CollectionSpec, error) {
-	if at.leads() && len(at.entries) > maxEntries {
-		return nil, fmt.Errorf("%w: %d; there may be %d", errTooMany, len(at.entries), maxEntries)
-	}
 	spec, err := loadPrograms()
 	if err != nil {
 		return nil, err
@@ -439,7 +436,7 @@ func (p *programs) areThere() bool {
 	if len(p.entries) == 0 {
 		return true
 	}
-	for _, name := range []string{programsMapWanted, programsMapOrigins, programsMapServices} {
+	for _, name := range append([]string{programsMapServices}, stateMaps...) {
 		if _, err := os.Stat(filepath.Join(p.dir, name)); err != nil {
 			return false
 		}
@@ -495,7 +492,7 @@ func hooksOf(dir string) []hook {
 func removePrograms(dir string) error {
 	p := programs{dir: dir}
 	errs := []error{p.detach(func(string) bool { return true })}
-	for _, name := range []string{programsMapServices, nextServices, programsMapOrigins, programsMapWanted} {
+	for _, name := range append([]string{programsMapServices, nextServices}, stateMaps...) {
 		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}

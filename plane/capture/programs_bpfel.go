@@ -36,6 +36,12 @@ type programsEntry struct {
 	Proxy6 programsEndpoint
 }
 
+type programsIntention struct {
+	_     structs.HostLayout
+	To    programsEndpoint
+	Proxy programsEndpoint
+}
+
 type programsPrefix struct {
 	_        structs.HostLayout
 	Length   uint32
@@ -61,7 +67,9 @@ const (
 	programsMapOrigins       = "origins"
 	programsMapPrefixes      = "prefixes"
 	programsMapServices      = "services"
+	programsMapTold          = "told"
 	programsMapWanted        = "wanted"
+	programsProgAccepted     = "accepted"
 	programsProgConnect4     = "connect4"
 	programsProgConnect6     = "connect6"
 	programsProgGetpeername4 = "getpeername4"
@@ -116,6 +124,7 @@ type programsSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type programsProgramSpecs struct {
+	Accepted     *ebpf.ProgramSpec `ebpf:"accepted"`
 	Connect4     *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
@@ -132,6 +141,7 @@ type programsMapSpecs struct {
 	Origins  *ebpf.MapSpec `ebpf:"origins"`
 	Prefixes *ebpf.MapSpec `ebpf:"prefixes"`
 	Services *ebpf.MapSpec `ebpf:"services"`
+	Told     *ebpf.MapSpec `ebpf:"told"`
 	Wanted   *ebpf.MapSpec `ebpf:"wanted"`
 }
 
@@ -169,6 +179,7 @@ type programsMaps struct {
 	Origins  *ebpf.Map `ebpf:"origins"`
 	Prefixes *ebpf.Map `ebpf:"prefixes"`
 	Services *ebpf.Map `ebpf:"services"`
+	Told     *ebpf.Map `ebpf:"told"`
 	Wanted   *ebpf.Map `ebpf:"wanted"`
 }
 
@@ -178,6 +189,7 @@ func (m *programsMaps) Close() error {
 		m.Origins,
 		m.Prefixes,
 		m.Services,
+		m.Told,
 		m.Wanted,
 	)
 }
@@ -196,6 +208,7 @@ type programsVariables struct {
 //
 // It can be passed to loadProgramsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type programsPrograms struct {
+	Accepted     *ebpf.Program `ebpf:"accepted"`
 	Connect4     *ebpf.Program `ebpf:"connect4"`
 	Connect6     *ebpf.Program `ebpf:"connect6"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
@@ -206,6 +219,7 @@ type programsPrograms struct {
 
 func (p *programsPrograms) Close() error {
 	return _ProgramsClose(
+		p.Accepted,
 		p.Connect4,
 		p.Connect6,
 		p.Getpeername4,

@@ -3,7 +3,9 @@ package capture
 import (
 	"errors"
 	"net"
+	"os"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -63,18 +65,19 @@ func everyAddress(f service.Family) *net.IPNet {
 func setRoutes(interfaces []string) error {
 	var errs []error
 	for _, f := range service.EachFamily {
-		err := setRoutesOf(f, interfaces)
-		if f == service.V6 && isWithoutIPv6(err) {
-			err = nil
+		if f == service.V6 && isWithoutIPv6() {
+			continue
 		}
-		errs = append(errs, err)
+		errs = append(errs, setRoutesOf(f, interfaces))
 	}
 	return errors.Join(errs...)
 }
 
-// isWithoutIPv6 reports whether the kernel has no IPv6: then nothing arrives by it.
-func isWithoutIPv6(err error) bool {
-	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+// isWithoutIPv6 reports whether this host has no IPv6, or none on the loopback, where
+// packets would be delivered.
+func isWithoutIPv6() bool {
+	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+	return err != nil || strings.TrimSpace(string(b)) == "1"
 }
 
 func setRoutesOf(f service.Family, interfaces []string) error {
@@ -148,7 +151,7 @@ func removeRoutesOf(f service.Family) error {
 func routesIntact(interfaces []string) bool {
 	for _, f := range service.EachFamily {
 		have, err := rulesOf(f)
-		if err != nil {
+		if err != nil || f == service.V6 && isWithoutIPv6() {
 			continue
 		}
 		for _, name := range interfaces {

@@ -40,7 +40,7 @@ const TableName = "pentad-capture"
 //	chain deliver { type filter hook prerouting priority mangle
 //	    tcp flags & (fin | syn | rst | ack) != syn socket wildcard 1 return
 //	    tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set 0x706e3774 accept
-//	    tcp flags & (fin | syn | rst | ack) != syn return
+//	    tcp flags & (fin | syn | rst | ack) != syn ct mark & 0x20000 == 0 return
 //	    meta l4proto udp socket wildcard 0 socket transparent 1 meta mark set 0x706e3774 accept
 //	    meta l4proto != { tcp, udp } return
 //	    (the same as prerouting)
@@ -52,7 +52,7 @@ const TableName = "pentad-capture"
 //	    ip6 daddr ::/0 tcp dport 443 reject with tcp reset # the proxy has no such address
 //	}
 //	chain to-lab {
-//	    ip daddr 0.0.0.0/0 meta l4proto udp tproxy to 127.0.0.1:15002 meta mark set 0x706e3774 accept
+//	    ip daddr 0.0.0.0/0 meta l4proto udp tproxy to 127.0.0.1:15002 ct mark set ct mark | 0x20000 meta mark set 0x706e3774 accept
 //	    ip daddr 0.0.0.0/0 meta l4proto udp reject            # nobody listens there
 //	}
 //
@@ -104,8 +104,8 @@ type entry struct {
 func chains(t *nftables.Table, entries []entry) []chainRules {
 	var all []chainRules
 	output := append(commonRules(onlyOpening()), exceptServices()...)
-	prerouting := append(append(commonRules(onlyOpening()), notForHere()), exceptServices()...)
-	deliver := append(append(commonRules(deliverEarlier()), notForHere()), exceptServices()...)
+	prerouting := slices.Concat(commonRules(onlyOpening()), notForHere(), exceptServices())
+	deliver := slices.Concat(commonRules(deliverEarlier()), notForHere(), exceptServices())
 	for _, e := range entries {
 		name := entryPrefix + e.Name
 		all = append(all, chainRules{&nftables.Chain{Table: t, Name: name}, e.rules()})
@@ -169,13 +169,40 @@ func deliverEarlier() [][]expr.Any {
 		// handshake goes on it is not known which kind it is: it is none of these.
 		append(slices.Concat(isTCP, notOpening(), is(expr.SocketKeyWildcard, 1)), goBack),
 		slices.Concat(isTCP, notOpening(), is(expr.SocketKeyTransparent, 1), markLocal()),
-		append(slices.Concat(isTCP, notOpening()), goBack),
+		// With SYN cookies a connection that was handed to the proxy has no socket yet.
+		append(slices.Concat(isTCP, notOpening(), notCaptured()), goBack),
 		slices.Concat(ofProtocol(unix.IPPROTO_UDP), is(expr.SocketKeyWildcard, 0), is(expr.SocketKeyTransparent, 1), markLocal()),
 		// Neither TCP nor UDP: there is no other protocol between their numbers that is used.
 		{
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: nft.Reg(0)},
 			&expr.Range{Op: expr.CmpOpNeq, Register: nft.Reg(0), FromData: []byte{unix.IPPROTO_TCP}, ToData: []byte{unix.IPPROTO_UDP}}, goBack,
 		},
+	}
+}
+
+// loadCaptured loads the bit of a connection into a register.
+func loadCaptured(register uint32) []expr.Any {
+	bit := binaryutil.NativeEndian.PutUint32(host.CapturedBit)
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeyMARK, Register: register},
+		&expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 4, Mask: bit, Xor: make([]byte, 4)},
+	}
+}
+
+// notCaptured goes on for connections that were not.
+func notCaptured() []expr.Any {
+	return append(loadCaptured(nft.Reg(0)), &expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: make([]byte, 4)})
+}
+
+// noteCaptured has the connection be known as one that was. It leaves alone the registers
+// of markLocal.
+func noteCaptured() []expr.Any {
+	const free = 9
+	all, bit := binaryutil.NativeEndian.PutUint32(^uint32(host.CapturedBit)), binaryutil.NativeEndian.PutUint32(host.CapturedBit)
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeyMARK, Register: nft.Reg(free)},
+		&expr.Bitwise{SourceRegister: nft.Reg(free), DestRegister: nft.Reg(free), Len: 4, Mask: all, Xor: bit}, // "or" of a bit
+		&expr.Ct{Key: expr.CtKeyMARK, Register: nft.Reg(free), SourceRegister: true},
 	}
 }
 
@@ -206,13 +233,19 @@ func commonRules(first [][]expr.Any) [][]expr.Any {
 	)
 }
 
+// forHere are the types of addresses that are this host's, alone or among others.
+var forHere = []uint32{unix.RTN_LOCAL, unix.RTN_BROADCAST, unix.RTN_ANYCAST, unix.RTN_MULTICAST}
+
 // notForHere lets pass what is for this host itself: who is logged in over the interface
-// stays so, and can log in again.
-func notForHere() []expr.Any {
-	return []expr.Any{
-		&expr.Fib{Register: nft.Reg(0), FlagDADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)}, goBack,
+// stays so, and can log in again; who asks all for an address gets one.
+func notForHere() (rules [][]expr.Any) {
+	for _, kind := range forHere {
+		rules = append(rules, []expr.Any{
+			&expr.Fib{Register: nft.Reg(0), FlagDADDR: true, ResultADDRTYPE: true},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: binaryutil.NativeEndian.PutUint32(kind)}, goBack,
+		})
 	}
+	return rules
 }
 
 func exceptServices() (rules [][]expr.Any) {
@@ -354,7 +387,7 @@ func (e entry) deliver(f service.Family) []expr.Any {
 		hand.RegAddr = nft.Reg(0)
 	}
 	// The unspecified address is loaded for who reads the rule.
-	return append([]expr.Any{&expr.Immediate{Register: nft.Reg(0), Data: to.Addr().AsSlice()}, port, hand}, markLocal()...)
+	return slices.Concat([]expr.Any{&expr.Immediate{Register: nft.Reg(0), Data: to.Addr().AsSlice()}, port, hand}, noteCaptured(), markLocal())
 }
 
 func inPorts(r config.PortRange) []expr.Any {

@@ -233,7 +233,9 @@ func (w *walk) returned(chain string, rule int) {
 	}
 	reasons = append(reasons, "it is what a proxy of this host sends", "it is a probe", whyLoopback, whyLoopback, whyLink)
 	if chain != chainOutput {
-		reasons = append(reasons, "it is for this host itself")
+		for range forHere {
+			reasons = append(reasons, "it is for this host itself")
+		}
 	}
 	reasons = append(reasons, whyService, whyService)
 	if rule < len(reasons) {

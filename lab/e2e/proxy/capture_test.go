@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -216,6 +217,23 @@ func TestCaptureInConnect(t *testing.T) {
 		}
 	}
 
+	// Who says something and is gone is heard all the same.
+	const shots = 200
+	ear := w.StartServer(actor.Command("hear", "203.0.113.9:82"), "ready")
+	shooter, err := w.Start(actor.Command("fire", "203.0.113.9:82", strconv.Itoa(shots)), lab.Inside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := shooter.Wait(); err != nil {
+		t.Errorf("%v: %s", err, shooter.Log)
+	}
+	w.Eventually("all is heard", func() error {
+		if n := strings.Count(ear.Log.String(), "heard x\n"); n != shots {
+			return fmt.Errorf("%d of %d", n, shots)
+		}
+		return nil
+	})
+
 	// redsocks is somebody else's, and asks as it always does. Its own connections go to
 	// the loopback, which is never captured.
 	conf, err := w.WriteFile("redsocks.conf", `base { log_debug = off; log_info = on; log = "stderr"; daemon = off; redirector = iptables; }
@@ -264,6 +282,42 @@ redsocks { local_ip = 127.0.0.1; local_port = 12345; ip = 127.0.0.1; port = 1081
 	w.MustPentad("down")
 	if out := visit("tcp4", "203.0.113.9:80"); out != "hello of 203.0.113.9:80" {
 		t.Errorf("after down: %s", out)
+	}
+}
+
+// A capture of a cgroup within another one comes first, and the other leaves it alone.
+func TestCaptureWithin(t *testing.T) {
+	t.Parallel()
+	lab.Need(t, "nginx", "curl")
+	w := newWorld(t, "203.0.113.9")
+	root, err := host.CgroupPath(w.Scope())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(root, "inner"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(filepath.Join(root, "inner")) })
+	w.RunAgent(fmt.Sprintf(`services: []
+proxies:
+- {name: outer, protocol: transparent, listen: '127.0.0.1:15001'}
+- {name: inner, protocol: transparent, listen: '127.0.0.1:15002'}
+capture:
+- {name: outer, match: {cgroup: %[1]s}, to: outer}
+- {name: inner, match: {cgroup: %[1]s/inner}, to: inner}
+`, w.Scope()))
+	w.ServeWeb("203.0.113.9:80", "hello")
+	for cgroup, proxy := range map[string]string{lab.Inside: "outer", lab.Inside + "/inner": "inner"} {
+		w.reaches(cgroup, "http://203.0.113.9/", true)
+		if metrics := w.Get("/metrics"); !strings.Contains(metrics, fmt.Sprintf("pentad_proxy_connections_total{proxy=%q} 1", proxy)) {
+			t.Errorf("what %s says went elsewhere than to the proxy %s", cgroup, proxy)
+		}
+		p, err := w.Start(exec.Command("sleep", "60"), cgroup)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.explains("is captured by "+proxy, "--pid", fmt.Sprint(p.Process.Pid), "203.0.113.9:80")
+		p.Kill()
 	}
 }
 
@@ -373,6 +427,31 @@ capture: [{name: lab, match: {interface: %s, ports: [80]}, mode: %s, to: arrivin
 	w.explains("the capture lab is about this process, and not about this destination", "--from", "198.51.100.2", "10.7.0.2:81")
 }
 
+// A host without IPv6 captures IPv4.
+func TestCaptureWithoutIPv6(t *testing.T) {
+	t.Parallel()
+	lab.Need(t)
+	w := newPath(t)
+	for _, name := range []string{"all", "default", "lo"} {
+		if err := w.Sysctl("net/ipv6/conf/"+name+"/disable_ipv6", "1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.serve("tell", "far", "10.7.0.2:53")
+	w.RunAgent(fmt.Sprintf(`services: []
+proxies: [{name: whole, protocol: transparent, listen: '127.0.0.1:15003'}]
+capture: [{name: lab, match: {interface: %s, protocol: [tcp, udp]}, to: whole}]
+`, w.name))
+	for _, kind := range []string{"tcp", "udp"} {
+		if out := w.ask("be told", kind, "10.7.0.2:53"); out != "far sees 10.7.0.1" {
+			t.Errorf("over %s: %s", kind, out)
+		}
+	}
+	if out, err := w.Pentad("status"); err != nil {
+		t.Errorf("status: %v: %s", err, out)
+	}
+}
+
 // In mode tproxy datagrams are captured, too; the proxy may listen at the loopback; and a
 // proxy may go on with the address of its client.
 func TestCaptureWhole(t *testing.T) {
@@ -451,6 +530,21 @@ capture: [{name: lab, match: {interface: %s, protocol: [tcp, udp], except: [10.7
 		return nil
 	})
 	each("after the rules were removed")
+	// What is for all on the segment is for this host, too.
+	ear := w.StartServer(actor.Command("hear datagrams", "0.0.0.0:67"), "ready")
+	w.ask("be told", "udp", "198.51.100.255:67")
+	w.Eventually("a broadcast arrives", func() error {
+		if !strings.Contains(ear.Log.String(), "heard one") {
+			return errors.New("it does not")
+		}
+		return nil
+	})
+	w.explains("it is for this host itself", "--from", "198.51.100.2", "198.51.100.255:67/udp")
+	// A flood of SYN makes the kernel answer with cookies.
+	if err := w.Sysctl("net/ipv4/tcp_syncookies", "2"); err != nil {
+		t.Fatal(err)
+	}
+	each("with SYN cookies")
 	// With the agent dead what is captured is refused, and does not go another way.
 	for _, err := range []error{w.far.RouteReplace("198.51.100.0/24", "10.7.0.1"), w.far.RouteReplace("2001:db8:5::/64", "2001:db8:7::1")} {
 		if err != nil {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -20,7 +21,7 @@ import (
 	"github.com/pentad/pentad/lab/e2e"
 )
 
-var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho, "visit": visit}
+var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho, "visit": visit, "fire": fire, "hear": hear, "hear datagrams": hearDatagrams}
 
 // lateReply serves at an address: it answers a connection when the other side has ended
 // its sending, with what it has heard.
@@ -42,6 +43,62 @@ func lateReply(args []string) error {
 				_, _ = c.Write(append([]byte("heard "), b...))
 			}
 		}()
+	}
+}
+
+// fire makes connections, one after the other, each of which says something and ends at
+// once.
+func fire(args []string) error {
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	for range n {
+		c, err := net.Dial("tcp", args[0])
+		if err != nil {
+			return err
+		}
+		_, err = io.WriteString(c, "x")
+		if err = errors.Join(err, c.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// hear prints what each connection says, a line each.
+func hear(args []string) error {
+	l, err := net.Listen("tcp", args[0])
+	if err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			b, _ := io.ReadAll(c)
+			fmt.Printf("heard %s\n", b)
+		}()
+	}
+}
+
+// hearDatagrams prints a line for each datagram.
+func hearDatagrams(args []string) error {
+	c, err := net.ListenPacket("udp4", args[0])
+	if err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	b := make([]byte, 1500)
+	for {
+		if _, _, err := c.ReadFrom(b); err != nil {
+			return err
+		}
+		fmt.Println("heard one")
 	}
 }
 

@@ -7,12 +7,13 @@
  * after a REDIRECT of netfilter. No packet is touched.
  *
  *	entries, prefixes, services	what to do (user space writes)
- *	wanted, origins			what was done (these programs write)
+ *	wanted, origins, told		what was done (these programs write)
  *
  *	connect4/6	wanted[socket] = destination; go to the proxy
  *	sock_ops	the socket has a port now: origins[tuple] = wanted[socket]
- *	getsockopt	SO_ORIGINAL_DST of the proxy's socket = origins[tuple]
- *	getpeername4/6	the process is told where it wanted to go
+ *	accepted	the proxy has a socket, too: told[socket] = origins[tuple]
+ *	original_dst	SO_ORIGINAL_DST of that = told[socket]
+ *	getpeername4/6	the process is told where it wanted to go: origins[tuple]
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -112,17 +113,30 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } services SEC(".maps");
 
-/* Where a socket that was led away wanted to go; it ends with the socket. */
+struct intention {
+	struct endpoint to;
+	struct endpoint proxy; /* where it was led to instead */
+};
+
+/* Where a socket that is being led away wanted to go, until its SYN leaves. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__type(key, int);
+	__type(value, struct intention);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} wanted SEC(".maps");
+
+/* The same of a socket of the proxy, which outlives that of the process. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__type(key, int);
 	__type(value, struct endpoint);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-} wanted SEC(".maps");
+} told SEC(".maps");
 
 /*
- * The same by tuple, for the proxy, which has another socket. It is forgotten when the
- * connection ends: who gets the port next would be taken for the one before.
+ * The same by tuple, from one to the other. It is forgotten when the socket of the
+ * process ends: who gets the port next would be taken for the one before.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -244,7 +258,7 @@ static __always_inline enum verdict lead(struct bpf_sock_addr *ctx, const struct
 {
 	bool ipv4 = is_mapped(to->addr);
 	struct endpoint proxy = ipv4 ? e->proxy4 : e->proxy6;
-	struct endpoint *w;
+	struct intention *w;
 
 	/* Of a family in which the proxy has no address it is refused: to let it go would
 	 * be a way around the proxy. */
@@ -252,24 +266,38 @@ static __always_inline enum verdict lead(struct bpf_sock_addr *ctx, const struct
 		return REFUSE;
 	if ((e->traits & (ENTRY_OWN | ENTRY_DIRECT)) && !listens(ctx, e, &proxy))
 		return e->traits & ENTRY_DIRECT ? PASS : REFUSE;
-	w = bpf_sk_storage_get(&wanted, ctx->sk, to, BPF_SK_STORAGE_GET_F_CREATE);
+	w = bpf_sk_storage_get(&wanted, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!w)
 		return REFUSE;
-	*w = *to;
+	w->to = *to;
+	w->proxy = proxy;
 	*to = proxy;
 	return LEAD;
+}
+
+static __always_inline bool same(const struct endpoint *a, const struct endpoint *b)
+{
+	return a->port == b->port && a->addr[3] == b->addr[3] && a->addr[2] == b->addr[2] &&
+	       a->addr[1] == b->addr[1] && a->addr[0] == b->addr[0];
 }
 
 static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, struct endpoint *to)
 {
 	struct bpf_sock *sk = ctx->sk;
+	struct intention *w;
 	__u32 i;
 
 	/* What is cut off turns MPTCP into TCP. */
 	if (!sk || (__u8)ctx->protocol != IPPROTO_TCP || ctx->type != SOCK_STREAM)
 		return PASS;
-	/* It may have been led away before, when it went elsewhere. */
-	bpf_sk_storage_delete(&wanted, sk);
+	w = bpf_sk_storage_get(&wanted, sk, NULL, 0);
+	if (w) {
+		/* The program of a cgroup within this one has led it away. */
+		if (same(&w->proxy, to))
+			return PASS;
+		/* No SYN has left when it was led away before. */
+		bpf_sk_storage_delete(&wanted, sk);
+	}
 	/* Somebody has forbidden it: then nothing will become of it. */
 	if (bpf_get_retval() || sk->mark == proxy_mark || sk->mark == probe_mark)
 		return PASS;
@@ -375,23 +403,21 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct tuple t = {};
-	struct endpoint *w;
+	struct intention *w;
 
 	w = sk ? bpf_sk_storage_get(&wanted, sk, NULL, 0) : NULL;
 	if (!w)
 		return;
 	tuple_of_ops(ctx, &t);
-	bpf_map_update_elem(&origins, &t, w, BPF_ANY);
+	bpf_map_update_elem(&origins, &t, &w->to, BPF_ANY);
+	bpf_sk_storage_delete(&wanted, sk);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 static __always_inline void on_close(struct bpf_sock_ops *ctx)
 {
-	struct bpf_sock *sk = ctx->sk;
 	struct tuple t = {};
 
-	if (!sk || !bpf_sk_storage_get(&wanted, sk, NULL, 0))
-		return;
 	tuple_of_ops(ctx, &t);
 	bpf_map_delete_elem(&origins, &t);
 }
@@ -403,6 +429,34 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		on_connect(ctx);
 	else if (ctx->op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == BPF_TCP_CLOSE)
 		on_close(ctx);
+	return 1;
+}
+
+/*
+ * The proxy has a socket for the connection, before anything that the process sends
+ * arrives, its end included.
+ */
+SEC("sockops")
+int accepted(struct bpf_sock_ops *ctx)
+{
+	struct endpoint *o;
+	struct bpf_sock *sk;
+	struct tuple t = {};
+
+	if (ctx->op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		return 1;
+	sk = ctx->sk;
+	if (!sk)
+		return 1;
+	/* Both ends, as the other side has them. */
+	set_endpoint(&t.own, ctx->family, ctx->remote_ip4, ctx->remote_ip6[0], ctx->remote_ip6[1],
+		     ctx->remote_ip6[2], ctx->remote_ip6[3], (__be16)(ctx->remote_port >> 16));
+	set_endpoint(&t.proxy, ctx->family, ctx->local_ip4, ctx->local_ip6[0], ctx->local_ip6[1],
+		     ctx->local_ip6[2], ctx->local_ip6[3], bpf_htons(ctx->local_port));
+	t.netns = bpf_get_netns_cookie(ctx);
+	o = bpf_map_lookup_elem(&origins, &t);
+	if (o)
+		bpf_sk_storage_get(&told, sk, o, BPF_SK_STORAGE_GET_F_CREATE);
 	return 1;
 }
 
@@ -481,17 +535,11 @@ int original_dst(struct bpf_sockopt *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *o;
-	struct tuple t = {};
 
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6) ||
 	    !sk)
 		return as_it_is(ctx);
-	set_endpoint(&t.own, sk->family, sk->dst_ip4, sk->dst_ip6[0], sk->dst_ip6[1],
-		     sk->dst_ip6[2], sk->dst_ip6[3], sk->dst_port);
-	set_endpoint(&t.proxy, sk->family, sk->src_ip4, sk->src_ip6[0], sk->src_ip6[1],
-		     sk->src_ip6[2], sk->src_ip6[3], bpf_htons(sk->src_port));
-	t.netns = bpf_get_netns_cookie(ctx);
-	o = bpf_map_lookup_elem(&origins, &t);
+	o = bpf_sk_storage_get(&told, sk, NULL, 0);
 	if (!o)
 		return as_it_is(ctx);
 	if (ctx->level == SOL_IP) {
