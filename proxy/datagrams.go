@@ -93,6 +93,8 @@ func handed(network, _ string, raw syscall.RawConn) error {
 		if network == "udp6" {
 			level, option = unix.SOL_IPV6, unix.IPV6_RECVORIGDSTADDR
 		}
+		// Many clients may begin at once, and each begins with the making of two sockets.
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
 		err = errors.Join(transparent(int(fd), network), unix.SetsockoptInt(int(fd), level, option, 1))
 	})
 	return errors.Join(failed, err)
@@ -149,7 +151,7 @@ func (d *datagrams) take(key ends, b []byte) {
 			return
 		}
 	}
-	x.toTarget(nil, b, key.own)
+	x.relay(b)
 }
 
 // admit reports whether there is room for an exchange of a client. Where there is none
@@ -159,10 +161,21 @@ func (d *datagrams) admit(client netip.Addr) bool {
 	if !permitted(now.Proxy, client) || d.perClient[client] >= now.MaxPerClient {
 		return false
 	}
-	if len(d.exchanges) >= now.MaxConnections {
+	if most := maxExchanges(now.MaxConnections); int(d.exchanging.Load()) >= most {
 		d.endSilent()
+		return int(d.exchanging.Load()) < most
 	}
-	return len(d.exchanges) < now.MaxConnections
+	return true
+}
+
+// maxExchanges is how many exchanges all listeners of a proxy may have. Each has two file
+// descriptors, of which most are for connections and for the agent itself.
+func maxExchanges(connections int) int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return min(connections, 1024)
+	}
+	return min(connections, int(min(limit.Cur, 1<<20)/8))
 }
 
 // lookedAt is how many exchanges are looked at to find one that has been silent.
@@ -193,6 +206,7 @@ func (d *datagrams) forget(x *exchange) {
 		return
 	}
 	delete(d.exchanges, x.key)
+	d.exchanging.Add(-1)
 	client := x.key.own.Addr()
 	if d.perClient[client]--; d.perClient[client] == 0 {
 		delete(d.perClient, client)
@@ -205,13 +219,18 @@ func (d *datagrams) begin(key ends) (*exchange, error) {
 	s := &session{server: d.server, settings: now, client: key.own}
 	s.begin("transparent", "UDP", key.target.String())
 	x := &exchange{datagrams: d, key: key, flow: s.flow}
-	if err := x.open(s); err != nil {
+	err := x.open(s)
+	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
+		d.endSilent()
+	}
+	if err != nil {
 		s.fail(err)
 		return nil, err
 	}
 	x.touch()
 	x.idle = time.AfterFunc(min(now.IdleUDP, shortIdle), func() { x.lookIdle(now.IdleUDP) })
 	d.exchanges[key] = x
+	d.exchanging.Add(1)
 	d.perClient[key.own.Addr()]++
 	d.plane.flows.reached(x.flow)
 	d.tasks.Go(func() { receive(x.inner, x.toTarget) })
@@ -276,7 +295,20 @@ func dialUDP(from, to netip.AddrPort, options control) (*net.UDPConn, error) {
 
 // toTarget relays a datagram of the client, toClient one of the target. An error is of
 // the datagram before, or of this one: it ends nothing.
-func (x *exchange) toTarget(_, b []byte, _ netip.AddrPort) {
+//
+// A socket has its address a moment before it is connected, and takes what anybody has
+// sent to that meanwhile: what is of another client is its business, what is of another
+// target nobody's.
+func (x *exchange) toTarget(_, b []byte, from netip.AddrPort) {
+	if from != x.key.own {
+		x.take(ends{from, x.key.target}, b)
+		return
+	}
+	x.relay(b)
+}
+
+// relay sends a datagram of the client.
+func (x *exchange) relay(b []byte) {
 	x.sent.Add(1)
 	x.touch()
 	if write(x.outer, b) {
@@ -284,7 +316,10 @@ func (x *exchange) toTarget(_, b []byte, _ netip.AddrPort) {
 	}
 }
 
-func (x *exchange) toClient(_, b []byte, _ netip.AddrPort) {
+func (x *exchange) toClient(_, b []byte, from netip.AddrPort) {
+	if from != x.key.target {
+		return
+	}
 	x.touch()
 	if write(x.inner, b) {
 		x.flow.counts.Received.Add(uint64(len(b)))
@@ -335,6 +370,7 @@ func (d *datagrams) close() {
 	d.mu.Lock()
 	d.closed = true
 	all := d.exchanges
+	d.exchanging.Add(-int64(len(all)))
 	d.exchanges = make(map[ends]*exchange)
 	clear(d.perClient)
 	d.mu.Unlock()

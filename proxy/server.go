@@ -34,6 +34,8 @@ type server struct {
 
 	now atomic.Pointer[settings]
 
+	exchanging atomic.Int64 // exchanges of datagrams that there are
+
 	mu        sync.Mutex
 	listeners map[netip.AddrPort]*net.TCPListener
 	datagrams map[netip.AddrPort]*datagrams

@@ -530,6 +530,15 @@ capture: [{name: lab, match: {interface: %s, protocol: [tcp, udp], except: [10.7
 		return nil
 	})
 	each("after the rules were removed")
+	// Each gets the answer to what it has asked, however many ask.
+	if to := "10.7.0.2:7"; !keep {
+		w.serve("udp echo", to)
+		var answered, wrong int
+		out := w.ask("ask at once", to, "500")
+		if _, err := fmt.Sscanf(out, "%d answered, %d wrong", &answered, &wrong); err != nil || wrong > 0 || answered < 450 {
+			t.Errorf("of 500 that asked at once: %s", out)
+		}
+	}
 	// What is for all on the segment is for this host, too.
 	ear := w.StartServer(actor.Command("hear datagrams", "0.0.0.0:67"), "ready")
 	w.ask("be told", "udp", "198.51.100.255:67")

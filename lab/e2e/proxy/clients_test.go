@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/sys/unix"
@@ -21,7 +22,7 @@ import (
 	"github.com/pentad/pentad/lab/e2e"
 )
 
-var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho, "visit": visit, "fire": fire, "hear": hear, "hear datagrams": hearDatagrams}
+var clients = map[string]actor.Role{"late reply": lateReply, "udp echo": udpEcho, "visit": visit, "fire": fire, "hear": hear, "hear datagrams": hearDatagrams, "ask at once": askAtOnce}
 
 // lateReply serves at an address: it answers a connection when the other side has ended
 // its sending, with what it has heard.
@@ -100,6 +101,42 @@ func hearDatagrams(args []string) error {
 		}
 		fmt.Println("heard one")
 	}
+}
+
+// askAtOnce asks a server that repeats by many sockets at once, each something else, and
+// prints how many got answers of others.
+func askAtOnce(args []string) error {
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	sockets := make([]net.Conn, n)
+	for i := range sockets {
+		if sockets[i], err = net.Dial("udp", args[0]); err != nil {
+			return err
+		}
+	}
+	for i, c := range sockets {
+		if _, err := fmt.Fprint(c, i); err != nil {
+			return err
+		}
+	}
+	answered, wrong := 0, 0
+	deadline := time.Now().Add(3 * time.Second)
+	b := make([]byte, 100)
+	for i, c := range sockets {
+		_ = c.SetReadDeadline(deadline)
+		n, err := c.Read(b)
+		if err != nil {
+			continue
+		}
+		answered++
+		if string(b[:n]) != fmt.Sprintf("heard %d", i) {
+			wrong++
+		}
+	}
+	fmt.Printf("%d answered, %d wrong", answered, wrong)
+	return nil
 }
 
 // visit asks a server for a page by a socket of a kind, and says what it got of whom.
