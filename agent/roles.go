@@ -8,7 +8,9 @@ import (
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/plane/capture"
+	"github.com/pentad/pentad/plane/director"
 	"github.com/pentad/pentad/plane/nat"
+	"github.com/pentad/pentad/plane/realserver"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/proxy"
 	"github.com/pentad/pentad/service"
@@ -22,6 +24,10 @@ var roles = []role{
 	// A firewall that is reloaded takes the table away: that is looked for often.
 	part[*tunedNAT, nat.Want]{name: "nat", wanted: forwards, want: wantNAT,
 		open: openNAT, remove: removeNAT, look: 250 * time.Millisecond, left: tableIsWhole},
+	part[*director.Plane, director.Want]{name: "director", wanted: directs, want: wantDirector,
+		open: openDirector, remove: removeDirector, look: time.Second, measure: measureDirector},
+	part[*realserver.Plane, realserver.Want]{name: "realserver", wanted: isRealServer, want: wantRealServer,
+		open: openRealServer, remove: removeRealServer, look: time.Second},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
 	part[*capture.Plane, capture.Want]{name: "capture", wanted: hasCaptures, want: wantCaptures,

@@ -22,10 +22,12 @@ const DefaultPath = "/etc/pentad/pentad.yaml"
 
 // Config is a valid configuration with its defaults applied.
 type Config struct {
-	Services []*service.Service // in the order of the file
-	Scope    Scope
-	Source   Source
-	API      API
+	Services   []*service.Service // in the order of the file
+	Scope      Scope
+	Source     Source
+	API        API
+	Director   Director
+	RealServer RealServer
 
 	Proxies   []Proxy
 	Upstreams []Upstream
@@ -66,6 +68,8 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 	mappings("upstreams", "list of upstreams", "Proxies of others, which rules of ours can go through.", &upstreamSchema, (*decoder).upstreams),
 	mappings("forwards", "list of forwards", "Connections to one address that go to another, through upstreams, kept up for ever.", &forwardSchema, (*decoder).forwards),
 	mappings("capture", "list of captures", "Whose connections are led to a proxy that they do not know of.", &captureSchema, (*decoder).captures),
+	section("director", "Where packets to services with `forward: direct` arrive.", &directorSchema, func(c *Config) *Director { return &c.Director }),
+	section("realServer", "This host is one that directors send packets to.", &realServerSchema, func(c *Config) *RealServer { return &c.RealServer }),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
@@ -138,6 +142,7 @@ func ParseText(t *Text) (*Config, error) {
 	d.errors = append(d.errors, d.claim(c.Services)...)
 	d.addIncluded(t, c, seen["include"])
 	d.defaultForward(c)
+	d.needsDirector(c)
 	d.checkVias(c)
 	d.checkForwards(c)
 	d.checkCaptures(c)

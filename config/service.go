@@ -69,7 +69,8 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		service.OnDowns, func(to *service.Service, i int) { to.OnDown = service.OnDown(i) }).or("reset"),
 	word("forward",
 		"What becomes of packets to the service that arrive from other hosts, or come from guests of this one: `none`: only sockets of this host see the service. "+
-			"`nat`: they are led to a backend by a table of nftables, which also tells their answers the way. By default `none`, and with `source.kubernetes` `nat`.",
+			"`nat`: they are led to a backend by a table of nftables, which also tells their answers the way. `direct`: they go on as they are to backends that have the address of the service, too, "+
+			"and answer by themselves; those are written without a port; it needs `director`. By default `none`, and with `source.kubernetes` `nat`.",
 		service.Forwards, func(to *service.Service, i int) { to.Forward = service.Forward(i) }),
 	span("slowStart",
 		"How long a backend that is new among others, or comes back, takes less than its share, which grows from a tenth; 100ms to 1h.",
@@ -342,6 +343,7 @@ func (d *decoder) services(n *yaml.Node, to *Config) {
 // byPort gives backends without a port that of the listener. A service that listens at
 // several ports is one for each then: NAME:PORT.
 func (d *decoder) byPort(s *service.Service) []*service.Service {
+	d.checkDirected(s)
 	at := d.at[s]
 	without := slices.IndexFunc(s.Backends, func(b service.Backend) bool { return b.Address.IsValid() && b.Address.Port() == 0 })
 	if without < 0 {

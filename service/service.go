@@ -139,10 +139,13 @@ type Forward uint8
 const (
 	ForwardNAT  Forward = iota // their destination is translated
 	ForwardNone                // nothing: only sockets of this host see the service
+	// ForwardDirect sends them on, unchanged but for their link-layer addresses, to real
+	// servers that have the address of the service, too (LVS-DR).
+	ForwardDirect
 )
 
 // Forwards are the words of the configuration, by Forward.
-var Forwards = []string{"nat", "none"}
+var Forwards = []string{"nat", "none", "direct"}
 
 // String returns the word of the configuration.
 func (f Forward) String() string {

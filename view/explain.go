@@ -7,6 +7,7 @@ import (
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/flow"
 	"github.com/pentad/pentad/plane/capture"
+	"github.com/pentad/pentad/plane/director"
 	"github.com/pentad/pentad/plane/nat"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/service"
@@ -17,6 +18,7 @@ type Explainer struct {
 	kernel   *socket.View // nil: packets are asked for
 	packets  *nat.View
 	captures *capture.View
+	directed *director.View
 	client   netip.Addr
 	warnings []string
 	owners   map[service.Listener][]string
@@ -34,6 +36,15 @@ func NewExplainer(ctx context.Context, at Places, client netip.Addr) (*Explainer
 	}
 	if e.captures, err = capture.Read(at.Pins); err != nil {
 		return nil, err
+	}
+	if e.directed, err = director.Read(at.Pins); err != nil {
+		return nil, err
+	}
+	for _, x := range e.directed.VIPs {
+		if !client.IsValid() {
+			break // to sockets of this host it is a service as others are
+		}
+		e.owners[x.Listener] = append(e.owners[x.Listener], x.Service)
 	}
 	for _, m := range e.packets.Mappings {
 		e.owners[m.Listener.At()] = append(e.owners[m.Listener.At()], m.Service)
@@ -86,6 +97,9 @@ func (e *Explainer) Explain(q flow.Question) (*flow.Explanation, error) {
 
 func (e *Explainer) walk(q flow.Question) (*flow.Explanation, error) {
 	if e.client.IsValid() {
+		if v, ok := e.directed.Find(service.Listener{Address: q.Destination, Protocol: q.Protocol}); ok {
+			return flow.ExplainDirected(e.directed, v, e.client, q), nil
+		}
 		x := flow.ExplainPackets(e.packets, e.client, q)
 		x.AddOwnServices(e.unforwarded[service.Listener{Address: q.Destination, Protocol: q.Protocol}])
 		x.AddCapturedPackets(e.captures, e.client, q)

@@ -1,0 +1,696 @@
+package director
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/service"
+)
+
+// layoutVersion numbers the meaning of the maps. Those of another number are made anew
+// beside the old ones.
+const layoutVersion = 1
+
+// The directories of pins: the maps of a layout, and the links, by the number of their
+// interface.
+var mapsDir = fmt.Sprintf("maps-%d", layoutVersion)
+
+const linksDir = "links"
+
+// The bits of traits, as in bpf/director.bpf.c.
+const (
+	realLocal = 1 << iota
+	realDrains
+	realDown
+
+	vipSourceHash = 1
+)
+
+// The sizes of tables in the kernel, and how many there may be.
+const (
+	chunkSlots = 2048
+	maxVIPs    = 16384
+	maxTables  = 16384
+	maxReals   = 65535
+)
+
+// ErrNoRoom says that more is wanted than the maps take.
+var ErrNoRoom = errors.New("no room")
+
+// kernel is the maps, and what is in them.
+type kernel struct {
+	dir  string
+	spec *ebpf.CollectionSpec
+	maps map[string]*ebpf.Map
+
+	vips   map[service.Listener]*vipState
+	reals  map[netip.Addr]uint32 // their places
+	inside map[uint32]kernelReal // what each place has
+	tables map[uint32]*tableState
+	found  map[[sha256.Size]byte]uint32 // tables by what they say
+}
+
+// vipState is what the kernel has of a VIP. Tables are numbered from 1.
+type vipState struct {
+	index           uint32
+	traits          uint32
+	name            string
+	table, previous uint32
+	changed         time.Time // when the table was changed last, for all that is known
+	since           uint32    // the same in seconds since boot, as the kernel has it
+}
+
+type tableState struct {
+	sum  [sha256.Size]byte
+	uses int
+}
+
+var mapNames = []string{
+	kernelMapAddresses, kernelMapVips, kernelMapStates, kernelMapVipInfos, kernelMapTables, kernelMapReals,
+	kernelMapFlows, kernelMapFragments, kernelMapVipCounters, kernelMapRealCounters, kernelMapDrops, kernelMapAllowances,
+}
+
+// openKernel opens the pinned maps, or makes them, and reads what is in them.
+func openKernel(dir string) (*kernel, error) {
+	spec, err := loadKernel()
+	if err != nil {
+		return nil, err
+	}
+	k := &kernel{dir: dir, spec: spec, maps: make(map[string]*ebpf.Map)}
+	for _, d := range []string{mapsDir, linksDir} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	for _, name := range mapNames {
+		if k.maps[name], err = openOrMake(filepath.Join(dir, mapsDir, name), spec.Maps[name]); err != nil {
+			k.close()
+			return nil, fmt.Errorf("map %s: %w", name, err)
+		}
+	}
+	if err := k.read(); err != nil {
+		k.close()
+		return nil, err
+	}
+	return k, nil
+}
+
+func openOrMake(pin string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	m, err := ebpf.LoadPinnedMap(pin, nil)
+	if err == nil || !errors.Is(err, os.ErrNotExist) {
+		return m, err
+	}
+	if m, err = ebpf.NewMap(spec); err != nil {
+		return nil, err
+	}
+	return m, m.Pin(pin)
+}
+
+func (k *kernel) close() {
+	for _, m := range k.maps {
+		m.Close()
+	}
+}
+
+// read finds out what the maps have.
+func (k *kernel) read() error {
+	k.vips, k.reals, k.inside = make(map[service.Listener]*vipState), make(map[netip.Addr]uint32), make(map[uint32]kernelReal)
+	k.tables, k.found = make(map[uint32]*tableState), make(map[[sha256.Size]byte]uint32)
+	var key kernelVipKey
+	var v kernelVip
+	all := k.maps[kernelMapVips].Iterate()
+	for all.Next(&key, &v) {
+		var s kernelState
+		if err := k.maps[kernelMapStates].Lookup(v.Index, &s); err != nil {
+			return fmt.Errorf("map %s: %w", kernelMapStates, err)
+		}
+		name, err := k.nameOf(v.Index)
+		if err != nil {
+			return err
+		}
+		k.vips[listenerOf(key)] = &vipState{index: v.Index, traits: v.Traits, name: name, table: uint32(s.Table), previous: uint32(s.Previous), changed: time.Now(), since: s.Changed}
+		for _, t := range []uint16{s.Table, s.Previous} {
+			if err := k.adopt(uint32(t)); err != nil {
+				return err
+			}
+		}
+	}
+	if err := all.Err(); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapVips, err)
+	}
+	return k.readReals()
+}
+
+func (k *kernel) nameOf(index uint32) (string, error) {
+	var i kernelVipInfo
+	if err := k.maps[kernelMapVipInfos].Lookup(index, &i); err != nil {
+		return "", fmt.Errorf("map %s: %w", kernelMapVipInfos, err)
+	}
+	var b []byte
+	for _, c := range i.Name {
+		if c == 0 {
+			break
+		}
+		b = append(b, byte(c))
+	}
+	return string(b), nil
+}
+
+// adopt counts one more use of a table, and reads it if it is the first.
+func (k *kernel) adopt(number uint32) error {
+	if number == 0 {
+		return nil
+	}
+	if t := k.tables[number]; t != nil {
+		t.uses++
+		return nil
+	}
+	places, err := readTable(k.maps[kernelMapTables], number)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(places)
+	k.tables[number] = &tableState{sum, 1}
+	k.found[sum] = number
+	return nil
+}
+
+// readTable returns what a table says, as the kernel has it.
+func readTable(tables *ebpf.Map, number uint32) ([]byte, error) {
+	var id ebpf.MapID
+	if err := tables.Lookup(number-1, &id); err != nil {
+		return nil, fmt.Errorf("map %s: %w", kernelMapTables, err)
+	}
+	m, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return nil, fmt.Errorf("table %d: %w", number, err)
+	}
+	defer m.Close()
+	var all []byte
+	for i := range m.MaxEntries() {
+		b, err := m.LookupBytes(i)
+		if err != nil {
+			return nil, fmt.Errorf("table %d: %w", number, err)
+		}
+		all = append(all, b...)
+	}
+	return all, nil
+}
+
+func (k *kernel) readReals() error {
+	var index uint32
+	var r kernelReal
+	all := k.maps[kernelMapReals].Iterate()
+	for all.Next(&index, &r) {
+		if r.Generation == 0 {
+			continue // nobody has had the place
+		}
+		k.inside[index] = r
+		k.reals[addressOf(r.Addr)] = index
+	}
+	return all.Err()
+}
+
+// set makes the maps say what is wanted. What a packet reads is complete before it can
+// find it.
+func (k *kernel) set(vips []vip, reals map[netip.Addr]uint32, ways map[netip.Addr]way) error {
+	if err := k.setReals(reals, ways); err != nil {
+		return err
+	}
+	wanted := make(map[service.Listener]bool, len(vips))
+	built := make(map[string]uint32)
+	for _, v := range vips {
+		wanted[v.listener] = true
+		number, err := k.tableFor(v.members, built)
+		if err == nil {
+			err = k.setVIP(v, number)
+		}
+		if err != nil {
+			return fmt.Errorf("service %s: %s: %w", v.name, v.listener, err)
+		}
+	}
+	return k.removeOthers(wanted)
+}
+
+// setReals gives each real server a place. Who is not wanted any more is down, and
+// keeps his until another needs it: connections may still be remembered by it.
+func (k *kernel) setReals(wanted map[netip.Addr]uint32, ways map[netip.Addr]way) error {
+	for a, index := range k.reals {
+		if _, is := wanted[a]; is {
+			continue
+		}
+		r := k.inside[index]
+		r.Traits |= realDown
+		if err := k.putReal(index, r); err != nil {
+			return err
+		}
+	}
+	for _, a := range slices.SortedFunc(maps.Keys(wanted), netip.Addr.Compare) {
+		r := kernelReal{Addr: kernelAddressOf(a), Traits: wanted[a], Ifindex: uint32(ways[a].ifindex)}
+		if ways[a].local {
+			r.Traits |= realLocal
+		}
+		index, known := k.reals[a]
+		if !known {
+			var err error
+			if index, err = k.freePlace(wanted); err != nil {
+				return err
+			}
+		}
+		before := k.inside[index]
+		if r.Generation = before.Generation; !known {
+			r.Generation++
+			delete(k.reals, addressOf(before.Addr))
+		}
+		if err := k.putReal(index, r); err != nil {
+			return err
+		}
+		k.reals[a] = index
+	}
+	return nil
+}
+
+// freePlace returns a place that nobody has who is wanted: one that nobody has had, if
+// there is one.
+func (k *kernel) freePlace(wanted map[netip.Addr]uint32) (uint32, error) {
+	if n := uint32(len(k.inside)); n < maxReals {
+		return n, nil
+	}
+	for a, index := range k.reals {
+		if _, is := wanted[a]; !is {
+			return index, nil
+		}
+	}
+	return 0, fmt.Errorf("%w: there may be %d real servers", ErrNoRoom, maxReals)
+}
+
+func (k *kernel) putReal(index uint32, r kernelReal) error {
+	if k.inside[index] == r {
+		return nil
+	}
+	if err := k.maps[kernelMapReals].Put(index, &r); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapReals, err)
+	}
+	k.inside[index] = r
+	return nil
+}
+
+// tableFor returns the number of the table of some members, which is made if there is
+// none; 0 without members. built are those that were looked for before.
+func (k *kernel) tableFor(members []Member, built map[string]uint32) (uint32, error) {
+	if len(members) == 0 {
+		return 0, nil
+	}
+	members = sorted(members)
+	key := fmt.Sprint(members)
+	if number, ok := built[key]; ok {
+		return number, nil
+	}
+	places := make([]byte, 2*chunkSlots*((Slots+chunkSlots-1)/chunkSlots))
+	for slot, i := range Table(members) {
+		binary.LittleEndian.PutUint16(places[2*slot:], uint16(k.reals[members[i].Address]+1))
+	}
+	sum := sha256.Sum256(places)
+	number, ok := k.found[sum]
+	if !ok {
+		var err error
+		if number, err = k.addTable(places); err != nil {
+			return 0, err
+		}
+		k.tables[number] = &tableState{sum: sum}
+		k.found[sum] = number
+	}
+	built[key] = number
+	return number, nil
+}
+
+func (k *kernel) addTable(places []byte) (uint32, error) {
+	number := uint32(1)
+	for k.tables[number] != nil {
+		number++
+	}
+	if number > maxTables {
+		return 0, fmt.Errorf("%w: there may be %d different tables", ErrNoRoom, maxTables)
+	}
+	m, err := ebpf.NewMap(k.spec.Maps[kernelMapTables].InnerMap)
+	if err != nil {
+		return 0, fmt.Errorf("a table: %w", err)
+	}
+	defer m.Close()
+	for i := range m.MaxEntries() {
+		if err := m.Put(i, places[2*chunkSlots*i:2*chunkSlots*(i+1)]); err != nil {
+			return 0, fmt.Errorf("a table: %w", err)
+		}
+	}
+	if err := k.maps[kernelMapTables].Put(number-1, m); err != nil {
+		return 0, fmt.Errorf("map %s: %w", kernelMapTables, err)
+	}
+	return number, nil
+}
+
+// setVIP has a VIP use a table. The one that it had stays beside it: connections that are
+// there go by that.
+func (k *kernel) setVIP(v vip, number uint32) error {
+	traits := uint32(0)
+	if v.sourceHash {
+		traits = vipSourceHash
+	}
+	s := k.vips[v.listener]
+	if s == nil {
+		return k.addVIP(v, traits, number)
+	}
+	next := *s
+	next.traits, next.name = traits, v.name
+	if number != s.table {
+		now, err := sinceBoot()
+		if err != nil {
+			return err
+		}
+		next.table, next.changed, next.since = number, time.Now(), now
+		// The oldest stays: what began since is remembered by itself.
+		if s.previous == 0 || s.previous == number {
+			next.previous = s.table
+		}
+	}
+	if next == *s {
+		return nil
+	}
+	if err := k.putVIP(v.listener, next, next.traits != s.traits || next.name != s.name); err != nil {
+		return err
+	}
+	k.use(next.table, 1)
+	k.use(next.previous, 1)
+	k.vips[v.listener] = &next
+	return errors.Join(k.unuse(s.table), k.unuse(s.previous))
+}
+
+func (k *kernel) addVIP(v vip, traits, number uint32) error {
+	taken := make(map[uint32]bool, len(k.vips))
+	for _, s := range k.vips {
+		taken[s.index] = true
+	}
+	index := uint32(0)
+	for taken[index] {
+		index++
+	}
+	if index >= maxVIPs {
+		return fmt.Errorf("%w: there may be %d listeners", ErrNoRoom, maxVIPs)
+	}
+	s := vipState{index: index, traits: traits, name: v.name, table: number, changed: time.Now()}
+	// What the place counted was of another one.
+	zero := make([]kernelCounters, ebpf.MustPossibleCPU())
+	if err := k.maps[kernelMapVipCounters].Put(index, zero); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapVipCounters, err)
+	}
+	if err := k.putVIP(v.listener, s, true); err != nil {
+		return err
+	}
+	k.use(number, 1)
+	k.vips[v.listener] = &s
+	return nil
+}
+
+// putVIP writes a VIP: its tables first.
+func (k *kernel) putVIP(l service.Listener, s vipState, whole bool) error {
+	if err := k.maps[kernelMapStates].Put(s.index, &kernelState{Table: uint16(s.table), Previous: uint16(s.previous), Changed: s.since}); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapStates, err)
+	}
+	if !whole {
+		return nil
+	}
+	var info kernelVipInfo
+	for i := range min(len(s.name), len(info.Name)-1) {
+		info.Name[i] = int8(s.name[i])
+	}
+	if err := k.maps[kernelMapVipInfos].Put(s.index, &info); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapVipInfos, err)
+	}
+	if err := k.maps[kernelMapVips].Put(vipKeyOf(l), &kernelVip{Index: s.index, Traits: s.traits}); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapVips, err)
+	}
+	if err := k.maps[kernelMapAddresses].Put(kernelAddressOf(l.Address.Addr()), uint8(1)); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapAddresses, err)
+	}
+	return nil
+}
+
+func (k *kernel) use(number uint32, n int) {
+	if t := k.tables[number]; t != nil {
+		t.uses += n
+	}
+}
+
+// unuse takes a table away that nobody uses any more.
+func (k *kernel) unuse(number uint32) error {
+	t := k.tables[number]
+	if t == nil {
+		return nil
+	}
+	if t.uses--; t.uses > 0 {
+		return nil
+	}
+	delete(k.tables, number)
+	delete(k.found, t.sum)
+	if err := k.maps[kernelMapTables].Delete(number - 1); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("map %s: %w", kernelMapTables, err)
+	}
+	return nil
+}
+
+// removeOthers takes VIPs away that are not wanted, and tables that nobody uses.
+func (k *kernel) removeOthers(wanted map[service.Listener]bool) error {
+	var errs []error
+	addresses := make(map[netip.Addr]bool)
+	for l := range wanted {
+		addresses[l.Address.Addr()] = true
+	}
+	for l, s := range k.vips {
+		if wanted[l] {
+			continue
+		}
+		errs = append(errs, drop(k.maps[kernelMapVips], vipKeyOf(l)))
+		if a := l.Address.Addr(); !addresses[a] {
+			errs = append(errs, drop(k.maps[kernelMapAddresses], kernelAddressOf(a)))
+		}
+		errs = append(errs, k.maps[kernelMapStates].Put(s.index, &kernelState{}), k.unuse(s.table), k.unuse(s.previous))
+		delete(k.vips, l)
+	}
+	return errors.Join(errs...)
+}
+
+// drop removes an element that may be gone already.
+func drop(m *ebpf.Map, key any) error {
+	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return err
+	}
+	return nil
+}
+
+// How long a table of before stays at least, and how long a connection is remembered
+// that is silent.
+const (
+	previousFor   = 15 * time.Minute
+	rememberedFor = 15 * time.Minute
+)
+
+// settle forgets connections that have been silent, and takes tables of before away whose
+// time is over and by which no connection is remembered. The lock is held for the second.
+func (k *kernel) settle(now time.Time, lock sync.Locker) error {
+	remembered, err := k.forgetSilent()
+	if err != nil {
+		return err
+	}
+	lock.Lock()
+	defer lock.Unlock()
+	var errs []error
+	for l, s := range k.vips {
+		if s.previous == 0 || remembered[s.index] || now.Sub(s.changed) < previousFor {
+			continue
+		}
+		next := *s
+		next.previous = 0
+		if err := k.putVIP(l, next, false); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		k.vips[l] = &next
+		errs = append(errs, k.unuse(s.previous))
+	}
+	return errors.Join(errs...)
+}
+
+// sinceBoot is the kernel's clock as programs have it, in seconds.
+func sinceBoot() (uint32, error) {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &t); err != nil {
+		return 0, err
+	}
+	return uint32(t.Sec), nil
+}
+
+// forgetSilent returns the VIPs of which connections are remembered.
+func (k *kernel) forgetSilent() (map[uint32]bool, error) {
+	now, err := sinceBoot()
+	if err != nil {
+		return nil, err
+	}
+	remembered := make(map[uint32]bool)
+	var silent []uint64
+	var key uint64
+	var f kernelFlow
+	all := k.maps[kernelMapFlows].Iterate()
+	for all.Next(&key, &f) {
+		if time.Duration(int32(now-f.Seen))*time.Second > rememberedFor {
+			silent = append(silent, key)
+			continue
+		}
+		remembered[f.Vip] = true
+	}
+	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return nil, err
+	}
+	for _, key := range silent {
+		if err := drop(k.maps[kernelMapFlows], key); err != nil {
+			return nil, err
+		}
+	}
+	return remembered, nil
+}
+
+// attach has interfaces run a new program, and others none. It returns those that have it.
+func (k *kernel) attach(names []string) (map[string]uint32, error) {
+	there, err := interfaceNumbers(names)
+	if err != nil {
+		return nil, err
+	}
+	spec := k.spec.Copy()
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: k.maps})
+	if err != nil {
+		return nil, fmt.Errorf("the kernel does not take the program: %w", err)
+	}
+	defer coll.Close()
+	for name, index := range there {
+		if err := k.attachOne(index, coll.Programs[kernelProgDirect]); err != nil {
+			return nil, fmt.Errorf("interface %s: %w", name, err)
+		}
+	}
+	return there, detachOthers(k.dir, slices.Collect(maps.Values(there)))
+}
+
+func (k *kernel) attachOne(ifindex uint32, p *ebpf.Program) error {
+	pin := filepath.Join(k.dir, linksDir, strconv.FormatUint(uint64(ifindex), 10))
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err == nil {
+		defer l.Close()
+		if interfaceOf(l) == ifindex {
+			return l.Update(p)
+		}
+		if err := os.Remove(pin); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	fresh, err := link.AttachTCX(link.TCXOptions{Interface: int(ifindex), Program: p, Attach: ebpf.AttachTCXIngress})
+	if err != nil {
+		return fmt.Errorf("tcx (Linux 6.6): %w", err)
+	}
+	defer fresh.Close()
+	return fresh.Pin(pin)
+}
+
+// interfaceOf returns the number of the interface that a link is attached to; 0: to none.
+func interfaceOf(l link.Link) uint32 {
+	info, err := l.Info()
+	if err != nil {
+		return 0
+	}
+	if t := info.TCX(); t != nil {
+		return t.Ifindex
+	}
+	return 0
+}
+
+// detachOthers takes the program away from all interfaces but some.
+func detachOthers(dir string, keep []uint32) error {
+	all, err := os.ReadDir(filepath.Join(dir, linksDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, d := range all {
+		n, err := strconv.ParseUint(d.Name(), 10, 32)
+		if err != nil || slices.Contains(keep, uint32(n)) {
+			continue
+		}
+		errs = append(errs, os.Remove(filepath.Join(dir, linksDir, d.Name())))
+	}
+	return errors.Join(errs...)
+}
+
+// areAttached reports whether interfaces that are there have the program, and whether all
+// is pinned.
+func (k *kernel) areAttached(names []string, attached map[string]uint32) bool {
+	there, err := interfaceNumbers(names)
+	if err != nil {
+		return true // it cannot be seen now
+	}
+	if !maps.Equal(there, attached) {
+		return false
+	}
+	for _, index := range there {
+		l, err := link.LoadPinnedLink(filepath.Join(k.dir, linksDir, strconv.FormatUint(uint64(index), 10)), nil)
+		if err != nil {
+			return false
+		}
+		at := interfaceOf(l)
+		l.Close()
+		if at != index {
+			return false
+		}
+	}
+	for _, name := range mapNames {
+		if _, err := os.Stat(filepath.Join(k.dir, mapsDir, name)); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// Remove takes everything out of the kernel, whoever put it there.
+func Remove(pins string) error {
+	dir := filepath.Join(pins, planeDir)
+	if err := detachOthers(dir, nil); err != nil {
+		return err
+	}
+	all, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, d := range all {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, d.Name())))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,249 @@
+// Package director sends packets to VIPs on to real servers, unchanged but for their
+// link-layer addresses (direct routing, LVS-DR). The servers have the VIP, too, and
+// answer clients by themselves, so that answers do not pass here.
+//
+// An eBPF program sees what arrives at an interface; all that it needs is in its maps,
+// which are pinned: it goes on while no agent lives. It never sends a packet anywhere but
+// to a real server on a segment of this host. Which of them has a connection follows from
+// the connection's addresses and from who the servers are, on every director alike.
+//
+// Facts come from D. Eisenbud et al., Maglev (NSDI 2016), and from the kernel's
+// net/core/filter.c (bpf_redirect_neigh).
+package director
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pentad/pentad/service"
+)
+
+// Want is which services are directed, and where their packets arrive.
+type Want struct {
+	Interfaces []string
+	Services   *service.Snapshot // those of service.ForwardDirect among them
+}
+
+// Equal reports whether both are the same.
+func (w Want) Equal(o Want) bool {
+	return w.Services == o.Services && slices.Equal(w.Interfaces, o.Interfaces)
+}
+
+// planeDir is this plane's part of the pin directory.
+const planeDir = "director"
+
+// Plane is the director of one host.
+type Plane struct {
+	log *slog.Logger
+	dir string
+
+	mu       sync.Mutex
+	want     *Want             // what is in the kernel; nil: not known
+	kernel   *kernel           // its maps; nil: not open
+	attached map[string]uint32 // interfaces that have the program, and their numbers
+	ways     map[netip.Addr]way
+	missing  []string
+}
+
+// New returns a plane that has not touched the kernel yet. pins is the directory of all
+// pins, on bpffs.
+func New(pins string, log *slog.Logger) *Plane {
+	return &Plane{log: log, dir: filepath.Join(pins, planeDir)}
+}
+
+// vip is a listener and who serves it now, by what is wanted.
+type vip struct {
+	listener   service.Listener
+	name       string
+	sourceHash bool
+	members    []Member
+}
+
+// vipsOf returns what is to be directed, and all real servers, with whether each drains.
+// It is pure.
+func vipsOf(s *service.Snapshot) (vips []vip, reals map[netip.Addr]uint32) {
+	reals = make(map[netip.Addr]uint32)
+	for _, x := range s.Services {
+		if x.Forward != service.ForwardDirect {
+			continue
+		}
+		for _, b := range x.Backends {
+			a, traits := b.Address.Addr(), uint32(0)
+			switch {
+			case b.Down:
+				traits = realDown
+			case b.Drained || b.Weight == 0:
+				traits = realDrains
+			}
+			// One of several services may need it for what the others do not.
+			if have, known := reals[a]; !known || traits < have {
+				reals[a] = traits
+			}
+		}
+		for _, l := range x.Listeners {
+			vips = append(vips, vip{
+				listener: service.Listener{Address: l.Address, Protocol: l.Protocol}, name: x.Name, sourceHash: x.Balance == service.SourceHash,
+				members: membersOf(x, service.FamilyOf(l.Address.Addr())),
+			})
+		}
+	}
+	return vips, reals
+}
+
+// membersOf returns who takes the next connections of a family.
+func membersOf(s *service.Service, f service.Family) []Member {
+	group, ok := s.ServingGroup(f)
+	if !ok {
+		return nil
+	}
+	var all []Member
+	for _, b := range s.Backends {
+		if b.Group == group && b.Usable() && service.FamilyOf(b.Address.Addr()) == f {
+			all = append(all, Member{b.Address.Addr(), b.Weight})
+		}
+	}
+	return all
+}
+
+// Apply makes the kernel direct what is wanted, whatever it did before.
+func (p *Plane) Apply(_ context.Context, want Want) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.want = nil
+	if p.kernel == nil {
+		k, err := openKernel(p.dir)
+		if err != nil {
+			return err
+		}
+		p.kernel = k
+	}
+	vips, reals := vipsOf(want.Services)
+	p.ways = waysTo(slices.Collect(maps.Keys(reals)))
+	if err := p.kernel.set(vips, reals, p.ways); err != nil {
+		return err
+	}
+	attached, err := p.kernel.attach(want.Interfaces)
+	if err != nil {
+		return err
+	}
+	p.attached, p.want = attached, &want
+	p.missing = p.missingOf(want, vips)
+	return nil
+}
+
+// missingOf says what keeps packets from being directed.
+func (p *Plane) missingOf(want Want, vips []vip) (all []string) {
+	for _, name := range want.Interfaces {
+		if _, ok := p.attached[name]; !ok {
+			all = append(all, fmt.Sprintf("director: there is no interface %s; nothing that would arrive there is directed", name))
+		}
+	}
+	said := make(map[netip.Addr]bool)
+	for _, v := range vips {
+		for _, m := range v.members {
+			if w := p.ways[m.Address]; w.why != "" && !said[m.Address] {
+				said[m.Address] = true
+				all = append(all, fmt.Sprintf("service %s: real server %s: %s; what is directed there is dropped", v.name, m.Address, w.why))
+			}
+		}
+	}
+	return all
+}
+
+// Intact reports whether the program is attached, and the ways to real servers are the
+// same.
+func (p *Plane) Intact() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.want == nil || p.kernel == nil {
+		return true // it is about to be applied
+	}
+	if !maps.Equal(waysTo(slices.Collect(maps.Keys(p.ways))), p.ways) {
+		return false
+	}
+	return p.kernel.areAttached(p.want.Interfaces, p.attached)
+}
+
+// Distrust has the next Apply read the kernel.
+func (p *Plane) Distrust() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.forgetKernel()
+}
+
+func (p *Plane) forgetKernel() {
+	if p.kernel != nil {
+		p.kernel.close()
+		p.kernel = nil
+	}
+}
+
+// settleEvery is how often it is looked whether tables of before are still needed.
+const settleEvery = 30 * time.Second
+
+// Run takes tables away that no connection needs any more.
+func (p *Plane) Run(ctx context.Context) {
+	t := time.NewTicker(settleEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			p.mu.Lock()
+			k := p.kernel
+			p.mu.Unlock()
+			if k == nil {
+				continue
+			}
+			if err := k.settle(time.Now(), &p.mu); err != nil {
+				p.log.Warn("tables of before stay longer than they are needed", "error", err)
+			}
+		}
+	}
+}
+
+// Close lets go of the maps.
+func (p *Plane) Close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.forgetKernel()
+}
+
+// Warnings say what keeps packets from being directed.
+func (p *Plane) Warnings() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.missing
+}
+
+// way is how packets get to a real server.
+type way struct {
+	ifindex int
+	local   bool   // it is this host
+	why     string // there is none
+}
+
+// interfaceNumbers returns the numbers of interfaces that are there.
+func interfaceNumbers(names []string) (map[string]uint32, error) {
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil, errors.Join(errors.New("interfaces cannot be listed"), err)
+	}
+	found := make(map[string]uint32)
+	for _, i := range all {
+		if slices.Contains(names, i.Name) {
+			found[i.Name] = uint32(i.Index)
+		}
+	}
+	return found, nil
+}
