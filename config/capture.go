@@ -193,6 +193,9 @@ func (d *decoder) checkCaptures(c *Config) {
 		x := &c.Captures[i]
 		n := d.captureNodes[i]
 		if x.Proxy == "" {
+			x.Proxy = c.proxyAt(x.To)
+		}
+		if x.Proxy == "" {
 			d.checkArrival(n, *x)
 			continue
 		}
@@ -214,6 +217,17 @@ func (d *decoder) checkCaptures(c *Config) {
 		}
 		d.checkArrival(n, *x)
 	}
+}
+
+// proxyAt returns the name of the proxy of this file that listens at an address; empty:
+// it is of somebody else.
+func (c *Config) proxyAt(at []netip.AddrPort) string {
+	for _, p := range c.Proxies {
+		if len(at) > 0 && slices.Contains(p.Listen, at[0]) {
+			return p.Name
+		}
+	}
+	return ""
 }
 
 // leadTo leads a capture to a proxy of this file, which may learn what it is to take.

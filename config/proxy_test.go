@@ -89,6 +89,17 @@ func many(n int) string {
 	return strings.Join(all, ", ")
 }
 
+// A proxy of this file that is named by its address is that proxy.
+func TestCaptureByAddress(t *testing.T) {
+	c, err := Parse("f", []byte("proxies: [{name: p, protocol: transparent, listen: ['127.0.0.1:1', '[::1]:1']}]\ncapture: [{name: a, match: {user: x}, to: '127.0.0.1:1'}]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if x := c.Captures[0]; x.Proxy != "p" || len(x.To) != 2 {
+		t.Errorf("%+v", x)
+	}
+}
+
 func TestCaptures(t *testing.T) {
 	const proxy = "proxies: [{name: p, protocol: transparent, listen: 127.0.0.1:1}, {name: s, protocol: socks5, listen: 127.0.0.1:2}, " +
 		"{name: k, protocol: transparent, keepSource: true, listen: 127.0.0.1:3}]\n"

@@ -2,6 +2,8 @@ package flow
 
 import (
 	"bufio"
+	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"net/netip"
 	"os"
@@ -60,6 +62,14 @@ func (e *Explanation) captured(o capture.Outcome, q Question, whose string) {
 	switch {
 	case o.Capture == "":
 		e.step("capture", "by none: %s", o.Why)
+	case o.To.IsValid() && !isListening(o.To, q.Protocol):
+		e.step("capture", "by %s", o.Capture)
+		e.step("proxy", "nobody listens at %s", o.To)
+		if o.Direct {
+			e.conclude(Passes, "%s to %s goes where it wanted to go: it would be captured by %s, whose proxy does not listen at %s (onProxyDown: direct).", first(whose), dest, o.Capture, o.To)
+			return
+		}
+		e.conclude(Refused, "%s to %s is captured by %s, whose proxy does not listen at %s: it is refused. Is the agent, or that program, running?", first(whose), dest, o.Capture, o.To)
 	case o.Handed:
 		e.step("capture", "by %s", o.Capture)
 		e.conclude(Captured, "%s to %s is captured by %s and handed to %s as it is: the socket of the proxy has the address where it wanted to go.", first(whose), dest, o.Capture, o.To)
@@ -81,6 +91,60 @@ func (e *Explanation) captured(o capture.Outcome, q Question, whose string) {
 	}
 }
 
+// isListening reports whether a socket of this network namespace takes what is led to an
+// address. What cannot be seen is taken for there.
+func isListening(at netip.AddrPort, p service.Protocol) bool {
+	const listening, unconnected = "0A", "07" // enum of include/net/tcp_states.h
+	file, state := "/proc/self/net/tcp", listening
+	if p == service.UDP {
+		file, state = "/proc/self/net/udp", unconnected
+	}
+	families := []string{file + "6"} // one of IPv6 may take IPv4, too
+	if at.Addr().Is4() {
+		families = append(families, file)
+	}
+	seen := false
+	for _, name := range families {
+		f, err := os.Open(name)
+		if err != nil {
+			continue
+		}
+		seen = true
+		lines := bufio.NewScanner(f)
+		for lines.Scan() {
+			// "sl local_address rem_address st ...", addresses in words of this machine, see
+			// proc_pid_net(5).
+			fields := strings.Fields(lines.Text())
+			if len(fields) < 4 || fields[3] != state {
+				continue
+			}
+			address, port, _ := strings.Cut(fields[1], ":")
+			if n, err := strconv.ParseUint(port, 16, 16); err == nil && uint16(n) == at.Port() && isAt(address, at.Addr()) {
+				f.Close()
+				return true
+			}
+		}
+		f.Close()
+	}
+	return !seen
+}
+
+// isAt reports whether a socket with an address in hexadecimal takes what is for another.
+func isAt(text string, a netip.Addr) bool {
+	if strings.Trim(text, "0") == "" || a.IsUnspecified() {
+		return true
+	}
+	b, err := hex.DecodeString(text)
+	if err != nil || len(b)%4 != 0 {
+		return false
+	}
+	for i := 0; i < len(b); i += 4 {
+		binary.BigEndian.PutUint32(b[i:], binary.NativeEndian.Uint32(b[i:]))
+	}
+	have, ok := netip.AddrFromSlice(b)
+	return ok && have.Unmap() == a
+}
+
 // first begins a sentence.
 func first(text string) string { return "A connection of " + text }
 
@@ -99,15 +163,16 @@ func connectionOf(q Question) (capture.Connection, error) {
 		if len(fields) != 5 {
 			continue
 		}
-		n, err := strconv.ParseUint(fields[4], 10, 32)
-		if err != nil {
+		real, err1 := strconv.ParseUint(fields[1], 10, 32)
+		files, err2 := strconv.ParseUint(fields[4], 10, 32)
+		if err1 != nil || err2 != nil {
 			continue
 		}
 		switch fields[0] {
 		case "Uid:":
-			c.User = uint32(n)
+			c.RealUser, c.User = uint32(real), uint32(files)
 		case "Gid:":
-			c.Group = uint32(n)
+			c.RealGroup, c.Group = uint32(real), uint32(files)
 		}
 	}
 	root, err := host.CgroupRoot()

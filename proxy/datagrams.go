@@ -158,11 +158,16 @@ func (d *datagrams) take(key ends, b []byte) {
 // at all one that has been silent makes room. The caller holds the lock.
 func (d *datagrams) admit(client netip.Addr) bool {
 	now := d.now.Load()
-	if !permitted(now.Proxy, client) || d.perClient[client] >= now.MaxPerClient {
+	if !permitted(now.Proxy, client) {
 		return false
 	}
+	// Addresses can be invented: whoever uses that of another takes no more from him than
+	// what has been silent.
+	if d.perClient[client] >= now.MaxPerClient {
+		d.endSilent(func(x *exchange) bool { return x.key.own.Addr() == client })
+	}
 	if most := maxExchanges(now.MaxConnections); int(d.exchanging.Load()) >= most {
-		d.endSilent()
+		d.endSilent(ofAnybody)
 		return int(d.exchanging.Load()) < most
 	}
 	return true
@@ -181,12 +186,17 @@ func maxExchanges(connections int) int {
 // lookedAt is how many exchanges are looked at to find one that has been silent.
 const lookedAt = 16
 
+func ofAnybody(*exchange) bool { return true }
+
 // endSilent ends the one that has been silent for longest, of some. The caller holds the
 // lock.
-func (d *datagrams) endSilent() {
+func (d *datagrams) endSilent(of func(*exchange) bool) {
 	var silent *exchange
 	n := 0
 	for _, x := range d.exchanges {
+		if !of(x) {
+			continue
+		}
 		if silent == nil || x.last.Load() < silent.last.Load() {
 			silent = x
 		}
@@ -221,7 +231,7 @@ func (d *datagrams) begin(key ends) (*exchange, error) {
 	x := &exchange{datagrams: d, key: key, flow: s.flow}
 	err := x.open(s)
 	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
-		d.endSilent()
+		d.endSilent(ofAnybody)
 	}
 	if err != nil {
 		s.fail(err)

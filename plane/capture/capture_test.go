@@ -99,7 +99,7 @@ func (s site) walk(to string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	o := v.Walk(capture.Connection{Destination: netip.MustParseAddrPort(to), User: uint32(os.Getuid()), Cgroups: []uint64{id}})
+	o := v.Walk(capture.Connection{Destination: netip.MustParseAddrPort(to), User: uint32(os.Getuid()), RealUser: uint32(os.Getuid()), Cgroups: []uint64{id}})
 	return o.Capture + o.Why, nil
 }
 

@@ -173,7 +173,7 @@ func (a attachment) connect(c Connection) Outcome {
 	}
 	out := Outcome{Why: whyNobody}
 	for i, e := range a.entries {
-		if !e.isOf(c.User, c.Group) {
+		if !e.isOf(c.RealUser, c.RealGroup) {
 			continue
 		}
 		name := text(e.Name[:])

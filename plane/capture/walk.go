@@ -91,7 +91,9 @@ type Connection struct {
 	Destination netip.AddrPort
 	UDP         bool // it is a datagram
 	// Of a process.
-	User, Group uint32
+	User, Group uint32 // as its sockets have them: those of the file system
+	RealUser    uint32 // as programs see it
+	RealGroup   uint32
 	Mark        uint32
 	Cgroups     []uint64 // its cgroup and those above it, from the one below the root on
 	// Of one that arrives: at which interface. Empty: it is of a process.

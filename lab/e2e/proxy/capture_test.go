@@ -149,6 +149,7 @@ func testCapture(t *testing.T, mode string) {
 	if out, err := w.Run(e2e.Within(t, e2e.Patience), lab.Inside, "curl", "-sS", "--max-time", "10", "http://203.0.113.9/"); err == nil {
 		t.Errorf("with the proxy dead it went another way: %s", out)
 	}
+	w.explains("is captured by app, whose proxy does not listen at 127.0.0.1:15001: it is refused", "--pid", pid, "203.0.113.9:80")
 	w.Agent = w.Launch()
 	w.Ready()
 	w.reaches(lab.Inside, "http://203.0.113.9/", true)
