@@ -60,11 +60,16 @@ func (w watched) close() {
 	}
 }
 
-// attached finds the programs that are attached through pinned links.
+// attached finds the programs of services that are attached through pinned links.
 func attached(pins string, names ...string) (watched, error) {
+	return attachedIn(filepath.Join(pins, "socket", "links"), names...)
+}
+
+// attachedIn finds programs that are attached through links that are pinned in a directory.
+func attachedIn(dir string, names ...string) (watched, error) {
 	var w watched
 	for _, name := range names {
-		l, err := link.LoadPinnedLink(filepath.Join(pins, "socket", "links", name), nil)
+		l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
 		if err != nil {
 			w.close()
 			return nil, err

@@ -50,6 +50,7 @@ var parts = []struct {
 	{"flow", flowRate},
 	{"failover", failover},
 	{"proxy", proxies},
+	{"capture", captures},
 }
 
 func main() {
