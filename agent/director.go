@@ -39,7 +39,7 @@ func measureDirector(p *director.Plane, m meter) {
 		m.counter("pentad_director_bytes_total", c.Bytes, name)
 		m.counter("pentad_director_opened_total", c.Opened, name)
 	}
-	for reason, n := range map[string]uint64{"no_real": drops.NoReal, "no_way": drops.NoWay, "fragment": drops.Fragment, "malformed": drops.Malformed} {
+	for reason, n := range map[string]uint64{"no_real": drops.NoReal, "no_way": drops.NoWay, "ttl": drops.TTL, "malformed": drops.Malformed} {
 		m.counter("pentad_director_dropped_total", n, reason)
 	}
 }

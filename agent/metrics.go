@@ -60,7 +60,7 @@ var Metrics = []struct{ Name, Type, Labels, Help string }{
 	{"pentad_director_packets_total", "counter", "service", "Packets to a service with forward: direct that were sent on."},
 	{"pentad_director_bytes_total", "counter", "service", "Their bytes, with all headers."},
 	{"pentad_director_opened_total", "counter", "service", "TCP connections that they began."},
-	{"pentad_director_dropped_total", "counter", "reason", "Packets to services with forward: direct that were dropped: no_real, no_way, fragment, malformed."},
+	{"pentad_director_dropped_total", "counter", "reason", "Packets to services with forward: direct that were dropped: no_real, no_way, ttl, malformed."},
 	{"pentad_proxy_connections_total", "counter", "proxy", "Connections of clients of a proxy that asked for something."},
 	{"pentad_proxy_connections_failed_total", "counter", "proxy", "Of these, those that did not get to their target."},
 	{"pentad_proxy_bytes_total", "counter", "proxy,direction", "Bytes that clients of a proxy have sent and received."},

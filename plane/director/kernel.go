@@ -34,11 +34,12 @@ const linksDir = "links"
 
 // The bits of traits, as in bpf/director.bpf.c.
 const (
-	realLocal = 1 << iota
-	realDrains
-	realDown
+	realLocal = 1
 
-	vipSourceHash = 1
+	leavesDrains = 1 // it keeps what it has
+	leavesDown   = 2
+
+	stateSourceHash = 0x8000 // the client's address alone is hashed for a table
 )
 
 // The sizes of tables in the kernel, and how many there may be.
@@ -68,21 +69,23 @@ type kernel struct {
 // vipState is what the kernel has of a VIP. Tables are numbered from 1.
 type vipState struct {
 	index           uint32
-	traits          uint32
 	name            string
-	table, previous uint32
-	changed         time.Time // when the table was changed last, for all that is known
-	since           uint32    // the same in seconds since boot, as the kernel has it
+	table, previous uint32           // with stateSourceHash
+	had             map[uint32]bool  // places that its tables name, or have named
+	leaving         map[uint32]uint8 // of these, those that are not fully its real servers
+	changed         time.Time        // when the table was changed last, for all that is known
+	since           uint32           // the same in seconds since boot, as the kernel has it
 }
 
 type tableState struct {
-	sum  [sha256.Size]byte
-	uses int
+	sum    [sha256.Size]byte
+	places []uint32
+	uses   int
 }
 
 var mapNames = []string{
 	kernelMapAddresses, kernelMapVips, kernelMapStates, kernelMapVipInfos, kernelMapTables, kernelMapReals,
-	kernelMapFlows, kernelMapFragments, kernelMapVipCounters, kernelMapRealCounters, kernelMapDrops, kernelMapAllowances,
+	kernelMapFlows, kernelMapLeaving, kernelMapFragments, kernelMapVipCounters, kernelMapRealCounters, kernelMapDrops, kernelMapAllowances,
 }
 
 // openKernel opens the pinned maps, or makes them, and reads what is in them.
@@ -132,29 +135,66 @@ func (k *kernel) read() error {
 	k.vips, k.reals, k.inside = make(map[service.Listener]*vipState), make(map[netip.Addr]uint32), make(map[uint32]kernelReal)
 	k.tables, k.found = make(map[uint32]*tableState), make(map[[sha256.Size]byte]uint32)
 	var key kernelVipKey
-	var v kernelVip
+	var index uint32
+	byIndex := make(map[uint32]*vipState)
 	all := k.maps[kernelMapVips].Iterate()
-	for all.Next(&key, &v) {
-		var s kernelState
-		if err := k.maps[kernelMapStates].Lookup(v.Index, &s); err != nil {
-			return fmt.Errorf("map %s: %w", kernelMapStates, err)
-		}
-		name, err := k.nameOf(v.Index)
+	for all.Next(&key, &index) {
+		s, err := k.readVIP(index)
 		if err != nil {
 			return err
 		}
-		k.vips[listenerOf(key)] = &vipState{index: v.Index, traits: v.Traits, name: name, table: uint32(s.Table), previous: uint32(s.Previous), changed: time.Now(), since: s.Changed}
-		for _, t := range []uint16{s.Table, s.Previous} {
-			if err := k.adopt(uint32(t)); err != nil {
-				return err
-			}
-		}
+		k.vips[listenerOf(key)], byIndex[index] = s, s
 	}
 	if err := all.Err(); err != nil {
 		return fmt.Errorf("map %s: %w", kernelMapVips, err)
 	}
-	return k.readReals()
+	return errors.Join(k.readLeaving(byIndex), k.readReals())
 }
+
+func (k *kernel) readVIP(index uint32) (*vipState, error) {
+	var s kernelState
+	if err := k.maps[kernelMapStates].Lookup(index, &s); err != nil {
+		return nil, fmt.Errorf("map %s: %w", kernelMapStates, err)
+	}
+	name, err := k.nameOf(index)
+	if err != nil {
+		return nil, err
+	}
+	v := &vipState{index: index, name: name, table: uint32(s.Table), previous: uint32(s.Previous), changed: time.Now(), since: s.Changed,
+		had: make(map[uint32]bool), leaving: make(map[uint32]uint8)}
+	for _, t := range []uint32{v.table, v.previous} {
+		if err := k.adopt(t); err != nil {
+			return nil, err
+		}
+		for _, place := range k.placesOf(t) {
+			v.had[place] = true
+		}
+	}
+	return v, nil
+}
+
+func (k *kernel) readLeaving(byIndex map[uint32]*vipState) error {
+	var key kernelLeavingKey
+	var how uint8
+	all := k.maps[kernelMapLeaving].Iterate()
+	for all.Next(&key, &how) {
+		if v := byIndex[key.Vip]; v != nil {
+			v.had[key.Real], v.leaving[key.Real] = true, how
+		}
+	}
+	return all.Err()
+}
+
+// placesOf returns the places that a table names.
+func (k *kernel) placesOf(table uint32) []uint32 {
+	if t := k.tables[numberOf(table)]; t != nil {
+		return t.places
+	}
+	return nil
+}
+
+// numberOf is the number of a table without what is hashed for it.
+func numberOf(table uint32) uint32 { return table &^ stateSourceHash }
 
 func (k *kernel) nameOf(index uint32) (string, error) {
 	var i kernelVipInfo
@@ -172,7 +212,8 @@ func (k *kernel) nameOf(index uint32) (string, error) {
 }
 
 // adopt counts one more use of a table, and reads it if it is the first.
-func (k *kernel) adopt(number uint32) error {
+func (k *kernel) adopt(table uint32) error {
+	number := numberOf(table)
 	if number == 0 {
 		return nil
 	}
@@ -185,9 +226,20 @@ func (k *kernel) adopt(number uint32) error {
 		return err
 	}
 	sum := sha256.Sum256(places)
-	k.tables[number] = &tableState{sum, 1}
+	k.tables[number] = &tableState{sum: sum, places: named(places), uses: 1}
 	k.found[sum] = number
 	return nil
+}
+
+// named returns the places that a table names, as the kernel has it.
+func named(table []byte) []uint32 {
+	seen := make(map[uint32]bool)
+	for _, p := range placesOf(table) {
+		if p > 0 {
+			seen[uint32(p)] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(seen))
 }
 
 // readTable returns what a table says, as the kernel has it.
@@ -228,7 +280,7 @@ func (k *kernel) readReals() error {
 
 // set makes the maps say what is wanted. What a packet reads is complete before it can
 // find it.
-func (k *kernel) set(vips []vip, reals map[netip.Addr]uint32, ways map[netip.Addr]way) error {
+func (k *kernel) set(vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]way) error {
 	if err := k.setReals(reals, ways); err != nil {
 		return err
 	}
@@ -247,21 +299,11 @@ func (k *kernel) set(vips []vip, reals map[netip.Addr]uint32, ways map[netip.Add
 	return k.removeOthers(wanted)
 }
 
-// setReals gives each real server a place. Who is not wanted any more is down, and
-// keeps his until another needs it: connections may still be remembered by it.
-func (k *kernel) setReals(wanted map[netip.Addr]uint32, ways map[netip.Addr]way) error {
-	for a, index := range k.reals {
-		if _, is := wanted[a]; is {
-			continue
-		}
-		r := k.inside[index]
-		r.Traits |= realDown
-		if err := k.putReal(index, r); err != nil {
-			return err
-		}
-	}
+// setReals gives each real server a place. Who is not wanted any more keeps his until
+// another needs it: tables of before may name it.
+func (k *kernel) setReals(wanted map[netip.Addr]bool, ways map[netip.Addr]way) error {
 	for _, a := range slices.SortedFunc(maps.Keys(wanted), netip.Addr.Compare) {
-		r := kernelReal{Addr: kernelAddressOf(a), Traits: wanted[a], Ifindex: uint32(ways[a].ifindex)}
+		r := kernelReal{Addr: kernelAddressOf(a), Ifindex: uint32(ways[a].ifindex)}
 		if ways[a].local {
 			r.Traits |= realLocal
 		}
@@ -287,7 +329,7 @@ func (k *kernel) setReals(wanted map[netip.Addr]uint32, ways map[netip.Addr]way)
 
 // freePlace returns a place that nobody has who is wanted: one that nobody has had, if
 // there is one.
-func (k *kernel) freePlace(wanted map[netip.Addr]uint32) (uint32, error) {
+func (k *kernel) freePlace(wanted map[netip.Addr]bool) (uint32, error) {
 	if n := uint32(len(k.inside)); n < maxReals {
 		return n, nil
 	}
@@ -332,7 +374,7 @@ func (k *kernel) tableFor(members []Member, built map[string]uint32) (uint32, er
 		if number, err = k.addTable(places); err != nil {
 			return 0, err
 		}
-		k.tables[number] = &tableState{sum: sum}
+		k.tables[number] = &tableState{sum: sum, places: named(places)}
 		k.found[sum] = number
 	}
 	built[key] = number
@@ -365,32 +407,40 @@ func (k *kernel) addTable(places []byte) (uint32, error) {
 
 // setVIP has a VIP use a table. The one that it had stays beside it: connections that are
 // there go by that.
-func (k *kernel) setVIP(v vip, number uint32) error {
-	traits := uint32(0)
-	if v.sourceHash {
-		traits = vipSourceHash
+func (k *kernel) setVIP(v vip, table uint32) error {
+	if table != 0 && v.sourceHash {
+		table |= stateSourceHash
 	}
 	s := k.vips[v.listener]
 	if s == nil {
-		return k.addVIP(v, traits, number)
+		return k.addVIP(v, table)
+	}
+	for _, place := range k.placesOf(table) {
+		s.had[place] = true
 	}
 	next := *s
-	next.traits, next.name = traits, v.name
-	if number != s.table {
+	next.name = v.name
+	if table != s.table {
 		now, err := sinceBoot()
 		if err != nil {
 			return err
 		}
-		next.table, next.changed, next.since = number, time.Now(), now
-		// The oldest stays: what began since is remembered by itself.
-		if s.previous == 0 || s.previous == number {
+		next.table, next.changed, next.since = table, time.Now(), now
+		// The oldest stays, also if it is the new one: what began since, and does not go by
+		// it, is remembered by itself.
+		if s.previous == 0 {
 			next.previous = s.table
 		}
 	}
-	if next == *s {
+	// Who is a real server of a table of before, and is none any more, is known before that
+	// is one of before.
+	if err := k.setLeaving(s, v.servers); err != nil {
+		return err
+	}
+	if next.table == s.table && next.name == s.name {
 		return nil
 	}
-	if err := k.putVIP(v.listener, next, next.traits != s.traits || next.name != s.name); err != nil {
+	if err := k.putVIP(v.listener, next, next.name != s.name); err != nil {
 		return err
 	}
 	k.use(next.table, 1)
@@ -399,7 +449,37 @@ func (k *kernel) setVIP(v vip, number uint32) error {
 	return errors.Join(k.unuse(s.table), k.unuse(s.previous))
 }
 
-func (k *kernel) addVIP(v vip, traits, number uint32) error {
+// setLeaving says of all real servers that a VIP has had what they are to it now.
+func (k *kernel) setLeaving(s *vipState, servers map[netip.Addr]uint8) error {
+	for place := range s.had {
+		how, is := servers[addressOf(k.inside[place-1].Addr)]
+		if !is {
+			how = leavesDown
+		}
+		if err := k.putLeaving(s, place, how); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *kernel) putLeaving(s *vipState, place uint32, how uint8) error {
+	if s.leaving[place] == how {
+		return nil
+	}
+	key := kernelLeavingKey{Vip: s.index, Real: place}
+	if how == 0 {
+		delete(s.leaving, place)
+		return drop(k.maps[kernelMapLeaving], &key)
+	}
+	if err := k.maps[kernelMapLeaving].Put(&key, how); err != nil {
+		return fmt.Errorf("map %s: %w", kernelMapLeaving, err)
+	}
+	s.leaving[place] = how
+	return nil
+}
+
+func (k *kernel) addVIP(v vip, table uint32) error {
 	taken := make(map[uint32]bool, len(k.vips))
 	for _, s := range k.vips {
 		taken[s.index] = true
@@ -411,7 +491,10 @@ func (k *kernel) addVIP(v vip, traits, number uint32) error {
 	if index >= maxVIPs {
 		return fmt.Errorf("%w: there may be %d listeners", ErrNoRoom, maxVIPs)
 	}
-	s := vipState{index: index, traits: traits, name: v.name, table: number, changed: time.Now()}
+	s := vipState{index: index, name: v.name, table: table, changed: time.Now(), had: make(map[uint32]bool), leaving: make(map[uint32]uint8)}
+	for _, place := range k.placesOf(table) {
+		s.had[place] = true
+	}
 	// What the place counted was of another one.
 	zero := make([]kernelCounters, ebpf.MustPossibleCPU())
 	if err := k.maps[kernelMapVipCounters].Put(index, zero); err != nil {
@@ -420,7 +503,7 @@ func (k *kernel) addVIP(v vip, traits, number uint32) error {
 	if err := k.putVIP(v.listener, s, true); err != nil {
 		return err
 	}
-	k.use(number, 1)
+	k.use(table, 1)
 	k.vips[v.listener] = &s
 	return nil
 }
@@ -440,7 +523,7 @@ func (k *kernel) putVIP(l service.Listener, s vipState, whole bool) error {
 	if err := k.maps[kernelMapVipInfos].Put(s.index, &info); err != nil {
 		return fmt.Errorf("map %s: %w", kernelMapVipInfos, err)
 	}
-	if err := k.maps[kernelMapVips].Put(vipKeyOf(l), &kernelVip{Index: s.index, Traits: s.traits}); err != nil {
+	if err := k.maps[kernelMapVips].Put(vipKeyOf(l), s.index); err != nil {
 		return fmt.Errorf("map %s: %w", kernelMapVips, err)
 	}
 	if err := k.maps[kernelMapAddresses].Put(kernelAddressOf(l.Address.Addr()), uint8(1)); err != nil {
@@ -449,14 +532,15 @@ func (k *kernel) putVIP(l service.Listener, s vipState, whole bool) error {
 	return nil
 }
 
-func (k *kernel) use(number uint32, n int) {
-	if t := k.tables[number]; t != nil {
+func (k *kernel) use(table uint32, n int) {
+	if t := k.tables[numberOf(table)]; t != nil {
 		t.uses += n
 	}
 }
 
 // unuse takes a table away that nobody uses any more.
-func (k *kernel) unuse(number uint32) error {
+func (k *kernel) unuse(table uint32) error {
+	number := numberOf(table)
 	t := k.tables[number]
 	if t == nil {
 		return nil
@@ -487,8 +571,32 @@ func (k *kernel) removeOthers(wanted map[service.Listener]bool) error {
 		if a := l.Address.Addr(); !addresses[a] {
 			errs = append(errs, drop(k.maps[kernelMapAddresses], kernelAddressOf(a)))
 		}
-		errs = append(errs, k.maps[kernelMapStates].Put(s.index, &kernelState{}), k.unuse(s.table), k.unuse(s.previous))
+		errs = append(errs, k.maps[kernelMapStates].Put(s.index, &kernelState{}), k.unuse(s.table), k.unuse(s.previous), k.forgetFlows(s))
 		delete(k.vips, l)
+	}
+	return errors.Join(errs...)
+}
+
+// forgetFlows forgets what is remembered of a VIP: another may have its place next.
+func (k *kernel) forgetFlows(s *vipState) error {
+	var errs []error
+	for place := range maps.Clone(s.leaving) {
+		errs = append(errs, k.putLeaving(s, place, 0))
+	}
+	if s.previous == 0 {
+		return errors.Join(errs...) // none is
+	}
+	var gone []uint64
+	var key uint64
+	var f kernelFlow
+	all := k.maps[kernelMapFlows].Iterate()
+	for all.Next(&key, &f) {
+		if f.Vip == s.index {
+			gone = append(gone, key)
+		}
+	}
+	for _, key := range gone {
+		errs = append(errs, drop(k.maps[kernelMapFlows], key))
 	}
 	return errors.Join(errs...)
 }
@@ -523,10 +631,18 @@ func (k *kernel) settle(now time.Time, lock sync.Locker) error {
 			continue
 		}
 		next := *s
-		next.previous = 0
+		next.previous, next.had = 0, make(map[uint32]bool)
+		for _, place := range k.placesOf(s.table) {
+			next.had[place] = true
+		}
 		if err := k.putVIP(l, next, false); err != nil {
 			errs = append(errs, err)
 			continue
+		}
+		for place := range maps.Clone(next.leaving) {
+			if !next.had[place] {
+				errs = append(errs, k.putLeaving(&next, place, 0))
+			}
 		}
 		k.vips[l] = &next
 		errs = append(errs, k.unuse(s.previous))

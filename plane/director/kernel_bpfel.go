@@ -47,6 +47,12 @@ type kernelFragmentKey struct {
 	Protocol uint32
 }
 
+type kernelLeavingKey struct {
+	_    structs.HostLayout
+	Vip  uint32
+	Real uint32
+}
+
 type kernelReal struct {
 	_          structs.HostLayout
 	Addr       kernelAddress
@@ -61,12 +67,6 @@ type kernelState struct {
 	Table    uint16
 	Previous uint16
 	Changed  uint32
-}
-
-type kernelVip struct {
-	_      structs.HostLayout
-	Index  uint32
-	Traits uint32
 }
 
 type kernelVipInfo struct {
@@ -91,6 +91,7 @@ const (
 	kernelMapDrops        = "drops"
 	kernelMapFlows        = "flows"
 	kernelMapFragments    = "fragments"
+	kernelMapLeaving      = "leaving"
 	kernelMapRealCounters = "real_counters"
 	kernelMapReals        = "reals"
 	kernelMapStates       = "states"
@@ -155,6 +156,7 @@ type kernelMapSpecs struct {
 	Drops        *ebpf.MapSpec `ebpf:"drops"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
 	Fragments    *ebpf.MapSpec `ebpf:"fragments"`
+	Leaving      *ebpf.MapSpec `ebpf:"leaving"`
 	RealCounters *ebpf.MapSpec `ebpf:"real_counters"`
 	Reals        *ebpf.MapSpec `ebpf:"reals"`
 	States       *ebpf.MapSpec `ebpf:"states"`
@@ -195,6 +197,7 @@ type kernelMaps struct {
 	Drops        *ebpf.Map `ebpf:"drops"`
 	Flows        *ebpf.Map `ebpf:"flows"`
 	Fragments    *ebpf.Map `ebpf:"fragments"`
+	Leaving      *ebpf.Map `ebpf:"leaving"`
 	RealCounters *ebpf.Map `ebpf:"real_counters"`
 	Reals        *ebpf.Map `ebpf:"reals"`
 	States       *ebpf.Map `ebpf:"states"`
@@ -211,6 +214,7 @@ func (m *kernelMaps) Close() error {
 		m.Drops,
 		m.Flows,
 		m.Fragments,
+		m.Leaving,
 		m.RealCounters,
 		m.Reals,
 		m.States,

@@ -66,33 +66,32 @@ type vip struct {
 	name       string
 	sourceHash bool
 	members    []Member
+	servers    map[netip.Addr]uint8 // all of the service, with how they leave it; 0: they do not
 }
 
-// vipsOf returns what is to be directed, and all real servers, with whether each drains.
-// It is pure.
-func vipsOf(s *service.Snapshot) (vips []vip, reals map[netip.Addr]uint32) {
-	reals = make(map[netip.Addr]uint32)
+// vipsOf returns what is to be directed, and all real servers. It is pure.
+func vipsOf(s *service.Snapshot) (vips []vip, reals map[netip.Addr]bool) {
+	reals = make(map[netip.Addr]bool)
 	for _, x := range s.Services {
 		if x.Forward != service.ForwardDirect {
 			continue
 		}
+		servers := make(map[netip.Addr]uint8, len(x.Backends))
 		for _, b := range x.Backends {
-			a, traits := b.Address.Addr(), uint32(0)
+			reals[b.Address.Addr()] = true
 			switch {
 			case b.Down:
-				traits = realDown
+				servers[b.Address.Addr()] = leavesDown
 			case b.Drained || b.Weight == 0:
-				traits = realDrains
-			}
-			// One of several services may need it for what the others do not.
-			if have, known := reals[a]; !known || traits < have {
-				reals[a] = traits
+				servers[b.Address.Addr()] = leavesDrains
+			default:
+				servers[b.Address.Addr()] = 0
 			}
 		}
 		for _, l := range x.Listeners {
 			vips = append(vips, vip{
 				listener: service.Listener{Address: l.Address, Protocol: l.Protocol}, name: x.Name, sourceHash: x.Balance == service.SourceHash,
-				members: membersOf(x, service.FamilyOf(l.Address.Addr())),
+				members: membersOf(x, service.FamilyOf(l.Address.Addr())), servers: servers,
 			})
 		}
 	}

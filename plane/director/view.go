@@ -61,7 +61,7 @@ type Counters struct {
 type Drops struct {
 	NoReal    uint64 // no real server is usable
 	NoWay     uint64 // it is not on a segment of this host
-	Fragment  uint64 // the first fragment was not seen
+	TTL       uint64 // it has passed too many hosts: directors send it to each other
 	Malformed uint64 // it is shorter than its headers
 }
 
@@ -125,9 +125,10 @@ func nameOf(index int) string {
 }
 
 func (k *kernel) view(l service.Listener, s *vipState) (VIP, error) {
-	x := VIP{Service: s.name, Listener: l, SourceHash: s.traits&vipSourceHash != 0, Changing: s.previous != 0}
+	x := VIP{Service: s.name, Listener: l, SourceHash: s.table&stateSourceHash != 0, Changing: s.previous != 0}
 	slots := make(map[uint32]int)
-	for i, number := range []uint32{s.table, s.previous} {
+	for i, table := range []uint32{s.table, s.previous} {
+		number := numberOf(table)
 		if number == 0 {
 			continue
 		}
@@ -148,7 +149,7 @@ func (k *kernel) view(l service.Listener, s *vipState) (VIP, error) {
 	var err error
 	for index, n := range slots {
 		r := k.inside[index]
-		shown := Real{place: uint16(index + 1), Address: addressOf(r.Addr), Slots: n, Local: r.Traits&realLocal != 0, Drains: r.Traits&realDrains != 0, Down: r.Traits&realDown != 0}
+		shown := Real{place: uint16(index + 1), Address: addressOf(r.Addr), Slots: n, Local: r.Traits&realLocal != 0, Drains: s.leaving[index+1] == leavesDrains, Down: s.leaving[index+1] == leavesDown}
 		if r.Ifindex != 0 {
 			shown.Interface = nameOf(int(r.Ifindex))
 		}
@@ -206,7 +207,7 @@ func (p *Plane) Counts() (services map[string]Counters, drops Drops, err error) 
 }
 
 func (k *kernel) readDrops(to *Drops) error {
-	for i, n := range []*uint64{&to.NoReal, &to.NoWay, &to.Fragment, &to.Malformed} {
+	for i, n := range []*uint64{&to.NoReal, &to.NoWay, &to.TTL, &to.Malformed} {
 		var each []uint64
 		if err := k.maps[kernelMapDrops].Lookup(uint32(i), &each); err != nil {
 			return err

@@ -4,7 +4,8 @@
  * VIP goes on, unchanged but for its link-layer addresses, to a real server, which has
  * the VIP too and answers the client by itself.
  *
- *	addresses, vips --> states --> tables --> reals		what to do (user space writes)
+ *	addresses, vips --> states --> tables --> reals, leaving
+ *						what to do (user space writes)
  *	flows, fragments, *_counters				what was done (this program writes)
  *
  * The hash of a packet's addresses and ports is its place in the table of its VIP, which
@@ -46,6 +47,8 @@
 #define MAX_REALS 65535
 #define MAX_FLOWS 262144
 #define MAX_FRAGMENTS 8192
+#define MAX_LEAVING 262144
+#define PACKET_HOST 0 /* linux/if_packet.h */
 #define NAME_LENGTH 160
 
 _Static_assert(CHUNK *CHUNKS >= SLOTS && CHUNK * (CHUNKS - 1) < SLOTS, "a table is its chunks");
@@ -62,16 +65,16 @@ struct vip_key {
 	__u8 reserved;
 };
 
-#define VIP_SOURCE_HASH 1 /* the client's address alone is hashed */
-
-struct vip {
-	__u32 index; /* of states and vip_counters */
-	__u32 traits;
-};
-
 #define REAL_LOCAL 1 /* it is this host */
-#define REAL_DRAINS 2
-#define REAL_DOWN 4
+
+/* What a real server is to one VIP that it has left, or is leaving. */
+#define LEAVES_DRAINS 1 /* it keeps what it has */
+#define LEAVES_DOWN 2
+
+struct leaving_key {
+	__u32 vip;
+	__u32 real; /* one more than its index */
+};
 
 struct real {
 	struct address addr;
@@ -86,9 +89,11 @@ struct chunk {
 };
 
 /*
- * The table that a VIP has, and the one that it had, each one more than its index; and
- * when that changed last, in seconds since boot.
+ * The table that a VIP has, and the one that it had, each one more than its index, with a
+ * bit that says what is hashed for it; and when that changed last, in seconds since boot.
  */
+#define STATE_SOURCE_HASH 0x8000 /* the client's address alone */
+
 struct state {
 	__u16 table;
 	__u16 previous;
@@ -100,6 +105,12 @@ struct state {
  * change has sent something again within this time; what is heard of later is new.
  */
 #define DATAGRAMS_WITHIN 30
+
+/*
+ * A SYN of a connection that has sent something within this time is none of a new one:
+ * somebody else may have sent it.
+ */
+#define REOPENED_WITHIN 60
 
 struct flow {
 	__u32 real; /* one more than its index */
@@ -128,7 +139,7 @@ struct vip_info {
 enum drop {
 	DROP_NO_REAL,   /* no real server is usable */
 	DROP_NO_WAY,    /* the real server is not on a segment of this host */
-	DROP_FRAGMENT,  /* the first fragment was not seen */
+	DROP_TTL,       /* it has passed too many hosts: directors send it to each other */
 	DROP_MALFORMED, /* it is shorter than its headers */
 	DROP_END,
 };
@@ -147,7 +158,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__type(key, struct vip_key);
-	__type(value, struct vip);
+	__type(value, __u32); /* the index of states and vip_counters */
 	__uint(max_entries, MAX_VIPS);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } vips SEC(".maps");
@@ -201,6 +212,15 @@ struct {
 	__type(value, struct flow);
 	__uint(max_entries, MAX_FLOWS);
 } flows SEC(".maps");
+
+/* Who is not, or not fully, a real server of a VIP that its tables of before name. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct leaving_key);
+	__type(value, __u8);
+	__uint(max_entries, MAX_LEAVING);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} leaving SEC(".maps");
 
 /* Where the first fragment of a packet went. */
 struct {
@@ -260,7 +280,11 @@ struct packet {
 	bool first; /* of several fragments */
 	__u32 id;   /* of those */
 	__u32 length;
+	__u8 ttl;
 };
+
+/* Other programs at the interface, and then the host, have it as it is. */
+#define GOES_ON TC_ACT_UNSPEC
 
 static __always_inline int drop(enum drop why)
 {
@@ -374,74 +398,114 @@ static __always_inline bool may_remember(void)
 	return a->used++ < REMEMBERED_PER_SEC;
 }
 
-/* A real server that keeps what it has. */
-static __always_inline bool keeps(const struct real *r, const struct packet *p)
+/* Whether a real server of a VIP, by its place, keeps what it has. */
+static __always_inline bool keeps(const struct packet *p, __u32 vip, __u32 place)
 {
-	if (!r || (r->traits & REAL_DOWN))
+	struct leaving_key key = {
+		.vip = vip,
+		.real = place,
+	};
+	__u8 *how;
+
+	if (!place)
 		return false;
+	how = bpf_map_lookup_elem(&leaving, &key);
 	/* Of datagrams it is not known whether they begin something: they leave. */
-	return p->protocol == IPPROTO_TCP || !(r->traits & REAL_DRAINS);
+	return !how || (*how == LEAVES_DRAINS && p->protocol == IPPROTO_TCP);
+}
+
+/* A flow that is remembered is that of this packet, and goes where it went. */
+static __always_inline bool holds(const struct flow *f, const struct packet *p, __u32 vip,
+				  __u32 now)
+{
+	struct real *r = real_at(f->real);
+
+	if (!r || r->generation != f->generation || f->vip != vip || !keeps(p, vip, f->real))
+		return false;
+	return !p->opens || now - f->seen < REOPENED_WITHIN;
+}
+
+static __always_inline void remember(__u64 key, __u32 vip, __u32 place, __u32 now)
+{
+	struct real *r = real_at(place);
+	struct flow fresh = {
+		.real = place,
+		.vip = vip,
+		.seen = now,
+	};
+
+	if (!r || !may_remember())
+		return;
+	fresh.generation = r->generation;
+	bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY);
 }
 
 /*
- * While a VIP has two tables: the real server of a packet, by its place in the new one.
- * A packet that was seen before goes where it went.
+ * While a VIP has two tables: the real server of a packet, by its places in both. A
+ * packet that was seen before goes where it went.
  */
-static __always_inline __u32 choose_of_two(const struct packet *p, __u32 hash, __u32 vip,
-					   __u32 current, __u32 previous, __u32 changed)
+static __always_inline __u32 choose_of_two(const struct packet *p, __u32 vip, __u32 current,
+					   __u32 previous, __u32 changed)
 {
-	__u64 key = (__u64)hash << 32 | hash_of(p, SEED_OF_FLOWS, false);
+	__u64 key = (__u64)hash_of(p, SEED, false) << 32 | hash_of(p, SEED_OF_FLOWS, false);
 	__u32 now = bpf_ktime_get_coarse_ns() / NSEC_PER_SEC;
-	__u32 place = current;
-	struct flow *f;
-	struct real *r;
+	struct flow *f = bpf_map_lookup_elem(&flows, &key);
+	bool is_tcp = p->protocol == IPPROTO_TCP;
 
-	if (p->opens) {
-		if (current == previous)
-			return current;
-	} else {
-		f = bpf_map_lookup_elem(&flows, &key);
-		if (f) {
-			r = real_at(f->real);
-			if (keeps(r, p) && r->generation == f->generation) {
-				if (f->seen != now)
-					f->seen = now;
-				return f->real;
-			}
-		} else if (current != previous && keeps(real_at(previous), p) &&
-			   (p->protocol == IPPROTO_TCP ||
-			    (__s32)(now - changed) < DATAGRAMS_WITHIN)) {
-			place = previous;
-		} else {
-			return current;
-		}
+	if (f && holds(f, p, vip, now)) {
+		if (f->seen != now)
+			f->seen = now;
+		return f->real;
 	}
-	r = real_at(place);
-	if (r && may_remember()) {
-		struct flow fresh = {
-			.real = place,
-			.generation = r->generation,
-			.vip = vip,
-			.seen = now,
-		};
-
-		bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY);
+	/* It was an earlier one of the same ports. */
+	if (f && p->opens)
+		bpf_map_delete_elem(&flows, &key);
+	if (current == previous)
+		return current;
+	if (!p->opens && keeps(p, vip, previous) &&
+	    (is_tcp || (__s32)(now - changed) < DATAGRAMS_WITHIN)) {
+		remember(key, vip, previous, now);
+		return previous;
 	}
-	return place;
+	/* What goes by the new table is told from what goes by the old one. */
+	if (p->opens || !is_tcp)
+		remember(key, vip, current, now);
+	return current;
 }
 
-static __always_inline int send(const struct packet *p, __u32 place)
+/* Each hop takes one, so that directors that send to each other come to an end. */
+static __always_inline int age(struct __sk_buff *skb, const struct packet *p)
+{
+	const __u32 ttl = ETH_HLEN + offsetof(struct iphdr, ttl);
+	__u8 left = p->ttl - 1;
+
+	if (p->ttl <= 1)
+		return -1;
+	if (skb->protocol != bpf_htons(ETH_P_IP))
+		return bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, hop_limit),
+					   &left, sizeof(left), 0);
+	if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check),
+				bpf_htons(p->ttl << 8), bpf_htons(left << 8), 2))
+		return -1;
+	return bpf_skb_store_bytes(skb, ttl, &left, sizeof(left), 0);
+}
+
+static __always_inline int send(struct __sk_buff *skb, const struct packet *p, __u32 place)
 {
 	struct bpf_redir_neigh hop = {};
 	struct real *r = real_at(place);
 
 	if (!r)
 		return drop(DROP_NO_REAL);
-	count(&real_counters, place - 1, p);
-	if (r->traits & REAL_LOCAL)
-		return TC_ACT_OK;
+	if (r->traits & REAL_LOCAL) {
+		count(&real_counters, place - 1, p);
+		return GOES_ON;
+	}
 	if (!r->ifindex)
 		return drop(DROP_NO_WAY);
+	if (age(skb, p))
+		return drop(DROP_TTL);
+	count(&real_counters, place - 1, p);
 	if (is_mapped(&r->addr)) {
 		hop.nh_family = AF_INET;
 		hop.ipv4_nh = r->addr.word[3];
@@ -464,38 +528,42 @@ static __always_inline void note_fragment(const struct packet *p, __u32 place)
 	bpf_map_update_elem(&fragments, &k, &place, BPF_ANY);
 }
 
+/* The place of a packet in a table. */
+static __always_inline __u32 place_in(const struct packet *p, __u32 table)
+{
+	return look_up(table & ~STATE_SOURCE_HASH, hash_of(p, SEED, table & STATE_SOURCE_HASH));
+}
+
 /* A packet whose ports are known. */
-static __always_inline int direct_to(const struct packet *p)
+static __always_inline int direct_to(struct __sk_buff *skb, const struct packet *p)
 {
 	struct vip_key key = {
 		.addr = p->to,
 		.port = p->to_port,
 		.protocol = p->protocol,
 	};
-	struct vip *v = bpf_map_lookup_elem(&vips, &key);
-	__u32 place, hash, index;
+	__u32 *index = bpf_map_lookup_elem(&vips, &key);
 	struct state *s, now;
+	__u32 place, vip;
 
-	if (!v)
-		return TC_ACT_OK;
-	index = v->index;
-	s = bpf_map_lookup_elem(&states, &index);
+	if (!index)
+		return GOES_ON;
+	vip = *index;
+	s = bpf_map_lookup_elem(&states, &vip);
 	if (!s)
-		return TC_ACT_OK;
+		return GOES_ON;
 	*(__u64 *)&now = *(volatile __u64 *)s;
-	count(&vip_counters, index, p);
-	hash = hash_of(p, SEED, v->traits & VIP_SOURCE_HASH);
-	place = look_up(now.table, hash);
+	count(&vip_counters, vip, p);
+	place = place_in(p, now.table);
 	if (now.previous)
-		place = choose_of_two(p, hash, index, place, look_up(now.previous, hash),
-				      now.changed);
+		place = choose_of_two(p, vip, place, place_in(p, now.previous), now.changed);
 	if (p->first)
 		note_fragment(p, place);
-	return send(p, place);
+	return send(skb, p, place);
 }
 
 /* A fragment that is not the first follows that. */
-static __always_inline int follow(const struct packet *p)
+static __always_inline int follow(struct __sk_buff *skb, const struct packet *p)
 {
 	struct fragment_key k = {
 		.from = p->from,
@@ -505,7 +573,8 @@ static __always_inline int follow(const struct packet *p)
 	};
 	__u32 *place = bpf_map_lookup_elem(&fragments, &k);
 
-	return place ? send(p, *place) : drop(DROP_FRAGMENT);
+	/* The first may have been for somebody else. */
+	return place ? send(skb, p, *place) : GOES_ON;
 }
 
 /* Ports stand first in TCP and UDP; at is where they do. */
@@ -522,7 +591,7 @@ static __always_inline int with_ports(struct __sk_buff *skb, struct packet *p, _
 	}
 	p->from_port = h.source;
 	p->to_port = h.dest;
-	return direct_to(p);
+	return direct_to(skb, p);
 }
 
 /*
@@ -534,12 +603,12 @@ static __always_inline int about(struct __sk_buff *skb, struct packet *p, __u32 
 	__be16 ports[2];
 
 	if (p->protocol != IPPROTO_TCP && p->protocol != IPPROTO_UDP)
-		return TC_ACT_OK;
+		return GOES_ON;
 	if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports)))
 		return drop(DROP_MALFORMED);
 	p->to_port = ports[0];
 	p->from_port = ports[1];
-	return direct_to(p);
+	return direct_to(skb, p);
 }
 
 static __always_inline void set4(struct address *to, __be32 addr)
@@ -564,12 +633,12 @@ static __always_inline int icmp4(struct __sk_buff *skb, struct packet *p, __u32 
 	if (bpf_skb_load_bytes(skb, at, &type, sizeof(type)))
 		return drop(DROP_MALFORMED);
 	if (type != ICMP_DEST_UNREACH && type != ICMP_TIME_EXCEEDED && type != ICMP_PARAMETERPROB)
-		return TC_ACT_OK;
+		return GOES_ON;
 	at += ICMP_HEADER;
 	if (bpf_skb_load_bytes(skb, at, &inner, sizeof(inner)) || inner.ihl < 5)
 		return drop(DROP_MALFORMED);
 	if (inner.frag_off & bpf_htons(IP_OFFSET))
-		return TC_ACT_OK;
+		return GOES_ON;
 	set4(&p->to, inner.saddr);
 	set4(&p->from, inner.daddr);
 	p->protocol = inner.protocol;
@@ -583,17 +652,18 @@ static __always_inline int direct4(struct __sk_buff *skb)
 	struct iphdr ip;
 
 	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
-		return TC_ACT_OK;
+		return GOES_ON;
 	set4(&p.to, ip.daddr);
 	if (!is_vip(&p.to))
-		return TC_ACT_OK;
+		return GOES_ON;
 	if (ip.ihl < 5)
 		return drop(DROP_MALFORMED);
 	set4(&p.from, ip.saddr);
 	p.protocol = ip.protocol;
 	p.id = ip.id;
+	p.ttl = ip.ttl;
 	if (ip.frag_off & bpf_htons(IP_OFFSET))
-		return follow(&p);
+		return follow(skb, &p);
 	p.first = ip.frag_off & bpf_htons(IP_MF);
 	at += ip.ihl * 4;
 	switch (ip.protocol) {
@@ -603,7 +673,7 @@ static __always_inline int direct4(struct __sk_buff *skb)
 	case IPPROTO_ICMP:
 		return icmp4(skb, &p, at);
 	}
-	return TC_ACT_OK;
+	return GOES_ON;
 }
 
 #define ICMPV6_UNREACH 1
@@ -640,7 +710,7 @@ static __always_inline int icmp6(struct __sk_buff *skb, struct packet *p, __u32 
 	if (bpf_skb_load_bytes(skb, at, &type, sizeof(type)))
 		return drop(DROP_MALFORMED);
 	if (type < ICMPV6_UNREACH || type > ICMPV6_PARAMPROB)
-		return TC_ACT_OK;
+		return GOES_ON;
 	at += ICMP_HEADER;
 	if (bpf_skb_load_bytes(skb, at, &inner, sizeof(inner)))
 		return drop(DROP_MALFORMED);
@@ -659,11 +729,12 @@ static __always_inline int direct6(struct __sk_buff *skb)
 	int i;
 
 	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
-		return TC_ACT_OK;
+		return GOES_ON;
 	set6(&p.to, &ip.daddr);
 	if (!is_vip(&p.to))
-		return TC_ACT_OK;
+		return GOES_ON;
 	set6(&p.from, &ip.saddr);
+	p.ttl = ip.hop_limit;
 	at += sizeof(ip);
 	next = ip.nexthdr;
 	for (i = 0; i < MAX_HEADERS; i++) {
@@ -683,7 +754,7 @@ static __always_inline int direct6(struct __sk_buff *skb)
 			p.id = f.id;
 			p.protocol = f.next;
 			if (f.offset & bpf_htons(~7))
-				return follow(&p);
+				return follow(skb, &p);
 			p.first = f.offset & bpf_htons(IPV6_MORE);
 			next = f.next;
 			at += sizeof(f);
@@ -697,22 +768,25 @@ static __always_inline int direct6(struct __sk_buff *skb)
 			at += 8 + e.length * 8;
 			break;
 		default:
-			return TC_ACT_OK;
+			return GOES_ON;
 		}
 	}
-	return TC_ACT_OK;
+	return GOES_ON;
 }
 
 SEC("tc")
 int direct(struct __sk_buff *skb)
 {
+	/* A switch that does not know the way sends everybody a copy of what is for one. */
+	if (skb->pkt_type != PACKET_HOST)
+		return GOES_ON;
 	switch (skb->protocol) {
 	case bpf_htons(ETH_P_IP):
 		return direct4(skb);
 	case bpf_htons(ETH_P_IPV6):
 		return direct6(skb);
 	}
-	return TC_ACT_OK;
+	return GOES_ON;
 }
 
 char LICENSE[] SEC("license") = "GPL";

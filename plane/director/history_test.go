@@ -1,0 +1,440 @@
+package director_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/plane/director"
+	"github.com/pentad/pentad/service"
+)
+
+// box is a host with a director whose program is run by packets that never were on a wire.
+type box struct {
+	*lab.Host
+	plane *director.Plane
+	name  string // of the interface
+}
+
+func newBox(t *testing.T) *box {
+	lab.Need(t)
+	h, err := lab.NewHost()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &box{Host: h, plane: director.New(h.Pins, slog.New(slog.DiscardHandler))}
+	t.Cleanup(func() {
+		b.plane.Close()
+		if err := h.Do(func() error { return director.Remove(h.Pins) }); err != nil {
+			t.Error(err)
+		}
+		_ = os.Remove(filepath.Join(h.Pins, "director"))
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := h.Void("10.80.0.1/24"); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Do(func() error {
+		all, err := net.Interfaces()
+		for _, i := range all {
+			if strings.HasPrefix(i.Name, "void") && !strings.HasSuffix(i.Name, "x") {
+				b.name = i.Name
+			}
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+const (
+	syn = 0x02
+	ack = 0x10
+)
+
+// packet is one of TCP or UDP over IPv4, from a client to the VIP.
+func packet(client netip.AddrPort, vip netip.AddrPort, udp bool, flags byte) []byte {
+	b := make([]byte, 14+20+20)
+	binary.BigEndian.PutUint16(b[12:], 0x0800)
+	ip := b[14:]
+	ip[0], ip[8], ip[9] = 0x45, 64, 6
+	if udp {
+		ip[9] = 17
+	}
+	binary.BigEndian.PutUint16(ip[2:], 40)
+	copy(ip[12:], client.Addr().AsSlice())
+	copy(ip[16:], vip.Addr().AsSlice())
+	l4 := ip[20:]
+	binary.BigEndian.PutUint16(l4, client.Port())
+	binary.BigEndian.PutUint16(l4[2:], vip.Port())
+	l4[12], l4[13] = 0x50, flags
+	return b
+}
+
+// apply has the director serve a VIP by some servers, and opens what is needed to run
+// its program.
+func (b *box) apply(t *testing.T, s *service.Snapshot) {
+	t.Helper()
+	if err := b.Do(func() error {
+		return b.plane.Apply(t.Context(), director.Want{Interfaces: []string{b.name}, Services: s})
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// program returns the program that is attached.
+func (b *box) program(t *testing.T) *ebpf.Program {
+	t.Helper()
+	pins, err := filepath.Glob(filepath.Join(b.Pins, "director", "links", "*"))
+	if err != nil || len(pins) != 1 {
+		t.Fatalf("links: %q, %v", pins, err)
+	}
+	l, err := link.LoadPinnedLink(pins[0], nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := ebpf.NewProgramFromID(info.Program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// counters is a map of counters by the place of a real server, and addresses that of who
+// has it.
+func (b *box) pinned(t *testing.T, name string) *ebpf.Map {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(filepath.Join(b.Pins, "director", "maps-1", name), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+// The verdicts of programs at tc (linux/pkt_cls.h).
+const (
+	goesOn     = 0xffffffff
+	dropped    = 2
+	redirected = 7
+)
+
+// router runs the program, and finds out to whom it has sent a packet.
+type router struct {
+	t        *testing.T
+	box      *box
+	counters *ebpf.Map
+	reals    *ebpf.Map
+}
+
+func (r router) places() map[uint32]uint64 {
+	all := make(map[uint32]uint64)
+	for i := range uint32(16) {
+		var each []struct{ Packets, Bytes, Opened uint64 }
+		if err := r.counters.Lookup(i, &each); err != nil {
+			r.t.Fatal(err)
+		}
+		for _, c := range each {
+			all[i] += c.Packets
+		}
+	}
+	return all
+}
+
+// send runs a packet, and returns to whom it went; the zero address: it was dropped.
+func (r router) send(p []byte) netip.Addr {
+	r.t.Helper()
+	before := r.places()
+	prog := r.box.program(r.t)
+	defer prog.Close()
+	verdict, err := prog.Run(&ebpf.RunOptions{Data: p})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for i, n := range r.places() {
+		if n == before[i] {
+			continue
+		}
+		var x struct {
+			Addr                                  [16]byte
+			Ifindex, Traits, Generation, Reserved uint32
+		}
+		if err := r.reals.Lookup(i, &x); err != nil {
+			r.t.Fatal(err)
+		}
+		if verdict != redirected {
+			r.t.Fatalf("a packet counts for a server, and its verdict is %d", verdict)
+		}
+		return netip.AddrFrom16(x.Addr).Unmap()
+	}
+	if verdict != dropped {
+		r.t.Fatalf("a packet to the VIP is for nobody, and its verdict is %d", verdict)
+	}
+	return netip.Addr{}
+}
+
+func newRouter(t *testing.T, b *box) router {
+	return router{t, b, b.pinned(t, "real_counters"), b.pinned(t, "reals")}
+}
+
+var theVIP = netip.MustParseAddrPort("192.0.2.10:80")
+
+// cluster is servers, and what they are now.
+type cluster map[netip.Addr]string // up, drains, down; without one that is not there
+
+func (c cluster) snapshot(last *service.Snapshot) *service.Snapshot {
+	s := &service.Service{Name: "web", Forward: service.ForwardDirect, Listeners: []service.Listener{{Address: theVIP, Protocol: service.TCP}}}
+	for _, a := range slices.SortedFunc(maps.Keys(c), netip.Addr.Compare) {
+		s.Backends = append(s.Backends, service.Backend{Address: netip.AddrPortFrom(a, 80), Weight: 100, Drained: c[a] == "drains", Down: c[a] == "down"})
+	}
+	return last.Next([]*service.Service{s})
+}
+
+// Whatever happens, and however fast: a connection stays where it is as long as its
+// server lives, new ones go to those who take some, and two directors say the same of
+// them. An agent that has just started goes on where the one before was.
+func TestHistories(t *testing.T) {
+	t.Parallel()
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	boxes := []*box{newBox(t), newBox(t)}
+	servers := make(cluster)
+	address := func() netip.Addr { return netip.AddrFrom4([4]byte{10, 80, 0, byte(11 + rnd.IntN(6))}) }
+	servers[address()] = "up"
+	snap := servers.snapshot(&service.Snapshot{})
+	apply := func() {
+		snap = servers.snapshot(snap)
+		for _, b := range boxes {
+			b.apply(t, snap)
+		}
+	}
+	apply()
+	routers := []router{newRouter(t, boxes[0]), newRouter(t, boxes[1])}
+	flows := make(map[netip.AddrPort]netip.Addr)
+	for step := range 1000 {
+		switch rnd.IntN(10) {
+		case 0: // something changes
+			switch a := address(); rnd.IntN(5) {
+			case 0:
+				delete(servers, a)
+			case 1:
+				servers[a] = "drains"
+			case 2:
+				servers[a] = "down"
+			default:
+				servers[a] = "up"
+			}
+			apply()
+		case 1:
+			if rnd.IntN(10) == 0 { // another agent
+				b := boxes[0]
+				b.plane.Close()
+				b.plane = director.New(b.Pins, slog.New(slog.DiscardHandler))
+				b.apply(t, snap)
+			}
+		case 2, 3, 4: // a connection begins
+			client := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, byte(rnd.IntN(250))}), uint16(1024+rnd.IntN(60000)))
+			if _, is := flows[client]; is {
+				continue
+			}
+			to := routers[0].send(packet(client, theVIP, false, syn))
+			if other := routers[1].send(packet(client, theVIP, false, syn)); other != to {
+				t.Fatalf("step %d: of a new connection one director says %s, the other %s", step, to, other)
+			}
+			if to.IsValid() && servers[to] != "up" || !to.IsValid() && slices.Contains(slices.Collect(maps.Values(servers)), "up") {
+				t.Fatalf("step %d: a new connection goes to %s, which is %q, of %v", step, to, servers[to], servers)
+			}
+			if to.IsValid() {
+				flows[client] = to
+			}
+		default: // connections go on
+			for client, server := range flows {
+				if state := servers[server]; state != "up" && state != "drains" {
+					delete(flows, client) // it is broken
+					continue
+				}
+				if to := routers[0].send(packet(client, theVIP, false, ack)); to != server {
+					t.Fatalf("step %d: a connection of %s, which is %s, goes to %s; servers %v", step, server, servers[server], to, servers)
+				}
+				break
+			}
+		}
+	}
+	for client, server := range flows {
+		if state := servers[server]; state != "up" && state != "drains" {
+			continue
+		}
+		if to := routers[0].send(packet(client, theVIP, false, ack)); to != server {
+			t.Errorf("at the end: a connection of %s goes to %s", server, to)
+		}
+	}
+}
+
+// of returns services, each of which has one listener.
+func of(last *service.Snapshot, all ...*service.Service) *service.Snapshot {
+	for i, s := range all {
+		s.Name, s.Forward = fmt.Sprint("s", i), service.ForwardDirect
+	}
+	return last.Next(all)
+}
+
+func backends(states ...string) (all []service.Backend) {
+	for i, state := range states {
+		if state == "" {
+			continue
+		}
+		a := netip.AddrFrom4([4]byte{10, 80, 0, byte(11 + i)})
+		all = append(all, service.Backend{Address: netip.AddrPortFrom(a, 80), Weight: 100, Drained: state == "drains", Down: state == "down"})
+	}
+	return all
+}
+
+func on(protocol service.Protocol, backends []service.Backend) *service.Service {
+	return &service.Service{Listeners: []service.Listener{{Address: theVIP, Protocol: protocol}}, Backends: backends}
+}
+
+// begun has some connections begin, and returns where each has gone.
+func (r router) begun(n int, flags byte) map[netip.AddrPort]netip.Addr {
+	r.t.Helper()
+	all := make(map[netip.AddrPort]netip.Addr)
+	for i := range n {
+		client := netip.AddrPortFrom(netip.MustParseAddr("198.51.100.9"), uint16(20000+i))
+		all[client] = r.send(packet(client, theVIP, false, flags))
+	}
+	return all
+}
+
+// stay fails the test unless connections go where they went, but those of some servers.
+func (r router) stay(when string, flows map[netip.AddrPort]netip.Addr, flags byte) {
+	r.t.Helper()
+	for client, server := range flows {
+		if to := r.send(packet(client, theVIP, false, flags)); to != server {
+			r.t.Fatalf("%s: %s went to %s, and goes to %s", when, client, server, to)
+		}
+	}
+}
+
+// Connections are told from earlier ones of the same ports, from what others send in
+// their name, and from those of other services; and stay when the way to choose changes.
+func TestWhoseConnection(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	snap := of(&service.Snapshot{}, on(service.TCP, backends("up", "up")))
+	b.apply(t, snap)
+	r := newRouter(t, b)
+
+	idle := r.begun(60, syn)
+	snap = of(snap, on(service.TCP, backends("up", "drains")))
+	b.apply(t, snap)
+	snap = of(snap, on(service.TCP, backends("up", "up")))
+	b.apply(t, snap)
+	r.stay("a server has drained and is back", idle, ack)
+
+	hashed := on(service.TCP, backends("up", "up"))
+	hashed.Balance = service.SourceHash
+	snap = of(snap, hashed)
+	b.apply(t, snap)
+	r.stay("the balance is another", idle, ack)
+	// They have been heard of since.
+	r.stay("somebody sends SYN in their name", idle, syn)
+
+	// Ports are used again: the first packet and those that follow go the same way.
+	b2 := newBox(t)
+	snap = of(&service.Snapshot{}, on(service.TCP, backends("up", "up")))
+	b2.apply(t, snap)
+	r2 := newRouter(t, b2)
+	snap = of(snap, on(service.TCP, backends("up", "up", "up")))
+	b2.apply(t, snap)
+	r2.begun(60, syn)
+	snap = of(snap, on(service.TCP, backends("up", "up", "down")))
+	b2.apply(t, snap)
+	again := r2.begun(60, syn)
+	r2.stay("ports are used again", again, ack)
+}
+
+// A server may leave one service and be one of another.
+func TestSharedServers(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	snap := of(&service.Snapshot{}, on(service.UDP, backends("up", "up")), on(service.TCP, backends("up", "up")))
+	b.apply(t, snap)
+	r := newRouter(t, b)
+	leaver := netip.MustParseAddr("10.80.0.12")
+	for _, state := range []string{"drains", "down", ""} {
+		snap = of(snap, on(service.UDP, backends("up", state)), on(service.TCP, backends("up", "up")))
+		b.apply(t, snap)
+		seen := false
+		for i := range 60 {
+			client := netip.AddrPortFrom(netip.MustParseAddr("198.51.100.9"), uint16(20000+i))
+			if to := r.send(packet(client, theVIP, true, 0)); to == leaver {
+				t.Fatalf("a datagram goes to a server that is %q", state)
+			}
+			seen = seen || r.send(packet(client, theVIP, false, syn)) == leaver
+		}
+		if !seen {
+			t.Errorf("with a server that is %q for one service the other has none of it", state)
+		}
+	}
+}
+
+// Packets that make no sense, and those that are for nobody here, are sent to nobody.
+func TestRandomPackets(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	servers := cluster{netip.MustParseAddr("10.80.0.11"): "up", netip.MustParseAddr("10.80.0.12"): "up"}
+	b.apply(t, servers.snapshot(&service.Snapshot{}))
+	prog := b.program(t)
+	defer prog.Close()
+	r := newRouter(t, b)
+	client := netip.MustParseAddrPort("198.51.100.7:4000")
+	for range 20_000 {
+		p := packet(client, theVIP, rand.IntN(2) == 0, byte(rand.IntN(256)))
+		if rand.IntN(2) == 0 {
+			p = append(p, make([]byte, rand.IntN(100))...)
+		}
+		for range rand.IntN(6) {
+			p[12+rand.IntN(len(p)-12)] = byte(rand.IntN(256))
+		}
+		p = p[:34+rand.IntN(len(p)-33)] // the kernel runs none that are shorter than IPv4
+		before := r.places()
+		verdict, err := prog.Run(&ebpf.RunOptions{Data: p})
+		if err != nil {
+			t.Fatalf("%x: %v", p, err)
+		}
+		sent := !maps.Equal(before, r.places())
+		if (verdict == redirected) != sent || verdict != redirected && verdict != goesOn && verdict != dropped {
+			t.Fatalf("%x: verdict %d, and it counts for a server: %v", p, verdict, sent)
+		}
+		// The VIP may stand in an ICMP error, after the header of that.
+		if sent && !bytes.Contains(p, theVIP.Addr().AsSlice()) {
+			t.Fatalf("%x has nothing of the VIP", p)
+		}
+	}
+	elsewhere := packet(client, netip.MustParseAddrPort("192.0.2.10:81"), false, syn)
+	if verdict, err := prog.Run(&ebpf.RunOptions{Data: elsewhere}); err != nil || verdict != goesOn {
+		t.Errorf("another port of the VIP: verdict %d, %v", verdict, err)
+	}
+}
