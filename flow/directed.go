@@ -27,14 +27,23 @@ func ExplainDirected(v *director.View, x director.VIP, from netip.Addr, q Questi
 	}
 	e.step("director", "at %s", orNone(v.Interfaces))
 	var takes []string
+	unreachable := 0
 	for _, r := range x.Reals {
 		e.step("real server", "%s", describeReal(r))
-		if r.Slots > 0 {
+		if r.Slots > 0 && !r.Local && r.Interface == "" {
+			unreachable++
+		} else if r.Slots > 0 {
 			takes = append(takes, fmt.Sprintf("%s (%.0f%%)", r.Address, 100*float64(r.Slots)/director.Slots))
 		}
 	}
 	if x.Changing {
 		e.step("table", "it has changed: what was there before goes where it went")
+	}
+	if unreachable > 0 {
+		e.step("dropped", "what goes to %d real servers that are on no segment of this host", unreachable)
+	}
+	if len(takes) == 0 && unreachable > 0 {
+		return e.conclude(Dropped, "Packets from %s to %s are dropped, because no real server of the service %s is on a segment of this host.", from, dest, x.Service)
 	}
 	if len(takes) == 0 {
 		return e.conclude(Dropped, "Packets from %s to %s are dropped, because no real server of the service %s is usable.", from, dest, x.Service)

@@ -36,7 +36,7 @@ func (s Settings) Set(x Setting) (was int, changed bool, err error) {
 	if err != nil {
 		return 0, false, err
 	}
-	was, err = s.get(x.Name)
+	was, err = s.Get(x.Name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, false, nil
 	}
@@ -63,7 +63,7 @@ func (s Settings) Restore() error {
 	}
 	var errs []error
 	for name, n := range all {
-		if have, err := s.get(name); err == nil && have == n.Is {
+		if have, err := s.Get(name); err == nil && have == n.Is {
 			errs = append(errs, s.put(name, n.Was))
 		}
 	}
@@ -71,20 +71,6 @@ func (s Settings) Restore() error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
-}
-
-// Intact reports whether settings that were made something are that still.
-func (s Settings) Intact() bool {
-	all, err := s.read()
-	if err != nil {
-		return true // it cannot be seen now
-	}
-	for name, n := range all {
-		if have, err := s.get(name); err == nil && have != n.Is {
-			return false
-		}
-	}
-	return true
 }
 
 func (s Settings) read() (map[string]noted, error) {
@@ -113,7 +99,8 @@ func (s Settings) write(all map[string]noted) error {
 	return os.WriteFile(s.File, raw, 0o600)
 }
 
-func (s Settings) get(name string) (int, error) {
+// Get returns what a setting is.
+func (s Settings) Get(name string) (int, error) {
 	raw, err := os.ReadFile(filepath.Join(s.Root, name))
 	if err != nil {
 		return 0, err

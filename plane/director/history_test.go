@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -398,6 +399,117 @@ func TestSharedServers(t *testing.T) {
 			t.Errorf("with a server that is %q for one service the other has none of it", state)
 		}
 	}
+}
+
+// sumOf is the checksum of the internet (RFC 1071); of a message that has its own it is 0.
+func sumOf(parts ...[]byte) uint16 {
+	n := uint32(0)
+	for _, b := range parts {
+		for i := 0; i+1 < len(b); i += 2 {
+			n += uint32(binary.BigEndian.Uint16(b[i:]))
+		}
+	}
+	for n>>16 != 0 {
+		n = n&0xffff + n>>16
+	}
+	return ^uint16(n)
+}
+
+// Pings of a VIP that the host has not are answered, and come back where they came from.
+func TestPing(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	six := netip.MustParseAddrPort("[2001:db8:10::10]:80")
+	s := on(service.TCP, backends("up"))
+	s.Listeners = append(s.Listeners, service.Listener{Address: six, Protocol: service.TCP})
+	b.apply(t, of(&service.Snapshot{}, s))
+	prog := b.program(t)
+	defer prog.Close()
+
+	ping := packet(netip.MustParseAddrPort("198.51.100.9:1"), theVIP, false, 0)
+	copy(ping[6:], "\x02cli-b") // to the address of the loopback, which is of zeros
+	ip, icmp := ping[14:34], ping[34:]
+	ip[9] = 1
+	binary.BigEndian.PutUint16(ip[10:], sumOf(ip))
+	clear(icmp)
+	icmp[0], icmp[5], icmp[7] = 8, 1, 1
+	binary.BigEndian.PutUint16(icmp[2:], sumOf(icmp))
+	out := make([]byte, len(ping))
+	verdict, err := prog.Run(&ebpf.RunOptions{Data: ping, DataOut: out})
+	if err != nil || verdict != redirected {
+		t.Fatalf("verdict %d, %v", verdict, err)
+	}
+	if string(out[:12]) != "\x02cli-b\x00\x00\x00\x00\x00\x00" || !bytes.Equal(out[26:30], ip[16:20]) || !bytes.Equal(out[30:34], ip[12:16]) ||
+		out[34] != 0 || sumOf(out[14:34]) != 0 || sumOf(out[34:]) != 0 {
+		t.Errorf("%x is answered by %x", ping, out)
+	}
+
+	ping6 := make([]byte, 14+40+8)
+	copy(ping6[6:], "\x02cli-b\x86\xdd")
+	ip, icmp = ping6[14:54], ping6[54:]
+	ip[0], ip[5], ip[6], ip[7] = 0x60, 8, 58, 64
+	copy(ip[8:], netip.MustParseAddr("2001:db8::9").AsSlice())
+	copy(ip[24:], six.Addr().AsSlice())
+	icmp[0], icmp[5] = 128, 1
+	pseudo := []byte{0, 0, 0, 8, 0, 0, 0, 58}
+	binary.BigEndian.PutUint16(icmp[2:], sumOf(ip[8:], pseudo, icmp))
+	out = make([]byte, len(ping6))
+	if verdict, err := prog.Run(&ebpf.RunOptions{Data: ping6, DataOut: out}); err != nil || verdict != redirected {
+		t.Fatalf("IPv6: verdict %d, %v", verdict, err)
+	}
+	if !bytes.Equal(out[22:38], ip[24:]) || !bytes.Equal(out[38:54], ip[8:24]) || out[54] != 129 || sumOf(out[22:54], pseudo, out[54:]) != 0 {
+		t.Errorf("%x is answered by %x", ping6, out)
+	}
+}
+
+// Many services are directed, and one change is no more than that.
+func TestManyVIPs(t *testing.T) {
+	b := newBox(t)
+	const services, each = 10_000, 10
+	all := make([]*service.Service, services)
+	snap := &service.Snapshot{}
+	for i := range all {
+		s := on(service.TCP, nil)
+		s.Listeners[0].Address = netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i % 250)}), uint16(1000+i/250))
+		for j := range each {
+			s.Backends = append(s.Backends, service.Backend{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 80, 0, byte(11 + (i%20+j)%200)}), 80), Weight: 100})
+		}
+		all[i] = s
+	}
+	snap = of(snap, all...)
+	began := time.Now()
+	b.apply(t, snap)
+	t.Logf("%d VIPs with %d real servers each: %v", services, each, time.Since(began))
+	changed := *all[17]
+	changed.Backends = slices.Clone(changed.Backends[1:])
+	all[17] = &changed
+	snap = of(snap, all...)
+	began = time.Now()
+	b.apply(t, snap)
+	t.Logf("one of them changed: %v", time.Since(began))
+	v, err := director.Read(b.Pins)
+	if err != nil || len(v.VIPs) != services {
+		t.Fatalf("%d VIPs are there, %v", len(v.VIPs), err)
+	}
+	for _, x := range v.VIPs {
+		if want := each - btoi(x.Changing); len(x.Reals) != each || countUp(x) != want {
+			t.Fatalf("%s has %d real servers, %d of them take something; want %d", x.Listener, len(x.Reals), countUp(x), want)
+		}
+	}
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func countUp(x director.VIP) (n int) {
+	for _, r := range x.Reals {
+		n += btoi(r.Slots > 0)
+	}
+	return n
 }
 
 // Packets that make no sense, and those that are for nobody here, are sent to nobody.

@@ -39,6 +39,9 @@ const (
 	leavesDrains = 1 // it keeps what it has
 	leavesDown   = 2
 
+	addressOwn    = 1 // this host has it
+	addressEchoes = 2
+
 	stateSourceHash = 0x8000 // the client's address alone is hashed for a table
 )
 
@@ -60,10 +63,14 @@ type kernel struct {
 	maps map[string]*ebpf.Map
 
 	vips   map[service.Listener]*vipState
+	taken  map[uint32]bool       // indexes of vips
+	kinds  map[netip.Addr]uint8  // what was written to addresses
 	reals  map[netip.Addr]uint32 // their places
 	inside map[uint32]kernelReal // what each place has
 	tables map[uint32]*tableState
 	found  map[[sha256.Size]byte]uint32 // tables by what they say
+	sums   map[string][sha256.Size]byte // of tables, by their members
+	shared map[uint32]*sharedTable      // tables to be shown; nil: they are not
 }
 
 // vipState is what the kernel has of a VIP. Tables are numbered from 1.
@@ -132,6 +139,7 @@ func (k *kernel) close() {
 
 // read finds out what the maps have.
 func (k *kernel) read() error {
+	k.taken, k.kinds = make(map[uint32]bool), make(map[netip.Addr]uint8)
 	k.vips, k.reals, k.inside = make(map[service.Listener]*vipState), make(map[netip.Addr]uint32), make(map[uint32]kernelReal)
 	k.tables, k.found = make(map[uint32]*tableState), make(map[[sha256.Size]byte]uint32)
 	var key kernelVipKey
@@ -143,12 +151,12 @@ func (k *kernel) read() error {
 		if err != nil {
 			return err
 		}
-		k.vips[listenerOf(key)], byIndex[index] = s, s
+		k.vips[listenerOf(key)], byIndex[index], k.taken[index] = s, s, true
 	}
 	if err := all.Err(); err != nil {
 		return fmt.Errorf("map %s: %w", kernelMapVips, err)
 	}
-	return errors.Join(k.readLeaving(byIndex), k.readReals())
+	return errors.Join(k.readLeaving(byIndex), k.readReals(), k.readKinds())
 }
 
 func (k *kernel) readVIP(index uint32) (*vipState, error) {
@@ -181,6 +189,16 @@ func (k *kernel) readLeaving(byIndex map[uint32]*vipState) error {
 		if v := byIndex[key.Vip]; v != nil {
 			v.had[key.Real], v.leaving[key.Real] = true, how
 		}
+	}
+	return all.Err()
+}
+
+func (k *kernel) readKinds() error {
+	var a kernelAddress
+	var kind uint8
+	all := k.maps[kernelMapAddresses].Iterate()
+	for all.Next(&a, &kind) {
+		k.kinds[addressOf(a)] = kind
 	}
 	return all.Err()
 }
@@ -224,6 +242,9 @@ func (k *kernel) adopt(table uint32) error {
 	places, err := readTable(k.maps[kernelMapTables], number)
 	if err != nil {
 		return err
+	}
+	if k.shared != nil {
+		k.shared[number] = newSharedTable(places)
 	}
 	sum := sha256.Sum256(places)
 	k.tables[number] = &tableState{sum: sum, places: named(places), uses: 1}
@@ -285,18 +306,24 @@ func (k *kernel) set(vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]
 		return err
 	}
 	wanted := make(map[service.Listener]bool, len(vips))
-	built := make(map[string]uint32)
 	for _, v := range vips {
 		wanted[v.listener] = true
-		number, err := k.tableFor(v.members, built)
+	}
+	errs := []error{k.removeOthers(wanted)} // they make room
+	sums := make(map[string][sha256.Size]byte)
+	for _, v := range vips {
+		number, err := k.tableFor(v.members, sums)
 		if err == nil {
 			err = k.setVIP(v, number)
 		}
 		if err != nil {
-			return fmt.Errorf("service %s: %s: %w", v.name, v.listener, err)
+			errs = append(errs, fmt.Errorf("service %s: %s: %w", v.name, v.listener, err))
 		}
 	}
-	return k.removeOthers(wanted)
+	k.sums = sums
+	// Packets find a VIP by its address, when all else is there.
+	own, err := ownAddresses()
+	return errors.Join(append(errs, err, k.setAddresses(vips, own))...)
 }
 
 // setReals gives each real server a place. Who is not wanted any more keeps his until
@@ -353,15 +380,19 @@ func (k *kernel) putReal(index uint32, r kernelReal) error {
 }
 
 // tableFor returns the number of the table of some members, which is made if there is
-// none; 0 without members. built are those that were looked for before.
-func (k *kernel) tableFor(members []Member, built map[string]uint32) (uint32, error) {
+// none; 0 without members. sums gets what the table says.
+func (k *kernel) tableFor(members []Member, sums map[string][sha256.Size]byte) (uint32, error) {
 	if len(members) == 0 {
 		return 0, nil
 	}
 	members = sorted(members)
-	key := fmt.Sprint(members)
-	if number, ok := built[key]; ok {
-		return number, nil
+	key := k.keyOf(members)
+	for _, known := range []map[string][sha256.Size]byte{sums, k.sums} {
+		sum, ok := known[key]
+		if number, there := k.found[sum]; ok && there {
+			sums[key] = sum
+			return number, nil
+		}
 	}
 	places := make([]byte, 2*chunkSlots*((Slots+chunkSlots-1)/chunkSlots))
 	for slot, i := range Table(members) {
@@ -377,8 +408,20 @@ func (k *kernel) tableFor(members []Member, built map[string]uint32) (uint32, er
 		k.tables[number] = &tableState{sum: sum, places: named(places)}
 		k.found[sum] = number
 	}
-	built[key] = number
+	sums[key] = sum
 	return number, nil
+}
+
+// keyOf is all that a table follows from.
+func (k *kernel) keyOf(members []Member) string {
+	b := make([]byte, 0, 24*len(members))
+	for _, m := range members {
+		a := m.Address.As16()
+		b = append(b, a[:]...)
+		b = binary.LittleEndian.AppendUint32(b, m.Weight)
+		b = binary.LittleEndian.AppendUint32(b, k.reals[m.Address])
+	}
+	return string(b)
 }
 
 func (k *kernel) addTable(places []byte) (uint32, error) {
@@ -480,15 +523,8 @@ func (k *kernel) putLeaving(s *vipState, place uint32, how uint8) error {
 }
 
 func (k *kernel) addVIP(v vip, table uint32) error {
-	taken := make(map[uint32]bool, len(k.vips))
-	for _, s := range k.vips {
-		taken[s.index] = true
-	}
-	index := uint32(0)
-	for taken[index] {
-		index++
-	}
-	if index >= maxVIPs {
+	index, free := k.freeIndex()
+	if !free {
 		return fmt.Errorf("%w: there may be %d listeners", ErrNoRoom, maxVIPs)
 	}
 	s := vipState{index: index, name: v.name, table: table, changed: time.Now(), had: make(map[uint32]bool), leaving: make(map[uint32]uint8)}
@@ -504,6 +540,7 @@ func (k *kernel) addVIP(v vip, table uint32) error {
 		return err
 	}
 	k.use(table, 1)
+	k.taken[index] = true
 	k.vips[v.listener] = &s
 	return nil
 }
@@ -526,10 +563,43 @@ func (k *kernel) putVIP(l service.Listener, s vipState, whole bool) error {
 	if err := k.maps[kernelMapVips].Put(vipKeyOf(l), s.index); err != nil {
 		return fmt.Errorf("map %s: %w", kernelMapVips, err)
 	}
-	if err := k.maps[kernelMapAddresses].Put(kernelAddressOf(l.Address.Addr()), uint8(1)); err != nil {
-		return fmt.Errorf("map %s: %w", kernelMapAddresses, err)
+	return nil
+}
+
+// setAddresses says of each address that has listeners whether it is one of this host,
+// which answers pings of those by itself.
+func (k *kernel) setAddresses(vips []vip, own map[netip.Addr]bool) error {
+	done := make(map[netip.Addr]bool)
+	for _, v := range vips {
+		a := v.listener.Address.Addr()
+		if done[a] {
+			continue
+		}
+		done[a] = true
+		kind := uint8(addressEchoes)
+		if own[a] {
+			kind = addressOwn
+		}
+		if k.kinds[a] == kind {
+			continue
+		}
+		if err := k.maps[kernelMapAddresses].Put(kernelAddressOf(a), kind); err != nil {
+			return fmt.Errorf("map %s: %w", kernelMapAddresses, err)
+		}
+		k.kinds[a] = kind
 	}
 	return nil
+}
+
+// freeIndex returns an index that no VIP has: at first the next one.
+func (k *kernel) freeIndex() (uint32, bool) {
+	n := uint32(len(k.vips))
+	for i := range uint32(maxVIPs) {
+		if index := (n + i) % maxVIPs; !k.taken[index] {
+			return index, true
+		}
+	}
+	return 0, false
 }
 
 func (k *kernel) use(table uint32, n int) {
@@ -563,16 +633,20 @@ func (k *kernel) removeOthers(wanted map[service.Listener]bool) error {
 	for l := range wanted {
 		addresses[l.Address.Addr()] = true
 	}
+	for a := range maps.Clone(k.kinds) {
+		if !addresses[a] {
+			errs = append(errs, drop(k.maps[kernelMapAddresses], kernelAddressOf(a)))
+			delete(k.kinds, a)
+		}
+	}
 	for l, s := range k.vips {
 		if wanted[l] {
 			continue
 		}
 		errs = append(errs, drop(k.maps[kernelMapVips], vipKeyOf(l)))
-		if a := l.Address.Addr(); !addresses[a] {
-			errs = append(errs, drop(k.maps[kernelMapAddresses], kernelAddressOf(a)))
-		}
 		errs = append(errs, k.maps[kernelMapStates].Put(s.index, &kernelState{}), k.unuse(s.table), k.unuse(s.previous), k.forgetFlows(s))
 		delete(k.vips, l)
+		delete(k.taken, s.index)
 	}
 	return errors.Join(errs...)
 }
@@ -609,11 +683,12 @@ func drop(m *ebpf.Map, key any) error {
 	return nil
 }
 
-// How long a table of before stays at least, and how long a connection is remembered
-// that is silent.
+// How long a table of before stays at least, how long a connection may be silent because of
+// which it stays longer, and how long it is remembered at most.
 const (
 	previousFor   = 15 * time.Minute
-	rememberedFor = 15 * time.Minute
+	activeFor     = 15 * time.Minute
+	rememberedFor = 2 * time.Hour
 )
 
 // settle forgets connections that have been silent, and takes tables of before away whose
@@ -671,11 +746,13 @@ func (k *kernel) forgetSilent() (map[uint32]bool, error) {
 	var f kernelFlow
 	all := k.maps[kernelMapFlows].Iterate()
 	for all.Next(&key, &f) {
-		if time.Duration(int32(now-f.Seen))*time.Second > rememberedFor {
+		quiet := time.Duration(int32(now-f.Seen)) * time.Second
+		if quiet > rememberedFor {
 			silent = append(silent, key)
-			continue
 		}
-		remembered[f.Vip] = true
+		if quiet <= activeFor {
+			remembered[f.Vip] = true
+		}
 	}
 	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return nil, err

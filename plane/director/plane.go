@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -25,6 +24,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/service"
+	"github.com/vishvananda/netlink"
 )
 
 // Want is which services are directed, and where their packets arrive.
@@ -123,18 +123,23 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 		if err != nil {
 			return err
 		}
-		p.kernel = k
+		p.kernel, p.attached = k, nil
 	}
 	vips, reals := vipsOf(want.Services)
 	p.ways = waysTo(slices.Collect(maps.Keys(reals)))
-	if err := p.kernel.set(vips, reals, p.ways); err != nil {
-		return err
+	setting := p.kernel.set(vips, reals, p.ways) // what is right of it is in force
+	// The program is the same until there is another agent.
+	if p.attached == nil || !p.kernel.areAttached(want.Interfaces, p.attached) {
+		attached, err := p.kernel.attach(want.Interfaces)
+		if err != nil {
+			return err
+		}
+		p.attached = attached
 	}
-	attached, err := p.kernel.attach(want.Interfaces)
-	if err != nil {
-		return err
+	if setting != nil {
+		return setting
 	}
-	p.attached, p.want = attached, &want
+	p.want = &want
 	p.missing = p.missingOf(want, vips)
 	return nil
 }
@@ -143,7 +148,7 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 func (p *Plane) missingOf(want Want, vips []vip) (all []string) {
 	for _, name := range want.Interfaces {
 		if _, ok := p.attached[name]; !ok {
-			all = append(all, fmt.Sprintf("director: there is no interface %s; nothing that would arrive there is directed", name))
+			all = append(all, fmt.Sprintf("director: there is no interface %s of Ethernet; nothing that arrives there is directed", name))
 		}
 	}
 	said := make(map[netip.Addr]bool)
@@ -234,14 +239,15 @@ type way struct {
 
 // interfaceNumbers returns the numbers of interfaces that are there.
 func interfaceNumbers(names []string) (map[string]uint32, error) {
-	all, err := net.Interfaces()
+	all, err := netlink.LinkList()
 	if err != nil {
 		return nil, errors.Join(errors.New("interfaces cannot be listed"), err)
 	}
 	found := make(map[string]uint32)
-	for _, i := range all {
-		if slices.Contains(names, i.Name) {
-			found[i.Name] = uint32(i.Index)
+	for _, l := range all {
+		// The program knows packets that begin with addresses of Ethernet.
+		if a := l.Attrs(); slices.Contains(names, a.Name) && a.EncapType == "ether" {
+			found[a.Name] = uint32(a.Index)
 		}
 	}
 	return found, nil

@@ -3,6 +3,7 @@ package director
 import (
 	"errors"
 	"io/fs"
+	"maps"
 	"math/bits"
 	"net"
 	"net/netip"
@@ -69,9 +70,9 @@ type Drops struct {
 func Read(pins string) (*View, error) {
 	dir := filepath.Join(pins, planeDir)
 	v := &View{}
-	maps := make(map[string]*ebpf.Map)
+	opened := make(map[string]*ebpf.Map)
 	defer func() {
-		for _, m := range maps {
+		for _, m := range opened {
 			m.Close()
 		}
 	}()
@@ -83,10 +84,10 @@ func Read(pins string) (*View, error) {
 		if err != nil {
 			return nil, err
 		}
-		maps[name] = m
+		opened[name] = m
 	}
 	v.Interfaces = attachedTo(filepath.Join(dir, linksDir))
-	k := &kernel{dir: dir, maps: maps}
+	k := &kernel{dir: dir, maps: opened, shared: make(map[uint32]*sharedTable)}
 	if err := k.read(); err != nil {
 		return nil, err
 	}
@@ -126,28 +127,15 @@ func nameOf(index int) string {
 
 func (k *kernel) view(l service.Listener, s *vipState) (VIP, error) {
 	x := VIP{Service: s.name, Listener: l, SourceHash: s.table&stateSourceHash != 0, Changing: s.previous != 0}
-	slots := make(map[uint32]int)
-	for i, table := range []uint32{s.table, s.previous} {
-		number := numberOf(table)
-		if number == 0 {
-			continue
-		}
-		b, err := readTable(k.maps[kernelMapTables], number)
-		if err != nil {
-			return x, err
-		}
-		places := placesOf(b)
-		if i == 0 {
-			x.table = places
-		}
-		for _, p := range places {
-			if p > 0 {
-				slots[uint32(p-1)] += 1 - i // those of before count for nothing
-			}
-		}
+	if t := k.shared[numberOf(s.table)]; t != nil {
+		x.table = t.places
 	}
 	var err error
-	for index, n := range slots {
+	for _, index := range k.indexesOf(s) {
+		n := 0
+		if t := k.shared[numberOf(s.table)]; t != nil {
+			n = t.slots[index]
+		}
 		r := k.inside[index]
 		shown := Real{place: uint16(index + 1), Address: addressOf(r.Addr), Slots: n, Local: r.Traits&realLocal != 0, Drains: s.leaving[index+1] == leavesDrains, Down: s.leaving[index+1] == leavesDown}
 		if r.Ifindex != 0 {
@@ -161,6 +149,33 @@ func (k *kernel) view(l service.Listener, s *vipState) (VIP, error) {
 	slices.SortFunc(x.Reals, func(a, b Real) int { return a.Address.Compare(b.Address) })
 	x.Counters, err = k.counters(kernelMapVipCounters, s.index)
 	return x, err
+}
+
+// sharedTable is a table as several VIPs show it.
+type sharedTable struct {
+	places []uint16
+	slots  map[uint32]int // by index of a real server, how many places it has
+}
+
+func newSharedTable(whole []byte) *sharedTable {
+	t := &sharedTable{placesOf(whole), make(map[uint32]int)}
+	for _, p := range t.places {
+		if p > 0 {
+			t.slots[uint32(p-1)]++
+		}
+	}
+	return t
+}
+
+// indexesOf returns the real servers that the tables of a VIP name.
+func (k *kernel) indexesOf(s *vipState) []uint32 {
+	all := make(map[uint32]bool)
+	for _, table := range []uint32{s.table, s.previous} {
+		for _, place := range k.placesOf(table) {
+			all[place-1] = true
+		}
+	}
+	return slices.Collect(maps.Keys(all))
 }
 
 func placesOf(b []byte) []uint16 {

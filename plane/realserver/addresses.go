@@ -27,7 +27,11 @@ func setVIPs(wanted []netip.Addr) error {
 	var errs []error
 	for _, a := range wanted {
 		if !slices.Contains(have, a) {
-			errs = append(errs, change(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE|unix.NLM_F_ACK, a))
+			// One that somebody else has put there is his.
+			err := change(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, a)
+			if !errors.Is(err, unix.EEXIST) {
+				errs = append(errs, err)
+			}
 		}
 	}
 	for _, a := range have {

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/pentad/pentad/host"
@@ -88,7 +89,7 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 			return fmt.Errorf("%s: %w", x.Name, err)
 		}
 		if changed {
-			p.log.Info("a setting is made what a real server needs; pentad down puts it back", "setting", x.Name, "was", was, "is", x.Value)
+			p.log.Info("a setting is made what a real server needs; pentad down puts it back", "setting", sysctl(x.Name), "was", was, "is", x.Value)
 		}
 	}
 	own, err := ownAddresses()
@@ -125,13 +126,32 @@ func (p *Plane) Intact() bool {
 	if p.want == nil {
 		return true // it is about to be applied
 	}
-	have, err := vipsOfHost()
-	if err != nil {
+	have, err1 := vipsOfHost()
+	own, err2 := ownAddresses()
+	if err1 != nil || err2 != nil {
 		return true // it cannot be seen now
 	}
-	own, err := ownAddresses()
-	return slices.Equal(have, p.vips) && (err != nil || slices.Equal(vipsFor(*p.want, own), p.vips)) && settingsIn(p.runDir).Intact()
+	isThere := func(a netip.Addr) bool { return own[a] } // it may be somebody else's
+	isWanted := func(a netip.Addr) bool { return slices.Contains(p.vips, a) }
+	return every(p.vips, isThere) && every(have, isWanted) && slices.Equal(vipsFor(*p.want, own), p.vips)
 }
+
+func every(all []netip.Addr, is func(netip.Addr) bool) bool {
+	return !slices.ContainsFunc(all, func(a netip.Addr) bool { return !is(a) })
+}
+
+// Warnings say which setting somebody has made something else since.
+func (p *Plane) Warnings() (all []string) {
+	for _, x := range settings {
+		if have, err := settingsIn(p.runDir).Get(x.Name); err == nil && have < x.Value {
+			all = append(all, fmt.Sprintf("real server: %s is %d, and should be %d: this host tells others on the segment that it has the VIPs; sysctl -w %s=%d",
+				sysctl(x.Name), have, x.Value, sysctl(x.Name), x.Value))
+		}
+	}
+	return all
+}
+
+func sysctl(path string) string { return strings.ReplaceAll(path, "/", ".") }
 
 // Distrust has nothing to read again: the kernel is read each time.
 func (*Plane) Distrust() {}

@@ -29,7 +29,9 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define MAPPED bpf_htonl(0xffff) /* third word of ::ffff:0:0/96, RFC 4291 2.5.5.2 */
+#define ICMP_ECHOREPLY 0
 #define ICMP_DEST_UNREACH 3
+#define ICMP_ECHO 8
 #define ICMP_TIME_EXCEEDED 11
 #define ICMP_PARAMETERPROB 12
 #define ICMP_HEADER 8 /* of any type, that of IPv6 too */
@@ -146,7 +148,10 @@ enum drop {
 
 _Static_assert(sizeof(struct vip_key) == 20 && sizeof(struct state) == 8, "shared with Go");
 
-/* The addresses of VIPs. */
+#define ADDRESS_OWN 1    /* the host has it, and answers by itself */
+#define ADDRESS_ECHOES 2 /* pings of it are answered here */
+
+/* The addresses of VIPs, and what they are to this host. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__type(key, struct address);
@@ -398,8 +403,8 @@ static __always_inline bool may_remember(void)
 	return a->used++ < REMEMBERED_PER_SEC;
 }
 
-/* Whether a real server of a VIP, by its place, keeps what it has. */
-static __always_inline bool keeps(const struct packet *p, __u32 vip, __u32 place)
+/* How a real server leaves a VIP, by its place; 0: it does not. */
+static __always_inline __u8 leaves(__u32 vip, __u32 place)
 {
 	struct leaving_key key = {
 		.vip = vip,
@@ -408,10 +413,18 @@ static __always_inline bool keeps(const struct packet *p, __u32 vip, __u32 place
 	__u8 *how;
 
 	if (!place)
-		return false;
+		return LEAVES_DOWN;
 	how = bpf_map_lookup_elem(&leaving, &key);
+	return how ? *how : 0;
+}
+
+/* Whether it keeps what it has. */
+static __always_inline bool keeps(const struct packet *p, __u32 vip, __u32 place)
+{
+	__u8 how = leaves(vip, place);
+
 	/* Of datagrams it is not known whether they begin something: they leave. */
-	return !how || (*how == LEAVES_DRAINS && p->protocol == IPPROTO_TCP);
+	return !how || (how == LEAVES_DRAINS && p->protocol == IPPROTO_TCP);
 }
 
 /* A flow that is remembered is that of this packet, and goes where it went. */
@@ -425,7 +438,7 @@ static __always_inline bool holds(const struct flow *f, const struct packet *p, 
 	return !p->opens || now - f->seen < REOPENED_WITHIN;
 }
 
-static __always_inline void remember(__u64 key, __u32 vip, __u32 place, __u32 now)
+static __always_inline bool remember(__u64 key, __u32 vip, __u32 place, __u32 now)
 {
 	struct real *r = real_at(place);
 	struct flow fresh = {
@@ -435,9 +448,9 @@ static __always_inline void remember(__u64 key, __u32 vip, __u32 place, __u32 no
 	};
 
 	if (!r || !may_remember())
-		return;
+		return false;
 	fresh.generation = r->generation;
-	bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY);
+	return !bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY);
 }
 
 /*
@@ -467,9 +480,10 @@ static __always_inline __u32 choose_of_two(const struct packet *p, __u32 vip, __
 		remember(key, vip, previous, now);
 		return previous;
 	}
-	/* What goes by the new table is told from what goes by the old one. */
-	if (p->opens || !is_tcp)
-		remember(key, vip, current, now);
+	/* What goes by the new table is told from what goes by the old one; without that it
+	 * would go there from its second packet on. */
+	if ((p->opens || !is_tcp) && !remember(key, vip, current, now) && !leaves(vip, previous))
+		return previous;
 	return current;
 }
 
@@ -619,19 +633,60 @@ static __always_inline void set4(struct address *to, __be32 addr)
 	to->word[3] = addr;
 }
 
-static __always_inline bool is_vip(const struct address *a)
+static __always_inline __u8 kind_of(const struct address *a)
 {
-	return bpf_map_lookup_elem(&addresses, a);
+	__u8 *kind = bpf_map_lookup_elem(&addresses, a);
+
+	return kind ? *kind : 0;
+}
+
+/* Exchange some bytes, up to 16, at two places of a packet. */
+static __always_inline int swap(struct __sk_buff *skb, __u32 a, __u32 b, const __u32 size)
+{
+	__u8 left[16], right[16];
+
+	if (bpf_skb_load_bytes(skb, a, left, size) || bpf_skb_load_bytes(skb, b, right, size))
+		return -1;
+	if (bpf_skb_store_bytes(skb, a, right, size, 0))
+		return -1;
+	return bpf_skb_store_bytes(skb, b, left, size, 0);
+}
+
+/*
+ * Answer a ping of a VIP that this host has not: its type becomes that of an answer, and
+ * it goes back where it came from. Addresses that change places change no checksum.
+ */
+static __always_inline int echo(struct __sk_buff *skb, const struct packet *p, __u32 at, __u8 from,
+				__u8 to)
+{
+	const __u32 type = at, sum = at + 2;
+	bool ipv4 = is_mapped(&p->to);
+	int failed;
+
+	if (ipv4)
+		failed = swap(skb, ETH_HLEN + offsetof(struct iphdr, saddr),
+			      ETH_HLEN + offsetof(struct iphdr, daddr), 4);
+	else
+		failed = swap(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr),
+			      ETH_HLEN + offsetof(struct ipv6hdr, daddr), 16);
+	if (failed || swap(skb, 0, ETH_ALEN, ETH_ALEN) || age(skb, p))
+		return drop(DROP_MALFORMED);
+	if (bpf_l4_csum_replace(skb, sum, bpf_htons(from << 8), bpf_htons(to << 8), 2) ||
+	    bpf_skb_store_bytes(skb, type, &to, sizeof(to), 0))
+		return drop(DROP_MALFORMED);
+	return bpf_redirect(skb->ifindex, 0);
 }
 
 /* RFC 792: the errors quote the header of the packet, and eight bytes. */
-static __always_inline int icmp4(struct __sk_buff *skb, struct packet *p, __u32 at)
+static __always_inline int icmp4(struct __sk_buff *skb, struct packet *p, __u32 at, __u8 kind)
 {
 	struct iphdr inner;
 	__u8 type;
 
 	if (bpf_skb_load_bytes(skb, at, &type, sizeof(type)))
 		return drop(DROP_MALFORMED);
+	if (type == ICMP_ECHO && kind == ADDRESS_ECHOES)
+		return echo(skb, p, at, ICMP_ECHO, ICMP_ECHOREPLY);
 	if (type != ICMP_DEST_UNREACH && type != ICMP_TIME_EXCEEDED && type != ICMP_PARAMETERPROB)
 		return GOES_ON;
 	at += ICMP_HEADER;
@@ -650,11 +705,13 @@ static __always_inline int direct4(struct __sk_buff *skb)
 	struct packet p = {.length = skb->len};
 	__u32 at = ETH_HLEN;
 	struct iphdr ip;
+	__u8 kind;
 
 	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
 		return GOES_ON;
 	set4(&p.to, ip.daddr);
-	if (!is_vip(&p.to))
+	kind = kind_of(&p.to);
+	if (!kind)
 		return GOES_ON;
 	if (ip.ihl < 5)
 		return drop(DROP_MALFORMED);
@@ -671,13 +728,15 @@ static __always_inline int direct4(struct __sk_buff *skb)
 	case IPPROTO_UDP:
 		return with_ports(skb, &p, at);
 	case IPPROTO_ICMP:
-		return icmp4(skb, &p, at);
+		return icmp4(skb, &p, at, kind);
 	}
 	return GOES_ON;
 }
 
 #define ICMPV6_UNREACH 1
 #define ICMPV6_PARAMPROB 4
+#define ICMPV6_ECHO 128
+#define ICMPV6_ECHOREPLY 129
 #define NEXTHDR_HOP 0
 #define NEXTHDR_ROUTING 43
 #define NEXTHDR_FRAGMENT 44
@@ -702,13 +761,15 @@ static __always_inline void set6(struct address *to, const struct in6_addr *from
 }
 
 /* RFC 4443: errors have types 1 to 4, and quote as much of the packet as fits. */
-static __always_inline int icmp6(struct __sk_buff *skb, struct packet *p, __u32 at)
+static __always_inline int icmp6(struct __sk_buff *skb, struct packet *p, __u32 at, __u8 kind)
 {
 	struct ipv6hdr inner;
 	__u8 type;
 
 	if (bpf_skb_load_bytes(skb, at, &type, sizeof(type)))
 		return drop(DROP_MALFORMED);
+	if (type == ICMPV6_ECHO && kind == ADDRESS_ECHOES)
+		return echo(skb, p, at, ICMPV6_ECHO, ICMPV6_ECHOREPLY);
 	if (type < ICMPV6_UNREACH || type > ICMPV6_PARAMPROB)
 		return GOES_ON;
 	at += ICMP_HEADER;
@@ -725,13 +786,14 @@ static __always_inline int direct6(struct __sk_buff *skb)
 	struct packet p = {.length = skb->len};
 	__u32 at = ETH_HLEN;
 	struct ipv6hdr ip;
-	__u8 next;
+	__u8 kind, next;
 	int i;
 
 	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
 		return GOES_ON;
 	set6(&p.to, &ip.daddr);
-	if (!is_vip(&p.to))
+	kind = kind_of(&p.to);
+	if (!kind || is_mapped(&p.to))
 		return GOES_ON;
 	set6(&p.from, &ip.saddr);
 	p.ttl = ip.hop_limit;
@@ -747,7 +809,7 @@ static __always_inline int direct6(struct __sk_buff *skb)
 		case IPPROTO_UDP:
 			return with_ports(skb, &p, at);
 		case IPPROTO_ICMPV6:
-			return icmp6(skb, &p, at);
+			return icmp6(skb, &p, at, kind);
 		case NEXTHDR_FRAGMENT:
 			if (bpf_skb_load_bytes(skb, at, &f, sizeof(f)))
 				return drop(DROP_MALFORMED);
@@ -779,6 +841,9 @@ int direct(struct __sk_buff *skb)
 {
 	/* A switch that does not know the way sends everybody a copy of what is for one. */
 	if (skb->pkt_type != PACKET_HOST)
+		return GOES_ON;
+	/* It is of another interface, which is on top of this one. */
+	if (skb->vlan_present)
 		return GOES_ON;
 	switch (skb->protocol) {
 	case bpf_htons(ETH_P_IP):
