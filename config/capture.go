@@ -238,6 +238,9 @@ func (d *decoder) leadTo(n *yaml.Node, x *Capture, p *Proxy) {
 		d.errorf(n, "capture %s: %s has keepSource, which is for clients of other hosts: what processes of this host send has its addresses already", x.Name, x.Proxy)
 	}
 	d.checkReach(n, *x)
+	if x.UDP && len(p.Rules) > 0 && !slices.ContainsFunc(p.Rules, func(r ProxyRule) bool { return r.Via[0] == Direct }) {
+		d.warnings = append(d.warnings, d.problem(n, "capture %s: no rule of %s goes direct, and datagrams go no other way: they are dropped", x.Name, x.Proxy))
+	}
 }
 
 // checkArrival refuses what the kernel would drop: packets from elsewhere never reach the
@@ -320,12 +323,28 @@ func number32(text string, find func(string) (string, error)) (uint32, error) {
 	return uint32(n), err
 }
 
+// isOwnAddress reports whether an address is one of this host. What cannot be seen is
+// taken for one.
+func isOwnAddress(a netip.Addr) bool {
+	addresses, err := net.InterfaceAddrs()
+	return err != nil || a.IsLoopback() || a.IsUnspecified() || slices.ContainsFunc(addresses, func(x net.Addr) bool {
+		n, ok := x.(*net.IPNet)
+		return ok && n.IP.Equal(a.AsSlice())
+	})
+}
+
 // needsOfCaptures lists what captures name and the host should have.
 func (d *decoder) needsOfCaptures(c *Config) (all []need) {
 	for i, x := range c.Captures {
 		if x.User != "" {
 			all = append(all, need{d.problem(d.captureNodes[i], "capture %s: there is no user %s on this host", x.Name, x.User),
 				func(string) bool { _, err := x.UserID(); return err == nil }})
+		}
+		for _, at := range x.To {
+			if x.Proxy == "" {
+				all = append(all, need{d.problem(d.captureNodes[i], "capture %s: %s is no address of this host: a proxy elsewhere is not told where connections wanted to go", x.Name, at),
+					func(string) bool { return isOwnAddress(at.Addr()) }})
+			}
 		}
 		if x.Interface != "" {
 			all = append(all, need{d.problem(d.captureNodes[i], "capture %s: there is no interface %s on this host now; nothing of it is captured until there is", x.Name, x.Interface),

@@ -74,6 +74,10 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 		errs = append(errs, p.table.apply(withOthers(packets, p.table.entries), services))
 	}
 	errs = append(errs, p.programs.apply(inConnect, services), p.table.apply(packets, services))
+	if errors.Join(errs...) == nil {
+		// What an agent before has left goes when there is something in its place.
+		errs = append(errs, p.programs.prune())
+	}
 	p.missing = missing
 	return errors.Join(errs...)
 }

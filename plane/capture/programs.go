@@ -38,6 +38,7 @@ type programs struct {
 	services map[service.Listener]bool
 	room     int  // how many of those there may be
 	trusted  bool // the kernel has what this says
+	pruned   bool // and nothing besides
 }
 
 // The directories of links, and the maps that are shared.
@@ -132,10 +133,11 @@ func (p *programs) apply(entries []entry, services map[service.Listener]bool) er
 	return nil
 }
 
-// build attaches new programs, and then takes away what is not wanted any more.
+// build attaches new programs, beside those that may not be wanted any more.
 func (p *programs) build(entries []entry, services map[service.Listener]bool) error {
+	p.pruned = false
 	if len(entries) == 0 {
-		return removePrograms(p.dir)
+		return nil
 	}
 	if err := os.MkdirAll(p.dir, 0o700); err != nil {
 		return err
@@ -149,18 +151,30 @@ func (p *programs) build(entries []entry, services map[service.Listener]bool) er
 			m.Close()
 		}
 	}()
-	wanted := make(map[string]bool)
 	for _, at := range points(entries) {
-		wanted[at.dir] = true
 		if err := p.attach(at, shared); err != nil {
 			return fmt.Errorf("cgroup %s: %w", at.at.path, err)
 		}
 	}
 	// From here on nobody reads the services of before.
-	if err := p.pinServices(shared[programsMapServices]); err != nil {
-		return err
+	return p.pinServices(shared[programsMapServices])
+}
+
+// prune takes away the programs that are not wanted any more.
+func (p *programs) prune() error {
+	if p.pruned {
+		return nil
 	}
-	return p.detach(func(dir string) bool { return !wanted[dir] })
+	wanted := make(map[string]bool)
+	for _, at := range points(p.entries) {
+		wanted[at.dir] = true
+	}
+	err := p.detach(func(dir string) bool { return !wanted[dir] })
+	if err == nil && len(wanted) == 0 {
+		err = removePrograms(p.dir)
+	}
+	p.pruned = err == nil
+	return err
 }
 
 // openShared opens the maps that all programs share, or makes them. That of services is

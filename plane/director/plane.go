@@ -152,8 +152,13 @@ func (p *Plane) missingOf(want Want, vips []vip) (all []string) {
 		}
 	}
 	said := make(map[netip.Addr]bool)
+	own, err := ownAddresses()
 	for _, v := range vips {
 		for _, m := range v.members {
+			if a := v.listener.Address.Addr(); err == nil && p.ways[m.Address].local && !own[a] && !said[a] {
+				said[a] = true
+				all = append(all, fmt.Sprintf("service %s: real server %s is this host, which has not the address %s: add \"realServer: {vips: auto}\"", v.name, m.Address, a))
+			}
 			if w := p.ways[m.Address]; w.why != "" && !said[m.Address] {
 				said[m.Address] = true
 				all = append(all, fmt.Sprintf("service %s: real server %s: %s; what is directed there is dropped", v.name, m.Address, w.why))

@@ -116,26 +116,29 @@ func askAtOnce(args []string) error {
 			return err
 		}
 	}
-	for i, c := range sockets {
-		if _, err := fmt.Fprint(c, i); err != nil {
-			return err
-		}
-	}
-	answered, wrong := 0, 0
-	deadline := time.Now().Add(3 * time.Second)
+	answered, wrong := make(map[int]bool), 0
 	b := make([]byte, 100)
-	for i, c := range sockets {
-		_ = c.SetReadDeadline(deadline)
-		n, err := c.Read(b)
-		if err != nil {
-			continue
+	// A datagram may be lost where many are: it is sent again, as a resolver does.
+	for began := time.Now(); len(answered) < n && time.Since(began) < 15*time.Second; {
+		for i, c := range sockets {
+			if _, err := fmt.Fprint(c, i); err != nil && !answered[i] {
+				return err
+			}
 		}
-		answered++
-		if string(b[:n]) != fmt.Sprintf("heard %d", i) {
-			wrong++
+		deadline := time.Now().Add(time.Second)
+		for i, c := range sockets {
+			_ = c.SetReadDeadline(deadline)
+			n, err := c.Read(b)
+			if err != nil {
+				continue
+			}
+			answered[i] = true
+			if string(b[:n]) != fmt.Sprintf("heard %d", i) {
+				wrong++
+			}
 		}
 	}
-	fmt.Printf("%d answered, %d wrong", answered, wrong)
+	fmt.Printf("%d answered, %d wrong", len(answered), wrong)
 	return nil
 }
 

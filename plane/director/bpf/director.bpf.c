@@ -536,7 +536,8 @@ static __always_inline void note_fragment(const struct packet *p, __u32 place)
 		.from = p->from,
 		.to = p->to,
 		.id = p->id,
-		.protocol = p->protocol,
+		/* IPv6 numbers packets of a pair of hosts, RFC 8200 section 4.5. */
+		.protocol = is_mapped(&p->to) ? p->protocol : 0,
 	};
 
 	bpf_map_update_elem(&fragments, &k, &place, BPF_ANY);
@@ -583,7 +584,8 @@ static __always_inline int follow(struct __sk_buff *skb, const struct packet *p)
 		.from = p->from,
 		.to = p->to,
 		.id = p->id,
-		.protocol = p->protocol,
+		/* IPv6 numbers packets of a pair of hosts, RFC 8200 section 4.5. */
+		.protocol = is_mapped(&p->to) ? p->protocol : 0,
 	};
 	__u32 *place = bpf_map_lookup_elem(&fragments, &k);
 
@@ -760,11 +762,17 @@ static __always_inline void set6(struct address *to, const struct in6_addr *from
 	__builtin_memcpy(to, from, sizeof(*to));
 }
 
-/* RFC 4443: errors have types 1 to 4, and quote as much of the packet as fits. */
+/*
+ * RFC 4443: errors have types 1 to 4, and quote as much of the packet as fits. The first
+ * of several fragments says what an error is about.
+ */
 static __always_inline int icmp6(struct __sk_buff *skb, struct packet *p, __u32 at, __u8 kind)
 {
+	struct fragment_header f;
 	struct ipv6hdr inner;
+	struct extension e;
 	__u8 type;
+	int i;
 
 	if (bpf_skb_load_bytes(skb, at, &type, sizeof(type)))
 		return drop(DROP_MALFORMED);
@@ -778,7 +786,25 @@ static __always_inline int icmp6(struct __sk_buff *skb, struct packet *p, __u32 
 	set6(&p->to, &inner.saddr);
 	set6(&p->from, &inner.daddr);
 	p->protocol = inner.nexthdr;
-	return about(skb, p, at + sizeof(inner));
+	at += sizeof(inner);
+	for (i = 0; i < MAX_HEADERS; i++) {
+		if (p->protocol == NEXTHDR_FRAGMENT) {
+			if (bpf_skb_load_bytes(skb, at, &f, sizeof(f)))
+				return drop(DROP_MALFORMED);
+			if (f.offset & bpf_htons(~7))
+				return GOES_ON;
+			p->protocol = f.next;
+			at += sizeof(f);
+		} else if (p->protocol == NEXTHDR_DEST || p->protocol == NEXTHDR_HOP) {
+			if (bpf_skb_load_bytes(skb, at, &e, sizeof(e)))
+				return drop(DROP_MALFORMED);
+			p->protocol = e.next;
+			at += 8 + e.length * 8;
+		} else {
+			break;
+		}
+	}
+	return about(skb, p, at);
 }
 
 static __always_inline int direct6(struct __sk_buff *skb)
