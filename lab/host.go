@@ -301,7 +301,8 @@ func (h *Host) Close() error {
 	}
 	h.processes = nil
 	h.mu.Unlock()
-	errs = append(errs, socket.Remove(h.Pins), host.RemovePins(h.Pins))
+	// Whatever plane has pinned something: what is unpinned is detached.
+	errs = append(errs, socket.Remove(h.Pins), os.RemoveAll(h.Pins))
 	if h.cgroup != "" {
 		errs = append(errs, removeCgroup(dir))
 	}
