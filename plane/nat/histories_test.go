@@ -29,7 +29,22 @@ func machine(t *testing.T) *lab.Host {
 			t.Error(err)
 		}
 	})
+	if err := h.Forward(); err != nil {
+		t.Fatal(err)
+	}
 	return h
+}
+
+// warnings returns what a plane has to say on a machine.
+func warnings(t *testing.T, h *lab.Host, p *Plane) (all []string) {
+	t.Helper()
+	if err := h.Do(func() error {
+		all = p.Warnings()
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return all
 }
 
 // randomService wants listeners of a few that all want, in every combination, and
@@ -135,8 +150,8 @@ func TestHistories(t *testing.T) {
 			t.Fatalf("seed %d, step %d: %d elements after a history, %d after a start:\n%+v\n%+v", seed, step, len(have), len(want), have, want)
 		}
 	}
-	if log.Len() > 0 || len(p.Warnings()) > 0 {
-		t.Errorf("seed %d: %s %v", seed, log.String(), p.Warnings())
+	if said := warnings(t, h, p); log.Len() > 0 || len(said) > 0 {
+		t.Errorf("seed %d: %s %v", seed, log.String(), said)
 	}
 }
 
@@ -243,7 +258,7 @@ func TestRefusal(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		said := strings.Join(p.Warnings(), "\n")
+		said := strings.Join(warnings(t, h, p), "\n")
 		if strings.Contains(said, bad.Name) != refused || strings.Contains(said, "good") {
 			t.Errorf("refused: %q", said)
 		}
