@@ -446,7 +446,8 @@ func TestEjectionGrows(t *testing.T) {
   health: {probe: none}
   breaker: {failures: 1, ejection: 400ms}
   backends: [10.0.0.1:7000, 10.0.0.2:7000]`)
-	end := w.startStorm("192.0.2.10:80", 4, time.Millisecond)
+	const clients = 4
+	end := w.startStorm("192.0.2.10:80", clients, time.Millisecond)
 	for i, want := range []time.Duration{400, 800, 1600, 3200, 4000, 4000} {
 		want *= time.Millisecond
 		var l socket.Load
@@ -457,8 +458,16 @@ func TestEjectionGrows(t *testing.T) {
 		}
 	}
 	r := end()
-	if len(r.Failed) != 6 {
-		t.Errorf("%d connects failed in one failure and five trials: %v", len(r.Failed), r)
+	// Whoever was on his way there when the first one failed fails, too; from then on it is
+	// one a trial.
+	atFirst := 0
+	for _, a := range r.Failed {
+		if a.Began.Sub(r.Failed[0].Began).Abs() < 200*time.Millisecond {
+			atFirst++
+		}
+	}
+	if trials := len(r.Failed) - atFirst; atFirst > clients || trials != 5 {
+		t.Errorf("%d connects failed at first and %d in five trials: %v", atFirst, trials, r)
 	}
 }
 
