@@ -405,14 +405,8 @@ func (l *localAddresses) has(a netip.Addr) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if time.Since(l.read) > localFor {
-		l.read, l.all = time.Now(), make(map[netip.Addr]bool)
-		addresses, _ := net.InterfaceAddrs() // on an error there is none
-		for _, x := range addresses {
-			if n, ok := x.(*net.IPNet); ok {
-				ip, _ := netip.AddrFromSlice(n.IP)
-				l.all[ip.Unmap()] = true
-			}
-		}
+		l.read = time.Now()
+		l.all, _ = host.Addresses() // on an error there is none
 	}
 	return l.all[a]
 }

@@ -123,8 +123,7 @@ func (b *box) program(t *testing.T) *ebpf.Program {
 	return p
 }
 
-// counters is a map of counters by the place of a real server, and addresses that of who
-// has it.
+// pinned opens a map of the director.
 func (b *box) pinned(t *testing.T, name string) *ebpf.Map {
 	t.Helper()
 	m, err := ebpf.LoadPinnedMap(filepath.Join(b.Pins, "director", "maps-1", name), nil)

@@ -19,6 +19,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -322,7 +323,7 @@ func (k *kernel) set(vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]
 	}
 	k.sums = sums
 	// Packets find a VIP by its address, when all else is there.
-	own, err := ownAddresses()
+	own, err := host.Addresses()
 	return errors.Join(append(errs, err, k.setAddresses(vips, own))...)
 }
 

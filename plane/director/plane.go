@@ -1,5 +1,5 @@
 // Package director sends packets to VIPs on to real servers, unchanged but for their
-// link-layer addresses (direct routing, LVS-DR). The servers have the VIP, too, and
+// link-layer addresses and time to live (direct routing, LVS-DR). The servers have the VIP, too, and
 // answer clients by themselves, so that answers do not pass here.
 //
 // An eBPF program sees what arrives at an interface; all that it needs is in its maps,
@@ -23,6 +23,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 	"github.com/vishvananda/netlink"
 )
@@ -152,7 +153,7 @@ func (p *Plane) missingOf(want Want, vips []vip) (all []string) {
 		}
 	}
 	said := make(map[netip.Addr]bool)
-	own, err := ownAddresses()
+	own, err := host.Addresses()
 	for _, v := range vips {
 		for _, m := range v.members {
 			if a := v.listener.Address.Addr(); err == nil && p.ways[m.Address].local && !own[a] && !said[a] {

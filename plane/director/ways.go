@@ -2,7 +2,6 @@ package director
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
@@ -17,22 +16,6 @@ func waysTo(reals []netip.Addr) map[netip.Addr]way {
 		all[a] = wayTo(a)
 	}
 	return all
-}
-
-// ownAddresses returns the addresses of this host.
-func ownAddresses() (map[netip.Addr]bool, error) {
-	addresses, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, err
-	}
-	all := make(map[netip.Addr]bool)
-	for _, a := range addresses {
-		if n, ok := a.(*net.IPNet); ok {
-			ip, _ := netip.AddrFromSlice(n.IP)
-			all[ip.Unmap()] = true
-		}
-	}
-	return all, nil
 }
 
 func wayTo(a netip.Addr) way {

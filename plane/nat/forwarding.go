@@ -2,11 +2,10 @@ package nat
 
 import (
 	"fmt"
-	"net"
-	"net/netip"
 	"os"
 	"strings"
 
+	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/service"
 )
 
@@ -30,7 +29,7 @@ func warnOfForwarding(f service.Family, name string) []string {
 
 // notePassed notes of each family a service of which this host has to pass packets on.
 func (p *Plane) notePassed(services *service.Snapshot) {
-	own := ownAddresses()
+	own, _ := host.Addresses() // on an error there is none
 	passed := make(map[service.Family]string)
 	for _, s := range services.Services {
 		if len(places(s)) == 0 {
@@ -45,16 +44,4 @@ func (p *Plane) notePassed(services *service.Snapshot) {
 	p.saidMu.Lock()
 	p.passed = passed
 	p.saidMu.Unlock()
-}
-
-func ownAddresses() map[netip.Addr]bool {
-	all := make(map[netip.Addr]bool)
-	addresses, _ := net.InterfaceAddrs() // on an error there is none
-	for _, a := range addresses {
-		if n, ok := a.(*net.IPNet); ok {
-			ip, _ := netip.AddrFromSlice(n.IP)
-			all[ip.Unmap()] = true
-		}
-	}
-	return all
 }

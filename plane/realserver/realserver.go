@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -92,7 +91,7 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 			p.log.Info("a setting is made what a real server needs; pentad down puts it back", "setting", sysctl(x.Name), "was", was, "is", x.Value)
 		}
 	}
-	own, err := ownAddresses()
+	own, err := host.Addresses()
 	if err != nil {
 		return err
 	}
@@ -104,21 +103,6 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	return nil
 }
 
-func ownAddresses() (map[netip.Addr]bool, error) {
-	addresses, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, err
-	}
-	all := make(map[netip.Addr]bool)
-	for _, a := range addresses {
-		if n, ok := a.(*net.IPNet); ok {
-			ip, _ := netip.AddrFromSlice(n.IP)
-			all[ip.Unmap()] = true
-		}
-	}
-	return all, nil
-}
-
 // Intact reports whether the addresses and settings are what Apply made them.
 func (p *Plane) Intact() bool {
 	p.mu.Lock()
@@ -127,7 +111,7 @@ func (p *Plane) Intact() bool {
 		return true // it is about to be applied
 	}
 	have, err1 := vipsOfHost()
-	own, err2 := ownAddresses()
+	own, err2 := host.Addresses()
 	if err1 != nil || err2 != nil {
 		return true // it cannot be seen now
 	}
