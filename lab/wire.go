@@ -155,7 +155,8 @@ func (h *Host) Forward() error {
 
 // Switch is a layer-2 segment into which hosts are plugged.
 type Switch struct {
-	host *Host
+	host  *Host
+	ports map[*Host][]string // of each host that is plugged in
 }
 
 // AnswerAll has the host send an ICMP message for everything that it refuses, where
@@ -171,7 +172,7 @@ func NewSwitch() (*Switch, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Switch{h}
+	s := &Switch{host: h, ports: make(map[*Host][]string)}
 	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "switch"}}
 	if err := h.handle.LinkAdd(bridge); err != nil {
 		return nil, errors.Join(fmt.Errorf("switch: %w", err), h.Close())
@@ -194,7 +195,36 @@ func (s *Switch) Plug(h *Host, addresses ...string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	s.ports[h] = append(s.ports[h], port)
 	return name, s.host.handle.LinkSetMaster(l, bridge)
+}
+
+// Cut makes everything from and to a host vanish in the switch: its interfaces stay up,
+// and nobody tells it.
+func (s *Switch) Cut(h *Host) error {
+	return s.eachPort(h, func(port, _ netlink.Link) error { return s.host.handle.LinkSetNoMaster(port) })
+}
+
+// Mend undoes Cut.
+func (s *Switch) Mend(h *Host) error {
+	return s.eachPort(h, s.host.handle.LinkSetMaster)
+}
+
+func (s *Switch) eachPort(h *Host, do func(port, bridge netlink.Link) error) error {
+	bridge, err := s.host.handle.LinkByName("switch")
+	if err != nil {
+		return err
+	}
+	for _, name := range s.ports[h] {
+		l, err := s.host.handle.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if err := do(l, bridge); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close takes the switch away.

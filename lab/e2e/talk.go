@@ -1,4 +1,4 @@
-package director_test
+package e2e
 
 import (
 	"bufio"
@@ -10,11 +10,7 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/pentad/pentad/lab/actor"
 )
-
-var clients = map[string]actor.Role{"repeat": repeat, "talk": talk, "big": big, "ask often": askOften}
 
 // repeat serves TCP and UDP at addresses: it answers each line, and each datagram, with
 // its name and the address that it sees.
@@ -146,32 +142,6 @@ func askOften(args []string) error {
 			continue
 		}
 		fmt.Println(strings.TrimSpace(string(b[:n])))
-	}
-	return nil
-}
-
-// big asks by datagrams of a size, from several ports.
-func big(args []string) error {
-	size, err := strconv.Atoi(args[1])
-	if err != nil {
-		return err
-	}
-	for range 10 {
-		c, err := net.Dial("udp", args[0])
-		if err != nil {
-			return err
-		}
-		_ = c.SetDeadline(time.Now().Add(patience))
-		if _, err := c.Write(make([]byte, size)); err != nil {
-			return err
-		}
-		b := make([]byte, 1500)
-		n, err := c.Read(b)
-		if err != nil {
-			return err
-		}
-		fmt.Println(string(b[:n]))
-		c.Close()
 	}
 	return nil
 }

@@ -40,7 +40,7 @@ func Program() string { return program }
 // Main builds pentad and runs the tests of a room. A process that was started as one of
 // the room's clients, or of those that several rooms have, is that client instead.
 func Main(m *testing.M, clients map[string]actor.Role) {
-	roles := map[string]actor.Role{"ask": askWho, "watch": watch, "tell": tell, "be told": beTold}
+	roles := map[string]actor.Role{"ask": askWho, "watch": watch, "tell": tell, "be told": beTold, "repeat": repeat, "talk": talk, "ask often": askOften}
 	maps.Copy(roles, clients)
 	actor.Main(roles)
 	os.Exit(buildAndRun(m))
