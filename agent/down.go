@@ -29,6 +29,7 @@ func Down(ctx context.Context, opts Options) error {
 	lock, err := host.Lock(pins)
 	var held *host.LockedError
 	if errors.As(err, &held) {
+		withdraw(ctx, runDir)
 		lock, err = evict(ctx, pins, held)
 	}
 	if err != nil {
@@ -36,6 +37,14 @@ func Down(ctx context.Context, opts Options) error {
 	}
 	defer lock.Close()
 	return errors.Join(leaveAll(opts), host.RemovePins(pins), forgetState(opts), removeRunDir(runDir))
+}
+
+// withdraw has a running agent take back what it has told the network, also where that
+// is to outlive it: from now on nothing is forwarded here.
+func withdraw(ctx context.Context, runDir string) {
+	ctx, stop := context.WithTimeout(ctx, downPatience)
+	defer stop()
+	_ = api.NewClient(runDir).Withdraw(ctx) // one that does not answer is ended all the same
 }
 
 // leaveAll takes every role out of the kernel, in the opposite order of the table.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/service"
 )
 
 // How often the kernel is read whole, and how long a driver waits before it repeats
@@ -105,14 +106,15 @@ type drive[P plane[W], W want[W]] struct {
 
 // target is what a part is to become.
 type target[W any] struct {
-	number uint64
-	mode   mode
-	want   W
+	number   uint64
+	mode     mode
+	services *service.Snapshot // that were known then
+	want     W
 }
 
 // set makes what is known the aim.
 func (d *drive[P, W]) set(k *known) {
-	t := target[W]{number: k.number}
+	t := target[W]{number: k.number, services: k.services}
 	if d.part.wanted(k.config) {
 		var known bool
 		t.mode = waiting
@@ -194,7 +196,7 @@ func (d *drive[P, W]) run(ctx context.Context) {
 			verified = true
 		case <-retry.C:
 		}
-		number, err := d.step(ctx, force)
+		tried, err := d.step(ctx, force)
 		if ctx.Err() != nil {
 			return
 		}
@@ -209,7 +211,7 @@ func (d *drive[P, W]) run(ctx context.Context) {
 			retry.Reset(backoff)
 			backoff = min(2*backoff, retryMost)
 		}
-		send(ctx, d.agent.outcomes, outcome{d.part.name, number, err, verified})
+		send(ctx, d.agent.outcomes, outcome{d.part.name, tried.number, tried.mode, tried.services, err, verified})
 	}
 }
 
@@ -243,9 +245,9 @@ func (d *drive[P, W]) isBroken() bool {
 
 // step does what the aim asks for. Without force a plane is called only if its want is
 // another one.
-func (d *drive[P, W]) step(ctx context.Context, force bool) (number uint64, err error) {
+func (d *drive[P, W]) step(ctx context.Context, force bool) (t target[W], err error) {
 	d.mu.Lock()
-	t := d.target
+	t = d.target
 	d.mu.Unlock()
 	switch t.mode {
 	case off:
@@ -266,7 +268,7 @@ func (d *drive[P, W]) step(ctx context.Context, force bool) (number uint64, err 
 	if t.mode != on {
 		d.is.broken = false
 	}
-	return t.number, err
+	return t, err
 }
 
 // apply has the plane look like a want, and opens it before if need be.
@@ -313,6 +315,9 @@ func (d *drive[P, W]) close() {
 // leave takes out of the kernel what the role has there, whether this agent put it
 // there or an earlier one with the same pins.
 func (d *drive[P, W]) leave() error {
+	if w, ok := any(d.plane).(withdrawer); ok && d.isOpen {
+		w.Withdraw()
+	}
 	d.close()
 	if d.part.remove == nil {
 		return nil

@@ -189,7 +189,7 @@ func (a *Agent) publish() {
 	services := a.inbox.merge()
 	names := a.rename(services)
 	now := &known{
-		number: last.number + 1, config: a.inbox.file.Config, silent: a.inbox.silent, node: a.inbox.kubernetes.Node,
+		number: last.number + 1, config: a.inbox.file.Config, silent: a.inbox.silent, node: a.inbox.kubernetes.Node, standing: last.standing,
 		services: last.services.Next(a.states.over(services, a.published)),
 	}
 	a.known = now
@@ -223,6 +223,7 @@ func (a *Agent) rename(services []*service.Service) map[string]string {
 // onOutcome takes what a role says of itself.
 func (a *Agent) onOutcome(o outcome) {
 	a.reached[o.role] = o
+	a.noteStanding(o)
 	a.answerDrains()
 	a.answerReloads()
 	if o.verified {

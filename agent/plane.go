@@ -28,3 +28,9 @@ type want[W any] interface {
 
 // warner is a plane that has something to say to people though nothing failed.
 type warner interface{ Warnings() []string }
+
+// withdrawer is a plane that has told others something that outlives it.
+type withdrawer interface {
+	// Withdraw takes it back, before Close.
+	Withdraw()
+}

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/pentad/pentad/announce"
+	"github.com/pentad/pentad/announce/bgp"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/plane/capture"
@@ -28,6 +30,8 @@ var roles = []role{
 		open: openDirector, remove: removeDirector, look: time.Second, measure: measureDirector},
 	part[*realserver.Plane, realserver.Want]{name: "realserver", wanted: isRealServer, want: wantRealServer,
 		open: openRealServer, remove: removeRealServer, look: time.Second},
+	part[*bgp.Plane, bgp.Want]{name: "bgp", wanted: speaksBGP, want: wantBGP,
+		open: openBGP, measure: measureBGP, minor: true, loud: true},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
 	part[*capture.Plane, capture.Want]{name: "capture", wanted: hasCaptures, want: wantCaptures,
@@ -55,6 +59,7 @@ type known struct {
 	services *service.Snapshot // of all sources, with the state of their backends
 	silent   service.Sources   // those that have not told yet what they have
 	node     nodeFacts
+	standing announce.Standing // what of them is in the kernel for packets from elsewhere
 }
 
 // The wants: pure functions of what is known. The second result is false where the

@@ -1,6 +1,10 @@
 package agent
 
-import "time"
+import (
+	"time"
+
+	"github.com/pentad/pentad/service"
+)
 
 // mode is what becomes of a role.
 type mode uint8
@@ -40,6 +44,8 @@ func (s roleState) isSound() bool {
 type outcome struct {
 	role     string
 	number   uint64
+	mode     mode
+	services *service.Snapshot // of what was tried
 	err      error
 	verified bool // the whole kernel was read
 }

@@ -152,6 +152,10 @@ type Agent interface {
 	Proxies() []Proxy
 	// Forwards returns the forwards of this host.
 	Forwards() []Forward
+	// Announcements returns what the network is told.
+	Announcements() Announcements
+	// Withdraw takes it all back, for good.
+	Withdraw()
 	// ProxyFlows returns the connections of their clients that are open.
 	ProxyFlows() []ProxyFlow
 	// FollowProxies calls each for every one that gets to its target or ends, until the
@@ -176,6 +180,7 @@ func Handler(a Agent) http.Handler {
 		reply(w, http.StatusOK, a.Probes(r.URL.Query().Get("service")))
 	})
 	serveProxies(mux, a)
+	serveAnnouncements(mux, a)
 	mux.HandleFunc("POST /v1/drain", act(a.Drain))
 	mux.HandleFunc("POST /v1/reload", act(a.Reload))
 	return mux

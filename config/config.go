@@ -28,6 +28,7 @@ type Config struct {
 	API        API
 	Director   Director
 	RealServer RealServer
+	Announce   Announce
 
 	Proxies   []Proxy
 	Upstreams []Upstream
@@ -70,6 +71,7 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 	mappings("capture", "list of captures", "Whose connections are led to a proxy that they do not know of.", &captureSchema, (*decoder).captures),
 	section("director", "Where packets to services with `forward: direct` arrive.", &directorSchema, func(c *Config) *Director { return &c.Director }),
 	section("realServer", "This host is one that directors send packets to.", &realServerSchema, func(c *Config) *RealServer { return &c.RealServer }),
+	section("announce", "How the network is told which VIPs are here: those of services with `forward` other than `none` that have a usable backend.", &announceSchema, func(c *Config) *Announce { return &c.Announce }),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
@@ -146,6 +148,7 @@ func ParseText(t *Text) (*Config, error) {
 	d.checkVias(c)
 	d.checkForwards(c)
 	d.checkCaptures(c)
+	d.checkAnnounce(c)
 	if err := d.failed(); err != nil {
 		return nil, err
 	}
@@ -158,7 +161,7 @@ func ParseText(t *Text) (*Config, error) {
 	for name, some := range c.Files {
 		c.Files[name] = slices.DeleteFunc(some, isDisabled)
 	}
-	c.Warnings, c.needs = d.sorted(d.warnings), append(d.needs(c, seen["scope"]), append(d.needsOfProxies(c), d.needsOfCaptures(c)...)...)
+	c.Warnings, c.needs = d.sorted(d.warnings), append(d.needs(c, seen["scope"]), slices.Concat(d.needsOfProxies(c), d.needsOfAnnounce(c), d.needsOfCaptures(c))...)
 	return c, nil
 }
 

@@ -28,6 +28,7 @@ type decoder struct {
 
 	proxyNodes    []*yaml.Node // of Proxies, and so on
 	upstreamNodes []*yaml.Node
+	peerNodes     []*yaml.Node
 	forwardNodes  []*yaml.Node
 	captureNodes  []*yaml.Node
 

@@ -72,6 +72,9 @@ type Listener struct {
 	Held bool
 	// Guarded listeners answer packets from the service's Sources only.
 	Guarded bool
+	// Public listeners are at the address of a load balancer, of which the network may
+	// be told; the file does not say so, there every listener is.
+	Public bool
 }
 
 // At is the listener as a connection finds it: its address and protocol alone.

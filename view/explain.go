@@ -15,13 +15,14 @@ import (
 
 // Explainer answers questions with one look at the kernel.
 type Explainer struct {
-	kernel   *socket.View // nil: packets are asked for
-	packets  *nat.View
-	captures *capture.View
-	directed *director.View
-	client   netip.Addr
-	warnings []string
-	owners   map[service.Listener][]string
+	kernel    *socket.View // nil: packets are asked for
+	packets   *nat.View
+	captures  *capture.View
+	directed  *director.View
+	client    netip.Addr
+	warnings  []string
+	announced api.Announcements
+	owners    map[service.Listener][]string
 	// Services that listen for sockets of this host, where packets are asked for.
 	unforwarded map[service.Listener][]string
 }
@@ -62,8 +63,12 @@ func NewExplainer(ctx context.Context, at Places, client netip.Addr) (*Explainer
 		}
 	}
 	// With the agent dead what the kernel does can be explained all the same.
-	if running, err := api.NewClient(at.RunDir).Status(ctx); err == nil {
+	agent := api.NewClient(at.RunDir)
+	if running, err := agent.Status(ctx); err == nil {
 		e.warnings = running.Warnings
+	}
+	if client.IsValid() {
+		e.announced, _ = agent.Announcements(ctx)
 	}
 	return e, nil
 }
@@ -98,11 +103,14 @@ func (e *Explainer) Explain(q flow.Question) (*flow.Explanation, error) {
 func (e *Explainer) walk(q flow.Question) (*flow.Explanation, error) {
 	if e.client.IsValid() {
 		if v, ok := e.directed.Find(service.Listener{Address: q.Destination, Protocol: q.Protocol}); ok {
-			return flow.ExplainDirected(e.directed, v, e.client, q), nil
+			x := flow.ExplainDirected(e.directed, v, e.client, q)
+			x.AddAnnouncement(e.announced, q)
+			return x, nil
 		}
 		x := flow.ExplainPackets(e.packets, e.client, q)
 		x.AddOwnServices(e.unforwarded[service.Listener{Address: q.Destination, Protocol: q.Protocol}])
 		x.AddCapturedPackets(e.captures, e.client, q)
+		x.AddAnnouncement(e.announced, q)
 		return x, nil
 	}
 	x, err := flow.Explain(e.kernel, q)

@@ -172,7 +172,7 @@ func (s *clusterService) listen(p servicePort, at *surroundings, cluster, intern
 				from |= service.FromHost
 			}
 		}
-		outside(asIngress, service.Listener{From: from, Guarded: guarded}, a, p.port)
+		outside(asIngress, service.Listener{From: from, Guarded: guarded, Public: true}, a, p.port)
 	}
 	for _, a := range s.externalIPs {
 		if slices.Contains(s.ingress, a) || !s.has(a) {

@@ -1,0 +1,108 @@
+package bgp
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/host"
+)
+
+// errNoID says that no router ID can be found.
+var errNoID = errors.New("this host has no IPv4 address by which routers could tell it from others: write announce.bgp.routerID")
+
+// routerID returns the one of the file, or the first IPv4 address of this host.
+func routerID(c config.BGP) (first netip.Addr, err error) {
+	if c.RouterID.IsValid() {
+		return c.RouterID, nil
+	}
+	own, err := host.Addresses()
+	if err != nil {
+		return first, err
+	}
+	for a := range own {
+		if a.Is4() && !a.IsLoopback() && !a.IsLinkLocalUnicast() && (!first.IsValid() || a.Less(first)) {
+			first = a
+		}
+	}
+	if !first.IsValid() {
+		return first, errNoID
+	}
+	return first, nil
+}
+
+// nextHops returns where a peer is told to send packets of each family; true: IPv4. An
+// unspecified one is the address from which we speak to it. A family without one cannot
+// be announced.
+func nextHops(peer config.Peer) (map[bool]netip.Addr, error) {
+	hops := make(map[bool]netip.Addr)
+	for _, a := range peer.NextHops {
+		hops[a.Is4()] = a
+	}
+	is4 := peer.Address.Is4()
+	if _, ok := hops[is4]; !ok {
+		hops[is4] = unspecified(is4)
+	}
+	if _, ok := hops[!is4]; ok {
+		return hops, nil
+	}
+	link, err := linkTo(peer)
+	if err != nil {
+		return hops, err
+	}
+	a, err := addressOn(link, !is4)
+	if err != nil {
+		return hops, err
+	}
+	if a.IsValid() {
+		hops[!is4] = a
+	}
+	return hops, nil
+}
+
+func unspecified(is4 bool) netip.Addr {
+	if is4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// linkTo returns the interface by which a peer is reached.
+func linkTo(peer config.Peer) (netlink.Link, error) {
+	if zone := peer.Address.Zone(); zone != "" {
+		return netlink.LinkByName(zone)
+	}
+	routes, err := netlink.RouteGet(peer.Address.AsSlice())
+	if err != nil {
+		return nil, fmt.Errorf("there is no way to it: %w", err)
+	}
+	if len(routes) == 0 {
+		return nil, errors.New("there is no way to it")
+	}
+	return netlink.LinkByIndex(routes[0].LinkIndex)
+}
+
+// addressOn returns an address of an interface that others can send to; an invalid one:
+// it has none of the family.
+func addressOn(link netlink.Link, is4 bool) (netip.Addr, error) {
+	family := netlink.FAMILY_V6
+	if is4 {
+		family = netlink.FAMILY_V4
+	}
+	all, err := netlink.AddrList(link, family)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	const unusable = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_DEPRECATED
+	for _, a := range all {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		if ip = ip.Unmap(); ok && ip.IsGlobalUnicast() && !ip.IsLinkLocalUnicast() && a.Flags&unusable == 0 && a.Scope == int(netlink.SCOPE_UNIVERSE) {
+			return ip, nil
+		}
+	}
+	return netip.Addr{}, nil
+}
