@@ -186,7 +186,7 @@ func (p *programs) openShared(services map[service.Listener]bool) (map[string]*e
 	}
 	shared := make(map[string]*ebpf.Map)
 	for _, name := range stateMaps {
-		if shared[name], err = openOrMake(filepath.Join(p.dir, name), spec.Maps[name]); err != nil {
+		if shared[name], err = pins.OpenOrMake(filepath.Join(p.dir, name), spec.Maps[name]); err != nil {
 			return nil, fmt.Errorf("map %s: %w", name, err)
 		}
 	}
@@ -211,26 +211,6 @@ func (p *programs) openShared(services map[service.Listener]bool) (map[string]*e
 
 // sizeFor is room for twice as many.
 func sizeFor(n int) uint32 { return max(4096, uint32(1)<<bits.Len(uint(2*n))) }
-
-// openOrMake opens a pinned map. One of another shape is of another pentad.
-func openOrMake(pin string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
-	m, err := ebpf.LoadPinnedMap(pin, nil)
-	switch {
-	case err == nil && spec.Compatible(m) == nil:
-		return m, nil
-	case err == nil:
-		m.Close()
-		if err := os.Remove(pin); err != nil {
-			return nil, err
-		}
-	case !errors.Is(err, os.ErrNotExist):
-		return nil, err
-	}
-	if m, err = ebpf.NewMap(spec); err != nil {
-		return nil, err
-	}
-	return m, m.Pin(pin)
-}
 
 // pinServices makes a map of services the one that is followed.
 func (p *programs) pinServices(m *ebpf.Map) error {

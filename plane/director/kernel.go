@@ -11,15 +11,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/pins"
 	"github.com/pentad/pentad/service"
 )
 
@@ -109,7 +108,7 @@ func openKernel(dir string) (*kernel, error) {
 		}
 	}
 	for _, name := range mapNames {
-		if k.maps[name], err = openOrMake(filepath.Join(dir, mapsDir, name), spec.Maps[name]); err != nil {
+		if k.maps[name], err = pins.OpenOrMake(filepath.Join(dir, mapsDir, name), spec.Maps[name]); err != nil {
 			k.close()
 			return nil, fmt.Errorf("map %s: %w", name, err)
 		}
@@ -119,17 +118,6 @@ func openKernel(dir string) (*kernel, error) {
 		return nil, err
 	}
 	return k, nil
-}
-
-func openOrMake(pin string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
-	m, err := ebpf.LoadPinnedMap(pin, nil)
-	if err == nil || !errors.Is(err, os.ErrNotExist) {
-		return m, err
-	}
-	if m, err = ebpf.NewMap(spec); err != nil {
-		return nil, err
-	}
-	return m, m.Pin(pin)
 }
 
 func (k *kernel) close() {
@@ -767,8 +755,8 @@ func (k *kernel) forgetSilent() (map[uint32]bool, error) {
 }
 
 // attach has interfaces run a new program, and others none. It returns those that have it.
-func (k *kernel) attach(names []string) (map[string]uint32, error) {
-	there, err := interfaceNumbers(names)
+func (k *kernel) attach(names []string) (map[string]pins.Interface, error) {
+	there, err := pins.Ethernet(names)
 	if err != nil {
 		return nil, err
 	}
@@ -778,86 +766,28 @@ func (k *kernel) attach(names []string) (map[string]uint32, error) {
 		return nil, fmt.Errorf("the kernel does not take the program: %w", err)
 	}
 	defer coll.Close()
-	for name, index := range there {
-		if err := k.attachOne(index, coll.Programs[kernelProgDirect]); err != nil {
+	var keep []uint32
+	for name, i := range there {
+		if err := pins.AttachInterface(filepath.Join(k.dir, linksDir), i.Index, coll.Programs[kernelProgDirect], false); err != nil {
 			return nil, fmt.Errorf("interface %s: %w", name, err)
 		}
+		keep = append(keep, i.Index)
 	}
-	return there, detachOthers(k.dir, slices.Collect(maps.Values(there)))
-}
-
-func (k *kernel) attachOne(ifindex uint32, p *ebpf.Program) error {
-	pin := filepath.Join(k.dir, linksDir, strconv.FormatUint(uint64(ifindex), 10))
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err == nil {
-		defer l.Close()
-		if interfaceOf(l) == ifindex {
-			return l.Update(p)
-		}
-		if err := os.Remove(pin); err != nil {
-			return err
-		}
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	fresh, err := link.AttachTCX(link.TCXOptions{Interface: int(ifindex), Program: p, Attach: ebpf.AttachTCXIngress})
-	if err != nil {
-		return fmt.Errorf("tcx (Linux 6.6): %w", err)
-	}
-	defer fresh.Close()
-	return fresh.Pin(pin)
-}
-
-// interfaceOf returns the number of the interface that a link is attached to; 0: to none.
-func interfaceOf(l link.Link) uint32 {
-	info, err := l.Info()
-	if err != nil {
-		return 0
-	}
-	if t := info.TCX(); t != nil {
-		return t.Ifindex
-	}
-	return 0
-}
-
-// detachOthers takes the program away from all interfaces but some.
-func detachOthers(dir string, keep []uint32) error {
-	all, err := os.ReadDir(filepath.Join(dir, linksDir))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, d := range all {
-		n, err := strconv.ParseUint(d.Name(), 10, 32)
-		if err != nil || slices.Contains(keep, uint32(n)) {
-			continue
-		}
-		errs = append(errs, os.Remove(filepath.Join(dir, linksDir, d.Name())))
-	}
-	return errors.Join(errs...)
+	return there, pins.DetachOthers(filepath.Join(k.dir, linksDir), keep)
 }
 
 // areAttached reports whether interfaces that are there have the program, and whether all
 // is pinned.
-func (k *kernel) areAttached(names []string, attached map[string]uint32) bool {
-	there, err := interfaceNumbers(names)
+func (k *kernel) areAttached(names []string, attached map[string]pins.Interface) bool {
+	there, err := pins.Ethernet(names)
 	if err != nil {
 		return true // it cannot be seen now
 	}
-	if !maps.Equal(there, attached) {
+	if len(there) != len(attached) {
 		return false
 	}
-	for _, index := range there {
-		l, err := link.LoadPinnedLink(filepath.Join(k.dir, linksDir, strconv.FormatUint(uint64(index), 10)), nil)
-		if err != nil {
-			return false
-		}
-		at := interfaceOf(l)
-		l.Close()
-		if at != index {
+	for name, i := range there {
+		if attached[name].Index != i.Index || !pins.IsAttached(filepath.Join(k.dir, linksDir), i.Index) {
 			return false
 		}
 	}
@@ -870,9 +800,9 @@ func (k *kernel) areAttached(names []string, attached map[string]uint32) bool {
 }
 
 // Remove takes everything out of the kernel, whoever put it there.
-func Remove(pins string) error {
-	dir := filepath.Join(pins, planeDir)
-	if err := detachOthers(dir, nil); err != nil {
+func Remove(pinDir string) error {
+	dir := filepath.Join(pinDir, planeDir)
+	if err := pins.DetachOthers(filepath.Join(dir, linksDir), nil); err != nil {
 		return err
 	}
 	all, err := os.ReadDir(dir)

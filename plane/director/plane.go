@@ -13,7 +13,6 @@ package director
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -24,8 +23,8 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/pins"
 	"github.com/pentad/pentad/service"
-	"github.com/vishvananda/netlink"
 )
 
 // Want is which services are directed, and where their packets arrive.
@@ -48,17 +47,17 @@ type Plane struct {
 	dir string
 
 	mu       sync.Mutex
-	want     *Want             // what is in the kernel; nil: not known
-	kernel   *kernel           // its maps; nil: not open
-	attached map[string]uint32 // interfaces that have the program, and their numbers
+	want     *Want                     // what is in the kernel; nil: not known
+	kernel   *kernel                   // its maps; nil: not open
+	attached map[string]pins.Interface // that have the program
 	ways     map[netip.Addr]way
 	missing  []string
 }
 
 // New returns a plane that has not touched the kernel yet. pins is the directory of all
 // pins, on bpffs.
-func New(pins string, log *slog.Logger) *Plane {
-	return &Plane{log: log, dir: filepath.Join(pins, planeDir)}
+func New(pinDir string, log *slog.Logger) *Plane {
+	return &Plane{log: log, dir: filepath.Join(pinDir, planeDir)}
 }
 
 // vip is a listener and who serves it now, by what is wanted.
@@ -241,20 +240,4 @@ type way struct {
 	ifindex int
 	local   bool   // it is this host
 	why     string // there is none
-}
-
-// interfaceNumbers returns the numbers of interfaces that are there.
-func interfaceNumbers(names []string) (map[string]uint32, error) {
-	all, err := netlink.LinkList()
-	if err != nil {
-		return nil, errors.Join(errors.New("interfaces cannot be listed"), err)
-	}
-	found := make(map[string]uint32)
-	for _, l := range all {
-		// The program knows packets that begin with addresses of Ethernet.
-		if a := l.Attrs(); slices.Contains(names, a.Name) && a.EncapType == "ether" {
-			found[a.Name] = uint32(a.Index)
-		}
-	}
-	return found, nil
 }

@@ -5,16 +5,13 @@ import (
 	"io/fs"
 	"maps"
 	"math/bits"
-	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 
+	"github.com/pentad/pentad/pins"
 	"github.com/pentad/pentad/service"
 )
 
@@ -67,8 +64,8 @@ type Drops struct {
 }
 
 // Read returns what is installed under the directory of all pins. It needs no agent.
-func Read(pins string) (*View, error) {
-	dir := filepath.Join(pins, planeDir)
+func Read(pinDir string) (*View, error) {
+	dir := filepath.Join(pinDir, planeDir)
 	v := &View{}
 	opened := make(map[string]*ebpf.Map)
 	defer func() {
@@ -86,7 +83,7 @@ func Read(pins string) (*View, error) {
 		}
 		opened[name] = m
 	}
-	v.Interfaces = attachedTo(filepath.Join(dir, linksDir))
+	v.Interfaces = pins.Interfaces(filepath.Join(dir, linksDir))
 	k := &kernel{dir: dir, maps: opened, shared: make(map[uint32]*sharedTable)}
 	if err := k.read(); err != nil {
 		return nil, err
@@ -100,29 +97,6 @@ func Read(pins string) (*View, error) {
 	}
 	slices.SortFunc(v.VIPs, func(a, b VIP) int { return a.Listener.Compare(b.Listener) })
 	return v, k.readDrops(&v.Drops)
-}
-
-func attachedTo(dir string) (names []string) {
-	all, _ := os.ReadDir(dir) // on an error there are none to be seen
-	for _, d := range all {
-		l, err := link.LoadPinnedLink(filepath.Join(dir, d.Name()), nil)
-		if err != nil {
-			continue
-		}
-		if index := interfaceOf(l); index != 0 {
-			names = append(names, nameOf(int(index)))
-		}
-		l.Close()
-	}
-	slices.Sort(names)
-	return names
-}
-
-func nameOf(index int) string {
-	if i, err := net.InterfaceByIndex(index); err == nil {
-		return i.Name
-	}
-	return "interface " + strconv.Itoa(index)
 }
 
 func (k *kernel) view(l service.Listener, s *vipState) (VIP, error) {
@@ -139,7 +113,7 @@ func (k *kernel) view(l service.Listener, s *vipState) (VIP, error) {
 		r := k.inside[index]
 		shown := Real{place: uint16(index + 1), Address: addressOf(r.Addr), Slots: n, Local: r.Traits&realLocal != 0, Drains: s.leaving[index+1] == leavesDrains, Down: s.leaving[index+1] == leavesDown}
 		if r.Ifindex != 0 {
-			shown.Interface = nameOf(int(r.Ifindex))
+			shown.Interface = pins.InterfaceName(int(r.Ifindex))
 		}
 		if shown.Counters, err = k.counters(kernelMapRealCounters, index); err != nil {
 			return x, err
