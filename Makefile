@@ -9,7 +9,7 @@ SUDO     = $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT  = $(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI"
 GO       = $(shell command -v go)
 # The commands' documentation needs the programs' types: those come first.
-GENERATE = $(GO) generate ./plane/... ./bench/... && $(GO) generate ./cmd/...
+GENERATE = $(GO) generate ./plane/... ./announce/... ./bench/... && $(GO) generate ./cmd/...
 # Go files that people write.
 GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
 CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')

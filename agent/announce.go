@@ -3,10 +3,12 @@ package agent
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 
 	"github.com/pentad/pentad/announce"
 	"github.com/pentad/pentad/announce/bfd"
 	"github.com/pentad/pentad/announce/bgp"
+	"github.com/pentad/pentad/announce/l2"
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/service"
@@ -14,12 +16,44 @@ import (
 
 func speaksBGP(c *config.Config) bool { return len(c.Announce.BGP.Peers) > 0 }
 
-func announces(c *config.Config) bool { return speaksBGP(c) }
+func speaksARP(c *config.Config) bool { return len(c.Announce.L2.Interfaces) > 0 }
+
+func announces(c *config.Config) bool { return speaksBGP(c) || speaksARP(c) }
 
 func vipsOf(k *known) []announce.VIP { return announce.VIPs(k.services, directs(k.config), k.standing) }
 
 func wantBGP(k *known) (bgp.Want, bool) {
 	return bgp.Want{Config: k.config.Announce.BGP, VIPs: vipsOf(k)}, k.silent == 0
+}
+
+func wantL2(k *known) (l2.Want, bool) {
+	return l2.Want{Config: k.config.Announce.L2, VIPs: vipsOf(k)}, k.silent == 0
+}
+
+func openL2(a *Agent, _ func()) *l2.Plane { return l2.New(a.opts.Pins, a.log) }
+
+func removeL2(opts Options) error { return l2.Remove(opts.Pins) }
+
+func measureL2(p *l2.Plane, m meter) {
+	var here, problems int
+	for _, r := range p.Reports() {
+		if r.Here {
+			here++
+		}
+		if r.Problem != "" {
+			problems++
+		}
+	}
+	m.gauge("pentad_l2_vips_owned", float64(here))
+	m.gauge("pentad_l2_vips_contested", float64(problems))
+	m.gauge("pentad_l2_announcers", float64(1+len(p.Members())))
+	counts, err := p.Answers()
+	if err != nil {
+		m.failed("pentad_l2_answers_total", err)
+		return
+	}
+	m.counter("pentad_l2_answers_total", counts[0], "arp")
+	m.counter("pentad_l2_answers_total", counts[1], "ndp")
 }
 
 func openBGP(a *Agent, _ func()) *bgp.Plane { return bgp.New(a.log) }
@@ -75,7 +109,7 @@ func (a *Agent) noteStanding(o outcome) {
 }
 
 // announcers are the roles that tell the network of VIPs.
-var announcers = map[string]bool{"bgp": true}
+var announcers = map[string]bool{"bgp": true, "l2": true}
 
 func upness(r bgp.Report) float64 {
 	if r.BFD.State == bfd.Up {
@@ -84,14 +118,14 @@ func upness(r bgp.Report) float64 {
 	return 0
 }
 
-// bgp returns the plane that speaks to routers; nil: none does.
-func (a *Agent) bgp() *bgp.Plane {
+// openedPlane returns the plane of a kind that is open; false: none is.
+func openedPlane[P any](a *Agent) (p P, ok bool) {
 	for _, d := range a.drivers {
-		if p, ok := d.opened().(*bgp.Plane); ok {
-			return p
+		if p, ok = d.opened().(P); ok {
+			return p, true
 		}
 	}
-	return nil
+	return p, false
 }
 
 // Withdraw implements api.Agent.
@@ -113,8 +147,12 @@ func (a *Agent) Announcements() api.Announcements {
 		return out
 	}
 	var peers []bgp.Report
-	if p := a.bgp(); p != nil {
+	if p, ok := openedPlane[*bgp.Plane](a); ok {
 		peers = p.Reports()
+	}
+	var owners map[netip.Addr]l2.Report
+	if p, ok := openedPlane[*l2.Plane](a); ok {
+		owners, out.Announcers = p.Reports(), p.Members()
 	}
 	for _, r := range peers {
 		out.Peers = append(out.Peers, peerOf(r))
@@ -131,9 +169,28 @@ func (a *Agent) Announcements() api.Announcements {
 				x.NotTo = append(x.NotTo, fmt.Sprintf("peer %s: %s", r.Address, problem))
 			}
 		}
+		if r, ok := owners[v.Address]; ok {
+			addOwner(&x, r)
+		}
 		out.VIPs = append(out.VIPs, x)
 	}
 	return out
+}
+
+// addOwner says who has a VIP on its segment.
+func addOwner(x *api.AnnouncedVIP, r l2.Report) {
+	x.L2 = &api.L2{Owner: r.Owner, Here: r.Here, Problem: r.Problem}
+	switch {
+	case r.Here:
+		x.To = append(x.To, "segment")
+	case x.Missing != "":
+	case r.Owner != "":
+		x.NotTo = append(x.NotTo, fmt.Sprintf("segment: %s has it", r.Owner))
+	case r.Problem != "":
+		x.NotTo = append(x.NotTo, "segment: "+r.Problem)
+	default:
+		x.NotTo = append(x.NotTo, "segment: it is asked whether somebody has it")
+	}
 }
 
 func peerOf(r bgp.Report) api.BGPPeer {

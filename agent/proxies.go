@@ -32,12 +32,8 @@ func measureProxies(p *proxy.Plane, m meter) {
 
 // proxies returns the plane of proxies; nil: there are none.
 func (a *Agent) proxies() *proxy.Plane {
-	for _, d := range a.drivers {
-		if p, ok := d.opened().(*proxy.Plane); ok {
-			return p
-		}
-	}
-	return nil
+	p, _ := openedPlane[*proxy.Plane](a)
+	return p
 }
 
 // Proxies implements api.Agent.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/pentad/pentad/announce"
 	"github.com/pentad/pentad/announce/bgp"
+	"github.com/pentad/pentad/announce/l2"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/plane/capture"
@@ -32,6 +33,8 @@ var roles = []role{
 		open: openRealServer, remove: removeRealServer, look: time.Second},
 	part[*bgp.Plane, bgp.Want]{name: "bgp", wanted: speaksBGP, want: wantBGP,
 		open: openBGP, measure: measureBGP, minor: true, loud: true},
+	part[*l2.Plane, l2.Want]{name: "l2", wanted: speaksARP, want: wantL2,
+		open: openL2, remove: removeL2, look: 250 * time.Millisecond, measure: measureL2, minor: true, loud: true},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
 	part[*capture.Plane, capture.Want]{name: "capture", wanted: hasCaptures, want: wantCaptures,

@@ -11,6 +11,8 @@ import (
 type Announcements struct {
 	VIPs  []AnnouncedVIP `json:"vips"`
 	Peers []BGPPeer      `json:"peers"`
+	// Announcers are the other hosts that could have the same VIPs on a segment.
+	Announcers []string `json:"announcers,omitempty"`
 }
 
 // AnnouncedVIP is an address that others may be told of.
@@ -21,6 +23,14 @@ type AnnouncedVIP struct {
 	// To are who is told now, NotTo who is not though there is nothing missing, and why.
 	To    []string `json:"to"`
 	NotTo []string `json:"notTo,omitempty"`
+	L2    *L2      `json:"l2,omitempty"`
+}
+
+// L2 is who has a VIP on its segment.
+type L2 struct {
+	Owner   string `json:"owner,omitempty"` // a host; empty: none that is an announcer
+	Here    bool   `json:"here"`
+	Problem string `json:"problem,omitempty"` // somebody else has it, too
 }
 
 // BGPPeer is a router that is told of VIPs.

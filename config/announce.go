@@ -86,10 +86,20 @@ type L2 struct {
 	Priority   int    // the announcer with the highest takes what nobody has; 0 to 255
 }
 
+// Equal reports whether both are the same.
+func (l L2) Equal(o L2) bool {
+	return slices.Equal(l.Interfaces, o.Interfaces) && l.KeyFile == o.KeyFile && l.Group == o.Group && l.Priority == o.Priority
+}
+
 var announceSchema = schema[Announce]{what: "announce", fields: []field[Announce]{
 	mapping("bgp", "mapping", "Routers are told by BGP (RFC 4271).", &bgpSchema, func(d *decoder, n *yaml.Node, to *Announce) {
 		to.BGP.RestartTime = defaultRestart
 		bgpSchema.decode(d, n, &to.BGP)
+	}),
+	mapping("l2", "mapping", "Hosts of a segment are told by ARP (RFC 826) and neighbour discovery (RFC 4861): one host has each VIP.", &l2Schema, func(d *decoder, n *yaml.Node, to *Announce) {
+		d.l2Node = n
+		to.L2 = L2{Group: defaultGroup, Priority: defaultPriority}
+		l2Schema.decode(d, n, &to.L2)
 	}),
 }}
 
@@ -182,6 +192,24 @@ var peerSchema = schema[Peer]{what: "a peer", fields: append([]field[Peer]{
 var bfdSchema = schema[BFD]{what: "bfd", fields: []field[BFD]{
 	span("interval", "Between packets, in both directions.", 10*time.Millisecond, time.Minute, time.Millisecond, func(to *BFD, v time.Duration) { to.Interval = v }).or(Duration(defaultBFD)),
 	number("multiplier", "1 to 255", "Of intervals without a packet after which the peer is gone.", 1, 255, func(to *BFD, v int) { to.Multiplier = uint8(v) }).or(strconv.Itoa(defaultMultiplier)),
+}}
+
+// Defaults of L2.
+const (
+	defaultGroup    = "default"
+	defaultPriority = 100
+)
+
+var l2Schema = schema[L2]{what: "announce.l2", fields: []field[L2]{
+	{
+		key: "interfaces", kind: "list of names", required: true, doc: "At which segments. A VIP is announced at all of them.",
+		set: func(d *decoder, n *yaml.Node, to *L2) { to.Interfaces = d.interfaces(n, "announce.l2") },
+	},
+	text("keyFile", "path", "Its first line is the key that all hosts have which may announce the same VIPs: they find each other on the segment, by signed messages "+
+		"(Ethernet type 0x88b5), and one of them has each VIP. Nobody but its owner may read or write it. Without it this host is the only one.", "the path of a file",
+		func(to *L2, v string) { to.KeyFile = v }),
+	text("group", "name", "Hosts with another group have other VIPs.", "a name", func(to *L2, v string) { to.Group = v }).or(defaultGroup),
+	number("priority", "0 to 255", "What nobody has goes to the host with the highest. One that has a VIP keeps it, whoever comes.", 0, 255, func(to *L2, v int) { to.Priority = v }).or(strconv.Itoa(defaultPriority)),
 }}
 
 // autonomousSystem is a key that holds the number of one: RFC 6793.
@@ -324,8 +352,11 @@ func (d *decoder) checkAnnounce(c *Config) {
 	}
 }
 
-// needsOfAnnounce lists the files that peers name.
+// needsOfAnnounce lists the files that announcers name.
 func (d *decoder) needsOfAnnounce(c *Config) (all []need) {
+	if path := c.Announce.L2.KeyFile; path != "" {
+		all = append(all, need{d.problem(d.l2Node, "announce.l2: there is no file of a key %s on this host", path), func(string) bool { return isThere(path) }})
+	}
 	for i, p := range c.Announce.BGP.Peers {
 		if path := p.PasswordFile; path != "" {
 			all = append(all, need{d.problem(d.peerNodes[i], "peer %s: there is no password file %s on this host", p.Address, path), func(string) bool { return isThere(path) }})

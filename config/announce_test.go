@@ -82,3 +82,29 @@ func TestAnnounceErrors(t *testing.T) {
 		}
 	}
 }
+
+func TestAnnounceL2(t *testing.T) {
+	const services = "services: [{name: web, listen: [192.0.2.10:80], forward: nat, backends: [10.0.0.1:80]}]\n"
+	c, err := Parse("f", []byte(services+"announce: {l2: {interfaces: [eth0, eth1], keyFile: /etc/pentad/l2, priority: 200}}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (L2{Interfaces: []string{"eth0", "eth1"}, KeyFile: "/etc/pentad/l2", Group: "default", Priority: 200}); !c.Announce.L2.Equal(want) {
+		t.Errorf("have %+v, want %+v", c.Announce.L2, want)
+	}
+	if missing := c.CheckHost("/sys/fs/cgroup"); len(missing) != 1 || !strings.Contains(missing[0].Error(), "announce.l2: there is no file of a key /etc/pentad/l2 on this host") {
+		t.Errorf("missing are %v", missing)
+	}
+	for text, want := range map[string]string{
+		"{l2: {}}":                                `announce.l2 needs the key "interfaces"`,
+		"{l2: {interfaces: []}}":                  "announce.l2 needs at least one interface",
+		"{l2: {interfaces: [a], priority: 256}}":  "0 to 255",
+		"{l2: {interfaces: [a], keyfile: /a}}":    `did you mean "keyFile"?`,
+		"{l3: {interfaces: [a]}}":                 "unknown key",
+		"{l2: {interfaces: eth0, keyFile: /etc}}": "a list of interfaces",
+	} {
+		if _, err := Parse("f", []byte(services+"announce: "+text+"\n")); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: have %v, want %s", text, err, want)
+		}
+	}
+}

@@ -29,6 +29,7 @@ type decoder struct {
 	proxyNodes    []*yaml.Node // of Proxies, and so on
 	upstreamNodes []*yaml.Node
 	peerNodes     []*yaml.Node
+	l2Node        *yaml.Node
 	forwardNodes  []*yaml.Node
 	captureNodes  []*yaml.Node
 

@@ -16,19 +16,23 @@ type Director struct {
 var directorSchema = schema[Director]{what: "director", fields: []field[Director]{
 	{
 		key: "interfaces", kind: "list of names", required: true, doc: "Where packets to VIPs arrive, and real servers are reached.",
-		set: func(d *decoder, n *yaml.Node, to *Director) {
-			d.list(n, "a list of interfaces, such as [eth0]", func(e *yaml.Node) {
-				if v, ok := d.text(e, "the name of an interface"); ok {
-					to.Interfaces = append(to.Interfaces, v)
-				}
-			})
-			if n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
-				d.errorf(n, "a director needs at least one interface")
-			}
-		},
+		set: func(d *decoder, n *yaml.Node, to *Director) { to.Interfaces = d.interfaces(n, "a director") },
 	},
 	word("mode", "How it sees packets. `tc`: by tcx, right for every kind of interface. `auto`: the best that works here, which is `tc`.", []string{"auto", "tc"}, func(*Director, int) {}).or("auto"),
 }}
+
+// interfaces reads the interfaces of something that needs at least one.
+func (d *decoder) interfaces(n *yaml.Node, what string) (names []string) {
+	d.list(n, "a list of interfaces, such as [eth0]", func(e *yaml.Node) {
+		if v, ok := d.text(e, "the name of an interface"); ok {
+			names = append(names, v)
+		}
+	})
+	if n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
+		d.errorf(n, "%s needs at least one interface", what)
+	}
+	return names
+}
 
 // RealServer is which VIPs this host has for directors that send it packets.
 type RealServer struct {

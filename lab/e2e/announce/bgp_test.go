@@ -36,12 +36,17 @@ type site struct {
 	directors [2]*e2e.World
 	names     [2]string // of their interfaces
 	servers   [3]*e2e.World
+
+	vip4, vip6 string
 }
 
-func newSite(t *testing.T) *site {
+func newSite(t *testing.T) *site { return newSiteFor(t, vip4, vip6) }
+
+// newSiteFor is a site whose service has these VIPs.
+func newSiteFor(t *testing.T, vip4, vip6 string) *site {
 	t.Helper()
 	lab.Need(t)
-	s := &site{t: t}
+	s := &site{t: t, vip4: vip4, vip6: vip6}
 	var err error
 	if s.segment, err = lab.NewSwitch(); err != nil {
 		t.Fatal(err)
@@ -100,7 +105,7 @@ func (s *site) services(more, role string) string {
   backends: [%s]
 guard: off
 %s
-`, vip4, vip6, strings.Join(backends, ", "), role)
+`, s.vip4, s.vip6, strings.Join(backends, ", "), role)
 }
 
 // announce is the section of a director.
@@ -205,7 +210,13 @@ func (s *site) write(name, text string) string {
 // breaks.
 func (s *site) talk() (unbroken func(when string)) {
 	s.t.Helper()
-	p, err := s.client.Start(actor.Command("talk", "40", vip4+":80", "["+vip6+"]:80"), lab.Outside)
+	return s.talkAt(s.client)
+}
+
+// talkAt is talk from a host.
+func (s *site) talkAt(h *lab.Host) (unbroken func(when string)) {
+	s.t.Helper()
+	p, err := h.Start(actor.Command("talk", "40", s.vip4+":80", "["+s.vip6+"]:80"), lab.Outside)
 	must(s.t, err)
 	s.router.Eventually("80 connections", func() error {
 		if !strings.Contains(p.Log.String(), "talking") {

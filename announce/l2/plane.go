@@ -1,0 +1,603 @@
+// Package l2 tells the hosts of a segment which VIPs are here, by ARP and neighbour
+// discovery: one host has each VIP.
+//
+// Announcers that share a key tell each other, on the segments themselves, that they are
+// there and which VIPs they have; which of them takes what nobody has is decided by
+// election.go, which is pure. Questions are answered by an eBPF program at the interface,
+// while what this host has is its own: with others who could take over, for a moment
+// after it has last said that it is there; alone, for ever, also without an agent.
+package l2
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pentad/pentad/announce"
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/pins"
+)
+
+// Want is where which VIPs are to be announced.
+type Want struct {
+	Config config.L2
+	VIPs   []announce.VIP
+}
+
+// Equal reports whether both are the same.
+func (w Want) Equal(o Want) bool {
+	return w.Config.Equal(o.Config) && slices.EqualFunc(w.VIPs, o.VIPs, func(a, b announce.VIP) bool {
+		return a.Address == b.Address && (a.Missing == "") == (b.Missing == "")
+	})
+}
+
+// Plane is this host among announcers.
+type Plane struct {
+	log *slog.Logger
+	dir string
+
+	mu       sync.Mutex
+	want     *Want // nil: it is about to be applied
+	kernel   *kernel
+	election *election
+	talk     talk
+	wires    map[string]*wire
+	missing  []string              // interfaces that are not there
+	vips     map[key]netip.Addr    // all of the want
+	bursts   map[netip.Addr]*burst // VIPs that are being claimed
+	asked    map[netip.Addr]uint64 // when, in ns since boot
+	owners   map[netip.Addr]string // what was logged last
+	news     bool                  // something was heard
+	watched  time.Time             // when it was looked last whether somebody else has a VIP
+}
+
+// talk is what this host says to others.
+type talk struct {
+	secret   []byte // nil: there are no others
+	name     string
+	nonce    uint64
+	group    uint64
+	sequence uint64
+	said     time.Time
+	part     int                // of what is claimed, that is said next
+	heard    map[id]heardMember // whoever signs with the key
+}
+
+type heardMember struct {
+	nonce uint64
+	at    time.Time
+}
+
+// burst is a VIP that is claimed again and again for a while: switches and hosts may miss
+// the first.
+type burst struct {
+	next time.Time
+	left int
+}
+
+const (
+	burstCount = 5
+	burstEvery = 1100 * time.Millisecond // some take one a second only
+)
+
+// New returns a plane that has not touched the kernel yet. pins is the directory of all
+// pins.
+func New(pinDir string, log *slog.Logger) *Plane {
+	return &Plane{
+		log: log, dir: filepath.Join(pinDir, planeDir), wires: make(map[string]*wire), vips: make(map[key]netip.Addr),
+		bursts: make(map[netip.Addr]*burst), asked: make(map[netip.Addr]uint64), owners: make(map[netip.Addr]string),
+	}
+}
+
+// Apply announces what is wanted where it is wanted, as far as other announcers leave it
+// to this one.
+func (p *Plane) Apply(_ context.Context, want Want) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.prepare(want.Config); err != nil {
+		return err
+	}
+	there, err := pins.Ethernet(want.Config.Interfaces)
+	if err != nil {
+		return err
+	}
+	if err := p.openWires(there); err != nil {
+		return err
+	}
+	p.missing = nil
+	for _, name := range want.Config.Interfaces {
+		if _, ok := there[name]; !ok {
+			p.missing = append(p.missing, name)
+		}
+	}
+	p.vips = make(map[key]netip.Addr)
+	able := make(map[key]bool)
+	for _, v := range want.VIPs {
+		k := vipKey(v.Address)
+		p.vips[k] = v.Address
+		if v.Missing == "" {
+			able[k] = true
+		}
+	}
+	p.election.setCapable(able)
+	p.adopt()
+	if err := p.decide(time.Now()); err != nil {
+		return err
+	}
+	if !p.kernel.areAttached(there) {
+		if err := p.kernel.attach(there); err != nil {
+			return err
+		}
+		p.claimAll() // somebody may have missed it
+	}
+	p.want = &want
+	return nil
+}
+
+// prepare opens the kernel, and begins an election if there is none for this key.
+func (p *Plane) prepare(c config.L2) error {
+	var secret []byte
+	if c.KeyFile != "" {
+		text, err := host.ReadPassword(c.KeyFile)
+		if err != nil {
+			return fmt.Errorf("announce.l2: %w", err)
+		}
+		secret = []byte(text)
+	}
+	if p.kernel == nil {
+		k, err := openKernel(p.dir)
+		if err != nil {
+			return err
+		}
+		p.kernel = k
+	}
+	if p.election != nil && p.election.priority == uint8(c.Priority) && slices.Equal(p.talk.secret, secret) && p.talk.group == groupOf(c.Group) {
+		return nil
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		return err
+	}
+	var self id
+	var nonce [8]byte
+	for _, b := range [][]byte{self[:], nonce[:]} {
+		if _, err := rand.Read(b); err != nil {
+			return err
+		}
+	}
+	p.talk = talk{secret: secret, name: name[:min(len(name), maxName)], nonce: binary.BigEndian.Uint64(nonce[:]), group: groupOf(c.Group), heard: make(map[id]heardMember)}
+	p.election = newElection(self, uint8(c.Priority), time.Now())
+	if secret == nil {
+		p.election.began = time.Time{} // there is nobody to be listened to
+	}
+	return nil
+}
+
+// adopt goes on with what an earlier agent had, if nobody could take it meanwhile.
+func (p *Plane) adopt() {
+	if !p.kernel.lasts() || !p.election.alone() || len(p.election.owned) > 0 {
+		return
+	}
+	for vip, owned := range p.kernel.vips {
+		if k := vipKey(vip); owned && p.election.capable[k] {
+			p.election.owned[k] = true
+		}
+	}
+}
+
+func groupOf(name string) uint64 {
+	sum := sha256.Sum256([]byte(name))
+	return binary.BigEndian.Uint64(sum[:])
+}
+
+func vipKey(a netip.Addr) key {
+	b := a.As16()
+	sum := sha256.Sum256(b[:])
+	return key(binary.BigEndian.Uint64(sum[:]))
+}
+
+// openWires has a wire at just these interfaces.
+func (p *Plane) openWires(there map[string]pins.Interface) error {
+	for name, w := range p.wires {
+		if i, ok := there[name]; !ok || i.Index != w.index || string(i.MAC[:]) != string(w.device) {
+			// Its reader may be about to take the lock.
+			go w.close()
+			delete(p.wires, name)
+		}
+	}
+	for name, i := range there {
+		if p.wires[name] != nil {
+			continue
+		}
+		w, err := openWire(i, p.receive)
+		if err != nil {
+			return fmt.Errorf("interface %s: %w", name, err)
+		}
+		p.wires[name] = w
+	}
+	return nil
+}
+
+// receive takes a message from a segment.
+func (p *Plane) receive(b []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.talk.secret == nil || p.election == nil {
+		return
+	}
+	m, err := parse(b, p.talk.secret)
+	if err != nil || m.group != p.talk.group || m.sender == p.election.id {
+		return
+	}
+	now := time.Now()
+	p.talk.hear(m, now)
+	if p.election.receive(m, slices.Contains(m.heard, p.talk.nonce), now) && m.leaving {
+		p.news = true
+	}
+}
+
+// hear notes the sender of a message: he is told that he was heard.
+func (t *talk) hear(m message, now time.Time) {
+	for i, h := range t.heard {
+		if now.Sub(h.at) > deadAfter {
+			delete(t.heard, i)
+		}
+	}
+	if _, ok := t.heard[m.sender]; ok || len(t.heard) < maxMembers {
+		t.heard[m.sender] = heardMember{m.nonce, now}
+	}
+}
+
+// tickEvery is how often it is looked what has to be done.
+const tickEvery = 50 * time.Millisecond
+
+// Run speaks to other announcers, and claims VIPs.
+func (p *Plane) Run(ctx context.Context) {
+	t := time.NewTicker(tickEvery)
+	defer t.Stop()
+	said := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-t.C:
+			err := p.tick(now)
+			if err != nil && err.Error() != said {
+				p.log.Error("VIPs could not be announced as they should", "error", err)
+			}
+			said = ""
+			if err != nil {
+				said = err.Error()
+			}
+		}
+	}
+}
+
+func (p *Plane) tick(now time.Time) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.want == nil {
+		return nil
+	}
+	p.hearAnswers(now)
+	var errs []error
+	if p.news || now.Sub(p.talk.said) >= beatEvery {
+		p.news = false
+		errs = append(errs, p.decide(now))
+	}
+	errs = append(errs, p.burst(now))
+	p.lookForRivals(now)
+	return errors.Join(errs...)
+}
+
+// watchEvery is how often it is asked whether somebody else has a VIP: one at a time.
+const watchEvery = time.Second
+
+// lookForRivals asks for one of the VIPs that this host has; nobody should answer.
+func (p *Plane) lookForRivals(now time.Time) {
+	if now.Sub(p.watched) < watchEvery {
+		return
+	}
+	p.watched = now
+	// Which one is a matter of chance: a map has no order.
+	for k := range p.election.owned {
+		for _, w := range p.wires {
+			_ = w.ask(p.vips[k])
+		}
+		return
+	}
+}
+
+// decide has the election decide, and the kernel follow.
+func (p *Plane) decide(now time.Time) error {
+	if !p.election.alone() && now.Sub(p.talk.said) > leaseTime {
+		p.log.Warn("this agent stood still, and others may have taken its VIPs", "for", now.Sub(p.talk.said).Round(time.Millisecond))
+		for _, k := range p.election.lapse(now) {
+			delete(p.bursts, p.vips[k])
+		}
+	}
+	gained, lost, kept, ask := p.election.tick(now)
+	for _, k := range ask {
+		p.askFor(p.vips[k])
+	}
+	for _, k := range append(gained, kept...) {
+		if p.bursts[p.vips[k]] == nil {
+			p.bursts[p.vips[k]] = &burst{next: now, left: burstCount}
+		}
+	}
+	for _, k := range lost {
+		delete(p.bursts, p.vips[k])
+	}
+	// What is given up is so before others hear of it, and what is taken is answered
+	// before it is claimed.
+	vips := make(map[netip.Addr]bool, len(p.vips))
+	for k, a := range p.vips {
+		vips[a] = p.election.owned[k]
+	}
+	errs := []error{p.kernel.set(vips)}
+	if len(gained)+len(lost) > 0 || now.Sub(p.talk.said) >= beatEvery {
+		p.say(now, len(gained)+len(lost) > 0, false)
+		errs = append(errs, p.kernel.setLease(leaseTime, p.election.alone()))
+	}
+	p.logOwners()
+	return errors.Join(errs...)
+}
+
+// say says that this host is there, and what it claims: all of it if that has changed,
+// else a part.
+func (p *Plane) say(now time.Time, whole, leaving bool) {
+	p.talk.said = now
+	if p.talk.secret == nil {
+		return
+	}
+	e, t := p.election, &p.talk
+	all := e.claims()
+	parts := max(1, (len(all)+maxClaims-1)/maxClaims)
+	// Whoever missed some hears all again within ten beats.
+	count := max(1, parts/10)
+	if whole || t.part >= parts {
+		t.part = 0
+	}
+	if whole {
+		count = parts
+	}
+	var heard []uint64
+	for _, h := range t.heard {
+		heard = append(heard, h.nonce)
+	}
+	for range count {
+		t.sequence++
+		m := message{
+			group: t.group, sender: e.id, nonce: t.nonce, sequence: t.sequence, priority: e.priority, leaving: leaving, name: t.name, heard: heard,
+			version: e.version, part: uint16(t.part), parts: uint16(parts), claims: all[t.part*maxClaims : min(len(all), (t.part+1)*maxClaims)],
+		}
+		b := m.append(nil, t.secret)
+		for _, w := range p.wires {
+			_ = w.send(announcers, etherType, b) // an interface that is down hears nothing
+		}
+		t.part = (t.part + 1) % parts
+	}
+}
+
+// askFor asks on all segments who has a VIP.
+func (p *Plane) askFor(vip netip.Addr) {
+	p.asked[vip] = now()
+	for _, w := range p.wires {
+		_ = w.ask(vip)
+	}
+}
+
+// hearAnswers finds those who answered.
+func (p *Plane) hearAnswers(at time.Time) {
+	for vip, when := range p.asked {
+		c, ok := p.kernel.claimOf(vip)
+		if ok && c.at >= when {
+			p.election.answered(vipKey(vip), at)
+		}
+		if ok && c.at >= when || now()-when > uint64(time.Second) {
+			delete(p.asked, vip)
+		}
+	}
+}
+
+// burst claims what has to be claimed now.
+func (p *Plane) burst(now time.Time) error {
+	var errs []error
+	for vip, b := range p.bursts {
+		if now.Before(b.next) {
+			continue
+		}
+		for name, w := range p.wires {
+			if err := w.claim(vip); err != nil {
+				errs = append(errs, fmt.Errorf("%s at %s: %w", vip, name, err))
+			}
+		}
+		b.next, b.left = now.Add(burstEvery), b.left-1
+		if b.left == 0 {
+			delete(p.bursts, vip)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// claimAll claims everything that this host has once more.
+func (p *Plane) claimAll() {
+	for k := range p.election.owned {
+		p.bursts[p.vips[k]] = &burst{left: burstCount}
+	}
+}
+
+// logOwners says who has which VIP, when that changes.
+func (p *Plane) logOwners() {
+	for k, vip := range p.vips {
+		name := p.election.ownerOf(k)
+		if p.election.owned[k] {
+			name = p.talk.name
+		}
+		if was, ok := p.owners[vip]; name != was || !ok && name != "" {
+			p.owners[vip] = name
+			p.log.Info("a VIP has another owner on its segment", "vip", vip, "owner", name, "here", p.election.owned[k])
+		}
+	}
+	if len(p.owners) > len(p.vips) {
+		maps.DeleteFunc(p.owners, func(a netip.Addr, _ string) bool { _, ok := p.vips[vipKey(a)]; return !ok })
+	}
+}
+
+// Intact reports whether interfaces have the program, and the address that it answers
+// with.
+func (p *Plane) Intact() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.want == nil || p.kernel == nil {
+		return true
+	}
+	there, err := pins.Ethernet(p.want.Config.Interfaces)
+	return err != nil || p.kernel.areAttached(there)
+}
+
+// Distrust has the next Apply read the kernel.
+func (p *Plane) Distrust() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.forgetKernel()
+}
+
+func (p *Plane) forgetKernel() {
+	p.want = nil
+	if p.kernel != nil {
+		p.kernel.close()
+		p.kernel = nil
+	}
+}
+
+// Withdraw gives up everything.
+func (p *Plane) Withdraw() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.leave()
+	p.want = nil
+}
+
+// leave tells others that they may take over, which they do at once, once nothing is
+// answered here.
+func (p *Plane) leave() {
+	if p.kernel == nil || p.election == nil {
+		return
+	}
+	if err := p.kernel.setLease(0, false); err != nil {
+		p.log.Error("VIPs could not be given up", "error", err)
+	}
+	p.say(time.Now(), true, true)
+}
+
+// Close lets go. What this host has is left to others, if there are any; else it stays.
+func (p *Plane) Close() {
+	p.mu.Lock()
+	if p.want != nil && !p.election.alone() {
+		p.leave()
+	}
+	wires := p.wires
+	p.wires = nil
+	p.forgetKernel()
+	p.mu.Unlock()
+	for _, w := range wires {
+		w.close()
+	}
+}
+
+// Report is how a VIP is.
+type Report struct {
+	Owner   string // the host that has it; empty: none
+	Here    bool
+	Problem string // empty: none
+}
+
+// recently is how old the claim of somebody else may be to count.
+const recently = 10 * time.Second
+
+// Reports says who has each VIP.
+func (p *Plane) Reports() map[netip.Addr]Report {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := make(map[netip.Addr]Report)
+	if p.election == nil || p.kernel == nil {
+		return all
+	}
+	at := time.Now()
+	for k, vip := range p.vips {
+		r := Report{Owner: p.election.ownerOf(k), Here: p.election.owned[k]}
+		if r.Here {
+			r.Owner = p.talk.name
+		}
+		c, ok := p.kernel.claimOf(vip)
+		foreign := ok && now()-c.at < uint64(recently)
+		switch {
+		case foreign && r.Here && p.bursts[vip] == nil:
+			r.Problem = fmt.Sprintf("%s says that it has it, too", c.mac)
+		case p.election.isTaken(k, at) && ok:
+			r.Problem = fmt.Sprintf("%s has it, which is no announcer of this group: another host has the address, or the agent of an announcer is dead", c.mac)
+		}
+		all[vip] = r
+	}
+	return all
+}
+
+// Members returns the names of other announcers, sorted.
+func (p *Plane) Members() (names []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.election == nil {
+		return nil
+	}
+	for _, m := range p.election.members {
+		names = append(names, m.name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Answers returns how many questions were answered, by ARP and NDP.
+func (p *Plane) Answers() (counts [2]uint64, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.kernel == nil {
+		return counts, nil
+	}
+	return p.kernel.answers()
+}
+
+// Warnings says what keeps VIPs from being announced.
+func (p *Plane) Warnings() (all []string) {
+	p.mu.Lock()
+	missing := p.missing
+	p.mu.Unlock()
+	for _, name := range missing {
+		all = append(all, fmt.Sprintf("announce.l2: there is no interface %s of Ethernet; nobody there is told of VIPs", name))
+	}
+	problems := make(map[string][]string)
+	for vip, r := range p.Reports() {
+		if r.Problem != "" {
+			problems[r.Problem] = append(problems[r.Problem], vip.String())
+		}
+	}
+	for problem, vips := range problems {
+		slices.Sort(vips)
+		all = append(all, fmt.Sprintf("two owners of %s: %s", strings.Join(vips, ", "), problem))
+	}
+	slices.Sort(all)
+	return all
+}
