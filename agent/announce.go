@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/pentad/pentad/announce"
 	"github.com/pentad/pentad/announce/bfd"
@@ -161,7 +162,11 @@ func (a *Agent) Announcements() api.Announcements {
 		x := api.AnnouncedVIP{Address: v.Address, Services: v.Services, Missing: v.Missing, To: []string{}}
 		for _, r := range peers {
 			if v.Missing != "" {
-				break
+				// It is taken back in a moment, or that failed.
+				if r.State == bgp.Established && slices.Contains(r.Prefixes, netip.PrefixFrom(v.Address, v.Address.BitLen())) {
+					x.To = append(x.To, r.Address.String())
+				}
+				continue
 			}
 			if problem := r.Problem(v); problem == "" {
 				x.To = append(x.To, r.Address.String())

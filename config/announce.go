@@ -347,7 +347,7 @@ func (d *decoder) checkAnnounce(c *Config) {
 			}
 		}
 		if b.Keep && p.BFD != (BFD{}) {
-			d.warnings = append(d.warnings, d.problem(at, "peer %s: with \"onExit: keep\" and BFD the router drops the routes of an agent that was killed all the same, because BFD says that it is gone", p.Address))
+			d.warnings = append(d.warnings, d.problem(at, "peer %s: with \"onExit: keep\" and BFD most routers drop the routes all the same when the agent ends: BFD ends with it", p.Address))
 		}
 	}
 }

@@ -115,6 +115,11 @@ func (s *Session) become(to State, why Diagnostic, now time.Time) {
 func (s *Session) Tick(now time.Time) (p Packet, sends bool) {
 	if !s.expires.IsZero() && !now.Before(s.expires) {
 		s.expires, s.yours = time.Time{}, 0
+		// What it could take is not known any more: it may be another one, that waits
+		// to be spoken to.
+		if s.sends.IsZero() {
+			s.sends = now
+		}
 		if s.state == Init || s.state == Up {
 			s.become(Down, Expired, now)
 		}

@@ -194,6 +194,26 @@ func TestNeighbourWantsNothing(t *testing.T) {
 	}
 }
 
+// One who wanted no packets, and is silent since, is spoken to again: whoever is there now
+// may wait for that.
+func TestNeighbourIsGoneThatWantedNothing(t *testing.T) {
+	for _, state := range []State{AdminDown, Down} {
+		now := time.Unix(1000, 0)
+		s := NewSession(fast, 1, now, func() float64 { return 1 })
+		s.Receive(Packet{State: state, Multiplier: 3, Mine: 7, DesiredTx: time.Second}, now)
+		sent := 0
+		for range 100 {
+			now = now.Add(100 * time.Millisecond)
+			if _, ok := s.Tick(now); ok {
+				sent++
+			}
+		}
+		if sent < 5 {
+			t.Errorf("after %s it was sent %d packets in ten seconds", state, sent)
+		}
+	}
+}
+
 // Over a bad wire, with ends that stand still: once all is well again both are up within
 // seconds, and then nothing ever changes.
 func TestSessionsOverABadWire(t *testing.T) {

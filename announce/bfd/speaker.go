@@ -64,6 +64,7 @@ type session struct {
 	neighbor Neighbor
 	settings Settings
 	socket   int // -1: not open yet
+	dialed   time.Time
 	err      error
 	ups      uint64
 }
@@ -255,9 +256,7 @@ func (s *Speaker) tick() {
 		p := x.Close(time.Now())
 		x.send(p)
 		events = append(events, x.changed(before))
-		if x.socket >= 0 {
-			unix.Close(x.socket)
-		}
+		x.hangUp()
 	}
 	s.closing = nil
 	now := time.Now()
@@ -294,6 +293,8 @@ func (x *session) changed(before State) *Event {
 	}
 	if now == Up {
 		x.ups++
+	} else {
+		x.hangUp()
 	}
 	remote, heard := x.Remote()
 	return &Event{Neighbor: x.neighbor, Up: now == Up, Why: x.Diagnostic(), OnPurpose: now == AdminDown || now == Down && heard && remote.State == AdminDown}
@@ -301,10 +302,14 @@ func (x *session) changed(before State) *Event {
 
 // send sends a packet. What fails is tried again with the next.
 func (x *session) send(p Packet) {
+	if p.State != Up && time.Since(x.dialed) > redial {
+		x.hangUp()
+	}
 	if x.socket < 0 {
 		if x.socket, x.err = dial(x.neighbor); x.err != nil {
 			return
 		}
+		x.dialed = time.Now()
 	}
 	_, err := unix.Write(x.socket, p.Append(nil))
 	if err == nil || errors.Is(err, unix.ECONNREFUSED) { // nobody listens there yet
@@ -313,8 +318,18 @@ func (x *session) send(p Packet) {
 	}
 	// The address that it was sent from may have gone, or the route.
 	x.err = fmt.Errorf("nothing can be sent to %s: %w", x.neighbor.Address, err)
-	unix.Close(x.socket)
-	x.socket = -1
+	x.hangUp()
+}
+
+// redial is after how long a session that is not up looks for its way again: the address
+// that it sends from may be another by now.
+const redial = 5 * time.Second
+
+func (x *session) hangUp() {
+	if x.socket >= 0 {
+		unix.Close(x.socket)
+		x.socket = -1
+	}
 }
 
 // listen opens the socket at which packets of one family arrive.

@@ -3,29 +3,53 @@ package bgp
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/pentad/pentad/config"
-	"github.com/pentad/pentad/host"
 )
 
 // errNoID says that no router ID can be found.
 var errNoID = errors.New("this host has no IPv4 address by which routers could tell it from others: write announce.bgp.routerID")
 
-// routerID returns the one of the file, or the first IPv4 address of this host.
-func routerID(c config.BGP) (first netip.Addr, err error) {
+// routerID returns the one of the file; without one the address from which the first
+// peer is spoken to that has one of IPv4, or else the first of an interface. What is on a
+// loopback may be on other hosts, too.
+func routerID(c config.BGP) (netip.Addr, error) {
 	if c.RouterID.IsValid() {
 		return c.RouterID, nil
 	}
-	own, err := host.Addresses()
+	for _, p := range c.Peers {
+		if p.Source.Is4() {
+			return p.Source, nil
+		}
+		if !p.Address.Is4() {
+			continue
+		}
+		if routes, err := netlink.RouteGet(p.Address.AsSlice()); err == nil && len(routes) > 0 {
+			if a, ok := netip.AddrFromSlice(routes[0].Src); ok && a.Unmap().Is4() {
+				return a.Unmap(), nil
+			}
+		}
+	}
+	return firstAddress()
+}
+
+// firstAddress returns the least IPv4 address of an interface that is no loopback.
+func firstAddress() (first netip.Addr, err error) {
+	links, err := netlink.LinkList()
 	if err != nil {
 		return first, err
 	}
-	for a := range own {
-		if a.Is4() && !a.IsLoopback() && !a.IsLinkLocalUnicast() && (!first.IsValid() || a.Less(first)) {
+	for _, l := range links {
+		if l.Attrs().Flags&net.FlagLoopback != 0 {
+			continue
+		}
+		a, err := addressOn(l, true)
+		if err == nil && a.IsValid() && (!first.IsValid() || a.Less(first)) {
 			first = a
 		}
 	}

@@ -26,14 +26,15 @@ const (
 // not tell what a peer has answered to an OPEN, nor why it could not connect.
 func diagnose(ctx context.Context, s settings) string {
 	d := net.Dialer{Timeout: patience, Control: func(_, _ string, c syscall.RawConn) error { return prepare(c, s) }}
-	if s.peer.Source.IsValid() {
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(s.peer.Source, 0))
+	if s.source.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(s.source, 0))
 	}
-	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(s.peer.Address.String(), strconv.Itoa(int(s.peer.Port))))
+	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(s.address.String(), strconv.Itoa(int(s.port))))
 	if err != nil {
 		return dialWords(s, err)
 	}
 	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
 	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 		return err.Error()
 	}
@@ -45,8 +46,8 @@ func diagnose(ctx context.Context, s settings) string {
 	case *bgp.BGPNotification:
 		return "it says: " + notification(body.ErrorCode, body.ErrorSubcode)
 	case *bgp.BGPOpen:
-		if as := asOf(body); as != s.peer.AS {
-			return fmt.Sprintf("it is of the autonomous system %d, and the file says %d", as, s.peer.AS)
+		if as := asOf(body); as != s.peerAS {
+			return fmt.Sprintf("it is of the autonomous system %d, and the file says %d", as, s.peerAS)
 		}
 		say(c, bgp.NewBGPNotificationMessage(bgp.BGP_ERROR_CEASE, bgp.BGP_ERROR_SUB_CONNECTION_COLLISION_RESOLUTION, nil))
 		// It agrees; whether it says anything more is seen by the next OPEN only.
@@ -65,15 +66,15 @@ func prepare(c syscall.RawConn, s settings) error {
 	set := func(fd uintptr) {
 		ttl := 1
 		switch {
-		case s.peer.TTLSecurity:
+		case s.ttlSecurity:
 			ttl = 255
-		case s.peer.Multihop > 0:
-			ttl = s.peer.Multihop
-		case s.peer.AS == s.as:
+		case s.multihop > 0:
+			ttl = s.multihop
+		case s.peerAS == s.as:
 			ttl = 64
 		}
 		level, opt := unix.IPPROTO_IP, unix.IP_TTL
-		if s.peer.Address.Is6() {
+		if s.address.Is6() {
 			level, opt = unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS
 		}
 		err = unix.SetsockoptInt(int(fd), level, opt, ttl)
@@ -82,7 +83,7 @@ func prepare(c syscall.RawConn, s settings) error {
 		}
 		key := &unix.TCPMD5Sig{Keylen: uint16(len(s.password))}
 		copy(key.Key[:], s.password)
-		if a := s.peer.Address; a.Is4() {
+		if a := s.address; a.Is4() {
 			key.Addr.Family = unix.AF_INET
 			copy(key.Addr.Data[2:], a.AsSlice())
 		} else {
@@ -104,7 +105,7 @@ func greet(c net.Conn, s settings) (*bgp.BGPMessage, error) {
 	capabilities := bgp.NewOptionParameterCapability([]bgp.ParameterCapabilityInterface{
 		bgp.NewCapMultiProtocol(bgp.RF_IPv4_UC), bgp.NewCapMultiProtocol(bgp.RF_IPv6_UC), bgp.NewCapFourOctetASNumber(s.as),
 	})
-	open, err := bgp.NewBGPOpenMessage(short, uint16(seconds(s.peer.Hold)), s.id, []bgp.OptionParameterInterface{capabilities})
+	open, err := bgp.NewBGPOpenMessage(short, uint16(seconds(s.hold)), s.id, []bgp.OptionParameterInterface{capabilities})
 	if err != nil {
 		return nil, err
 	}
@@ -160,11 +161,11 @@ func asOf(o *bgp.BGPOpen) uint32 {
 func dialWords(s settings, err error) string {
 	switch {
 	case errors.Is(err, unix.ECONNREFUSED):
-		return fmt.Sprintf("nobody listens there at port %d, or it refuses this host", s.peer.Port)
+		return fmt.Sprintf("nobody listens there at port %d, or it refuses this host", s.port)
 	case errors.Is(err, unix.EHOSTUNREACH) || errors.Is(err, unix.ENETUNREACH):
 		return "there is no way to it, or nobody has its address"
 	case errors.Is(err, unix.EADDRNOTAVAIL):
-		return fmt.Sprintf("this host has not the address %s, of \"source\"", s.peer.Source)
+		return fmt.Sprintf("this host has not the address %s, of \"source\"", s.source)
 	case isTimeout(err):
 		if s.password != "" {
 			return "it does not answer: is it there, and has it the same password?"

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -41,15 +42,19 @@ type Plane struct {
 	mu       sync.Mutex
 	want     Want
 	speakers map[netip.Addr]*speaker
+	id       netip.Addr   // the router ID: once it is chosen it stays
 	watch    *bfd.Speaker // nil: no peer is watched
-	wake     chan struct{}
+	endWatch func()
 	unseen   error // why peers are not watched
+	trouble  error // what has gone wrong since the last Apply
 	over     bool  // everything was taken back, for good
+
+	tasks sync.WaitGroup
 }
 
 // New returns a plane that tells nobody anything yet.
 func New(log *slog.Logger) *Plane {
-	return &Plane{log: log, speakers: make(map[netip.Addr]*speaker), wake: make(chan struct{}, 1)}
+	return &Plane{log: log, speakers: make(map[netip.Addr]*speaker)}
 }
 
 // refresh is how often addresses and routes of this host are looked at, by which peers
@@ -61,7 +66,7 @@ const refresh = 5 * time.Second
 func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.want = want
+	p.want, p.trouble = want, nil
 	if p.over {
 		return nil
 	}
@@ -70,15 +75,18 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 
 func (p *Plane) apply() error {
 	c := p.want.Config
-	id, err := routerID(c)
-	if err != nil {
-		return err
+	if c.RouterID.IsValid() || !p.id.IsValid() {
+		id, err := routerID(c)
+		if err != nil {
+			return err
+		}
+		p.id = id
 	}
 	var errs []error
 	wanted := make(map[netip.Addr]bool)
 	for _, peer := range c.Peers {
 		wanted[peer.Address] = true
-		errs = append(errs, p.tell(id, peer))
+		errs = append(errs, p.tell(peer))
 	}
 	for a, s := range p.speakers {
 		if !wanted[a] {
@@ -94,49 +102,73 @@ func (p *Plane) apply() error {
 const mostPassword = 80
 
 // tell has a peer know what it is to know.
-func (p *Plane) tell(id netip.Addr, peer config.Peer) error {
+func (p *Plane) tell(peer config.Peer) error {
 	c := p.want.Config
-	s := settings{id: id, as: c.AS, peer: peer, keep: c.Keep, restart: c.RestartTime}
-	if peer.PasswordFile != "" {
-		password, err := host.ReadPassword(peer.PasswordFile)
-		if err != nil {
-			return fmt.Errorf("peer %s: %w", peer.Address, err)
-		}
-		if len(password) > mostPassword {
-			return fmt.Errorf("peer %s: its password has %d bytes; TCP MD5 takes %d", peer.Address, len(password), mostPassword)
-		}
-		s.password = password
+	s := settings{
+		id: p.id, as: c.AS, address: peer.Address, peerAS: peer.AS, port: peer.Port, source: peer.Source, hold: peer.Hold,
+		multihop: peer.Multihop, ttlSecurity: peer.TTLSecurity, keep: c.Keep,
+	}
+	if c.Keep {
+		s.restart = c.RestartTime
+	}
+	there := p.speakers[peer.Address]
+	password, failed := passwordOf(peer)
+	if failed != nil && there == nil {
+		return failed
+	}
+	// A session that there is goes on without its file: what it says has to stay true.
+	if s.password = password; failed != nil {
+		s.password = there.settings.password
 	}
 	hops, err := nextHops(peer)
-	if err != nil && len(hops) == 0 {
-		// What there is stays: the way to it may come back.
-		return fmt.Errorf("peer %s: %w", peer.Address, err)
+	if err != nil {
+		failed = errors.Join(failed, fmt.Errorf("peer %s: %w", peer.Address, err))
 	}
+	routes := p.routesFor(peer, hops)
+	if there != nil && !there.isFor(s, peer.Retry) {
+		there.close(false)
+		delete(p.speakers, peer.Address)
+		there = nil
+	}
+	if there == nil {
+		there, err = newSpeaker(s, peer.Retry, p.log, routes)
+		if err == nil {
+			p.speakers[peer.Address] = there
+		}
+	} else {
+		err = there.setRoutes(routes)
+	}
+	if err != nil {
+		failed = errors.Join(failed, fmt.Errorf("peer %s: %w", peer.Address, err))
+	}
+	return failed
+}
+
+func passwordOf(peer config.Peer) (string, error) {
+	if peer.PasswordFile == "" {
+		return "", nil
+	}
+	password, err := host.ReadPassword(peer.PasswordFile)
+	if err != nil {
+		return "", fmt.Errorf("peer %s: %w", peer.Address, err)
+	}
+	if len(password) > mostPassword {
+		return "", fmt.Errorf("peer %s: its password has %d bytes; TCP MD5 takes %d", peer.Address, len(password), mostPassword)
+	}
+	return password, nil
+}
+
+// routesFor returns what a peer is told, as far as it can be told where to send packets.
+func (p *Plane) routesFor(peer config.Peer, hops map[bool]netip.Addr) map[netip.Prefix]route {
+	c := p.want.Config
 	attributes := peer.Attributes.Over(c.Attributes)
-	attributes.Communities, attributes.LargeCommunities = slices.Clone(attributes.Communities), slices.Clone(attributes.LargeCommunities)
 	routes := make(map[netip.Prefix]route)
 	for _, prefix := range announce.Prefixes(announce.Told(p.want.VIPs, peer.Services), c.Aggregates) {
 		if hop, ok := hops[prefix.Addr().Is4()]; ok {
 			routes[prefix] = route{hop, attributes}
 		}
 	}
-	there := p.speakers[peer.Address]
-	if there != nil && !there.isFor(s) {
-		there.close(false)
-		delete(p.speakers, peer.Address)
-		there = nil
-	}
-	if there == nil {
-		if there, err = newSpeaker(s, p.log, routes); err != nil {
-			return fmt.Errorf("peer %s: %w", peer.Address, err)
-		}
-		p.speakers[peer.Address] = there
-		return nil
-	}
-	if err := there.setRoutes(routes); err != nil {
-		return fmt.Errorf("peer %s: %w", peer.Address, err)
-	}
-	return nil
+	return routes
 }
 
 // watchPeers has BFD watch the peers that want it.
@@ -147,20 +179,28 @@ func (p *Plane) watchPeers() (err error) {
 			wanted[bfd.Neighbor{Address: peer.Address, Source: peer.Source}] = bfd.Settings(peer.BFD)
 		}
 	}
-	if len(wanted) == 0 && p.watch == nil {
+	if len(wanted) == 0 {
+		p.stopWatching()
 		return nil
 	}
 	if p.watch == nil {
 		if p.watch, err = bfd.NewSpeaker(p.log, p.onBFD); err != nil {
 			return err
 		}
-		select {
-		case p.wake <- struct{}{}:
-		default:
-		}
+		ctx, stop := context.WithCancel(context.Background())
+		p.endWatch = stop
+		p.tasks.Go(func() { p.runBFD(ctx, p.watch) })
 	}
 	p.watch.Set(wanted)
 	return nil
+}
+
+// stopWatching ends BFD, and gives its port back.
+func (p *Plane) stopWatching() {
+	if p.watch != nil {
+		p.endWatch()
+		p.watch, p.unseen = nil, nil
+	}
 }
 
 // onBFD is called by the thread of BFD.
@@ -187,52 +227,56 @@ func (p *Plane) Intact() bool { return true }
 // Distrust has nothing to read again.
 func (p *Plane) Distrust() {}
 
-// Run watches peers, and follows the addresses of this host.
+// Run follows the addresses of this host until the context ends. Then it takes leave:
+// first of routers, as the configuration says, and then of their BFD, which would have them
+// drop everything at once.
 func (p *Plane) Run(ctx context.Context) {
-	var tasks sync.WaitGroup
-	defer tasks.Wait()
 	tick := time.NewTicker(refresh)
 	defer tick.Stop()
-	for {
+	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
-			return
-		case <-p.wake:
-			tasks.Go(func() { p.runBFD(ctx) })
 		case <-tick.C:
 			p.followAddresses()
-			p.askWhy(ctx, &tasks)
+			p.askWhy(ctx)
 		}
 	}
+	p.mu.Lock()
+	keep := p.want.Config.Keep
+	p.mu.Unlock()
+	p.end(keep)
+	p.mu.Lock()
+	p.stopWatching()
+	p.mu.Unlock()
+	p.tasks.Wait()
 }
 
 func (p *Plane) followAddresses() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.speakers) > 0 && !p.over {
-		// What fails is said by the next Apply, and what there is stays.
-		_ = p.apply()
+		p.trouble = p.apply()
 	}
 }
 
 // askWhy asks each peer without a session for the reason.
-func (p *Plane) askWhy(ctx context.Context, tasks *sync.WaitGroup) {
+func (p *Plane) askWhy(ctx context.Context) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, s := range p.speakers {
-		tasks.Go(func() { s.askWhy(ctx) })
+		p.tasks.Go(func() { s.askWhy(ctx) })
 	}
 }
 
 // runBFD speaks BFD until the context ends, and tries again when it cannot.
-func (p *Plane) runBFD(ctx context.Context) {
-	p.mu.Lock()
-	watch := p.watch
-	p.mu.Unlock()
+func (p *Plane) runBFD(ctx context.Context, watch *bfd.Speaker) {
+	defer watch.Close()
 	for ctx.Err() == nil {
 		err := watch.Run(ctx)
 		p.mu.Lock()
-		p.unseen = err
+		if p.watch == watch {
+			p.unseen = err
+		}
 		p.mu.Unlock()
 		select {
 		case <-ctx.Done():
@@ -245,13 +289,8 @@ func (p *Plane) runBFD(ctx context.Context) {
 // of the end of the agent.
 func (p *Plane) Withdraw() { p.end(false) }
 
-// Close ends the speakers, as the configuration says.
-func (p *Plane) Close() {
-	p.end(p.want.Config.Keep)
-	if p.watch != nil {
-		p.watch.Close()
-	}
-}
+// Close has nothing left to do: Run has taken leave.
+func (p *Plane) Close() {}
 
 // farewell is how long routes carry the community GRACEFUL_SHUTDOWN before they go, so
 // that routers that know it (RFC 8326) have another way by then.
@@ -284,8 +323,10 @@ func (p *Plane) Warnings() (all []string) {
 		if r.State != Established && time.Since(r.Since) > r.Hold {
 			all = append(all, fmt.Sprintf("peer %s is told nothing: %s", r.Address, r.Words()))
 		}
-		for _, f := range r.Untold {
-			all = append(all, fmt.Sprintf("peer %s is not told of %s VIPs: this host has no %s address on its segment; give it one, or write nextHop", r.Address, f, f))
+		for _, is4 := range []bool{true, false} {
+			if problem := r.familyProblem(is4); problem != "" && p.hasVIPs(is4) {
+				all = append(all, fmt.Sprintf("peer %s is not told of all VIPs: %s", r.Address, problem))
+			}
 		}
 		if r.BFD != nil && r.BFD.Err != nil {
 			all = append(all, fmt.Sprintf("peer %s is not watched: %v", r.Address, r.BFD.Err))
@@ -293,10 +334,20 @@ func (p *Plane) Warnings() (all []string) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.trouble != nil {
+		all = append(all, strings.Split(p.trouble.Error(), "\n")...)
+	}
 	if p.unseen != nil {
 		all = append(all, "peers are not watched: "+p.unseen.Error())
 	}
 	return all
+}
+
+// hasVIPs reports whether there is anything of a family to be told.
+func (p *Plane) hasVIPs(is4 bool) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.ContainsFunc(p.want.VIPs, func(v announce.VIP) bool { return v.Address.Is4() == is4 })
 }
 
 // Reports says how every peer is, in the order of the file.
@@ -310,22 +361,18 @@ func (p *Plane) Reports() (all []Report) {
 		}
 	}
 	for _, peer := range p.want.Config.Peers {
-		s := p.speakers[peer.Address]
-		if s == nil {
-			all = append(all, Report{Address: peer.Address, AS: peer.AS, State: Idle})
-			continue
+		r := Report{State: Idle}
+		if s := p.speakers[peer.Address]; s != nil {
+			r = s.report()
 		}
-		r := s.report()
-		r.Services = peer.Services
+		r.Address, r.AS, r.Hold, r.Services, r.NoHop = peer.Address, peer.AS, peer.Hold, peer.Services, make(map[bool]bool)
 		if w, ok := watched[peer.Address]; ok {
 			r.BFD = &w
 		}
-		hops, _ := nextHops(peer)
-		for f, name := range map[bool]string{true: "IPv4", false: "IPv6"} {
-			_, has := hops[f]
-			if !has && slices.ContainsFunc(p.want.VIPs, func(v announce.VIP) bool { return v.Address.Is4() == f }) {
-				r.Untold = append(r.Untold, name)
-			}
+		hops, _ := nextHops(peer) // why not is said by Apply
+		for _, is4 := range []bool{true, false} {
+			_, has := hops[is4]
+			r.NoHop[is4] = !has
 		}
 		all = append(all, r)
 	}

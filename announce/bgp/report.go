@@ -54,7 +54,8 @@ type Report struct {
 	Ups      uint64 // how often it was established
 	Services []string
 	Prefixes []netip.Prefix // that it is told
-	Untold   []string       // families of which it cannot be told
+	Takes    map[bool]bool  // families that it takes; true: IPv4; nil: not known
+	NoHop    map[bool]bool  // families for which this host has no address on its segment
 	BFD      *bfd.Report    // nil: it is not watched
 }
 
@@ -82,8 +83,31 @@ func (r Report) Problem(v announce.VIP) string {
 	if r.State != Established {
 		return r.Words()
 	}
-	if !slices.ContainsFunc(r.Prefixes, func(p netip.Prefix) bool { return p.Contains(v.Address) }) {
-		return "this host has no address of the family on its segment; give it one, or write nextHop"
+	if problem := r.familyProblem(v.Address.Is4()); problem != "" {
+		return problem
+	}
+	if !r.Tells(v.Address) {
+		return "it is about to be told"
+	}
+	return ""
+}
+
+// Tells reports whether an address is among what the peer is told, or would be.
+func (r Report) Tells(a netip.Addr) bool {
+	return slices.ContainsFunc(r.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// familyProblem says why the peer cannot be told of a family; empty: it can.
+func (r Report) familyProblem(is4 bool) string {
+	name := "IPv6"
+	if is4 {
+		name = "IPv4"
+	}
+	if r.NoHop[is4] {
+		return fmt.Sprintf("this host has no %s address on its segment; give it one, or write nextHop", name)
+	}
+	if r.Takes != nil && !r.Takes[is4] {
+		return fmt.Sprintf("it takes no %s routes from this host: activate that address family there", name)
 	}
 	return ""
 }

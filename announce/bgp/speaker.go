@@ -18,14 +18,21 @@ import (
 	"github.com/pentad/pentad/config"
 )
 
-// settings are what a speaker is made with; with others it is another one.
+// settings are what a session is made with; with others it is another one. They are
+// comparable.
 type settings struct {
-	id       netip.Addr
-	as       uint32
-	peer     config.Peer
-	password string
-	keep     bool
-	restart  time.Duration
+	id          netip.Addr
+	as          uint32
+	address     netip.Addr
+	peerAS      uint32
+	port        uint16
+	source      netip.Addr
+	password    string
+	hold        time.Duration
+	multihop    int
+	ttlSecurity bool
+	keep        bool
+	restart     time.Duration // 0 without keep
 }
 
 // route is what a peer is told of a prefix.
@@ -37,6 +44,7 @@ type route struct {
 // speaker is our end of the session with one peer.
 type speaker struct {
 	settings settings
+	retry    time.Duration
 	log      *slog.Logger
 	server   *server.BgpServer
 	stop     context.CancelFunc // of the events
@@ -45,8 +53,10 @@ type speaker struct {
 	routes map[netip.Prefix]route // that the peer is told
 	state  State
 	since  time.Time
-	why    string    // the session is not, or was not, established
-	asked  time.Time // when the peer was asked for that last
+	why    string        // the session is not, or was not, established
+	asked  time.Time     // when the peer was asked for that last
+	gone   string        // what BFD says of a peer whose session was reset
+	takes  map[bool]bool // families that the peer takes; true: IPv4; nil: not known
 	ups    uint64
 }
 
@@ -56,8 +66,8 @@ const deferral = 2 * time.Second
 
 // newSpeaker begins a session, with all routes at hand before it is established: a peer
 // that kept those of an earlier agent drops what is not among them.
-func newSpeaker(s settings, log *slog.Logger, routes map[netip.Prefix]route) (*speaker, error) {
-	x := &speaker{settings: s, log: log.With("peer", s.peer.Address), routes: make(map[netip.Prefix]route), since: time.Now()}
+func newSpeaker(s settings, retry time.Duration, log *slog.Logger, routes map[netip.Prefix]route) (*speaker, error) {
+	x := &speaker{settings: s, retry: retry, log: log.With("peer", s.address), routes: make(map[netip.Prefix]route), since: time.Now()}
 	x.server = server.NewBgpServer(server.LoggerOption(slog.New(slog.DiscardHandler), new(slog.LevelVar)))
 	ctx, stop := context.WithCancel(context.Background())
 	x.stop = stop
@@ -85,10 +95,6 @@ func (x *speaker) begin(ctx context.Context, routes map[netip.Prefix]route) erro
 	return x.server.AddPeer(ctx, &api.AddPeerRequest{Peer: x.peer()})
 }
 
-// mostRoutes is how many routes a peer may send that should send none: they are kept in
-// memory though none is taken.
-const mostRoutes = 10_000
-
 // refuseRoutes has routes taken from here only.
 func (x *speaker) refuseRoutes(ctx context.Context) error {
 	own := &api.Policy{Name: "own", Statements: []*api.Statement{{
@@ -107,21 +113,21 @@ func (x *speaker) refuseRoutes(ctx context.Context) error {
 
 // peer is the peer in the words of gobgp.
 func (x *speaker) peer() *api.Peer {
-	s, p := x.settings, x.settings.peer
+	s := x.settings
 	out := &api.Peer{
-		Conf: &api.PeerConf{NeighborAddress: p.Address.String(), PeerAsn: p.AS, LocalAsn: s.as, AuthPassword: s.password},
+		Conf: &api.PeerConf{NeighborAddress: s.address.String(), PeerAsn: s.peerAS, LocalAsn: s.as, AuthPassword: s.password},
 		Timers: &api.Timers{Config: &api.TimersConfig{
-			HoldTime: seconds(p.Hold), KeepaliveInterval: max(1, seconds(p.Hold)/3), ConnectRetry: seconds(p.Retry), IdleHoldTimeAfterReset: 1,
+			HoldTime: seconds(s.hold), KeepaliveInterval: max(1, seconds(s.hold)/3), ConnectRetry: seconds(x.retry), IdleHoldTimeAfterReset: 1,
 		}},
-		Transport: &api.Transport{RemotePort: uint32(p.Port)},
+		Transport: &api.Transport{RemotePort: uint32(s.port)},
 	}
-	if p.Source.IsValid() {
-		out.Transport.LocalAddress = p.Source.String()
+	if s.source.IsValid() {
+		out.Transport.LocalAddress = s.source.String()
 	}
-	if p.Multihop > 0 {
-		out.EbgpMultihop = &api.EbgpMultihop{Enabled: true, MultihopTtl: uint32(p.Multihop)}
+	if s.multihop > 0 {
+		out.EbgpMultihop = &api.EbgpMultihop{Enabled: true, MultihopTtl: uint32(s.multihop)}
 	}
-	if p.TTLSecurity {
+	if s.ttlSecurity {
 		out.TtlSecurity = &api.TtlSecurity{Enabled: true, TtlMin: 255}
 	}
 	if s.keep {
@@ -133,7 +139,6 @@ func (x *speaker) peer() *api.Peer {
 		family := &api.Family{Afi: f, Safi: api.Family_SAFI_UNICAST}
 		out.AfiSafis = append(out.AfiSafis, &api.AfiSafi{
 			Config:            &api.AfiSafiConfig{Family: family, Enabled: true},
-			PrefixLimits:      &api.PrefixLimit{Family: family, MaxPrefixes: mostRoutes},
 			MpGracefulRestart: &api.MpGracefulRestart{Config: &api.MpGracefulRestartConfig{Enabled: s.keep}},
 		})
 	}
@@ -142,7 +147,13 @@ func (x *speaker) peer() *api.Peer {
 
 func seconds(d time.Duration) uint64 { return uint64(d / time.Second) }
 
-func (x *speaker) isFor(s settings) bool { return reflect.DeepEqual(x.settings, s) }
+// isFor reports whether the session is one with these settings. Another time to retry is
+// worth no session that is established.
+func (x *speaker) isFor(s settings, retry time.Duration) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.settings == s && (x.retry == retry || x.state == Established)
+}
 
 // setRoutes makes what the peer is told just these.
 func (x *speaker) setRoutes(routes map[netip.Prefix]route) error {
@@ -233,16 +244,43 @@ func (x *speaker) onPeer(e *apiutil.WatchEventMessage_PeerEvent, at time.Time) {
 	if (x.state == Established) != (was == Established) {
 		x.since = at
 	}
-	if why := reason(e.Peer.State.DisconnectReason, e.Peer.State.DisconnectMessage); why != "" && x.state != Established {
+	if x.state == Established {
+		x.takes = familiesOf(e.Peer.State.RemoteCap)
+	}
+	if why := x.reasonOf(e.Peer.State.DisconnectReason, e.Peer.State.DisconnectMessage); why != "" && x.state != Established {
 		if why != x.why || was == Established {
 			x.log.Warn("a router is told nothing any more, or not yet", "reason", why)
 		}
 		x.why = why
 	}
 	if x.state == Established && was != Established {
-		x.ups, x.why = x.ups+1, ""
+		x.ups, x.why, x.gone = x.ups+1, "", ""
 		x.log.Info("a router is told of VIPs", "prefixes", len(x.routes))
 	}
+}
+
+// reasonOf is reason, but for a session that was reset from here.
+func (x *speaker) reasonOf(why api.PeerState_DisconnectReason, message string) string {
+	if x.gone != "" && why == api.PeerState_DISCONNECT_REASON_NOTIFICATION_SENT {
+		return x.gone
+	}
+	return reason(why, message)
+}
+
+// familiesOf returns the families that a peer takes, by its capabilities (RFC 4760, section
+// 8); one that names none takes IPv4.
+func familiesOf(capabilities []bgp.ParameterCapabilityInterface) map[bool]bool {
+	takes := make(map[bool]bool)
+	for _, c := range capabilities {
+		if m, ok := c.(*bgp.CapMultiProtocol); ok {
+			takes[true] = takes[true] || m.CapValue == bgp.RF_IPv4_UC
+			takes[false] = takes[false] || m.CapValue == bgp.RF_IPv6_UC
+		}
+	}
+	if len(takes) == 0 {
+		takes[true] = true
+	}
+	return takes
 }
 
 // askWhy asks the peer for the reason why there is no session, if there is none for a
@@ -273,13 +311,13 @@ func (x *speaker) reset(why string) {
 	x.mu.Lock()
 	established := x.state == Established
 	if established {
-		x.why = "BFD says that it is gone: " + why
+		x.gone = "BFD says that it is gone: " + why
 	}
 	x.mu.Unlock()
 	if !established {
 		return
 	}
-	err := x.server.ResetPeer(context.Background(), &api.ResetPeerRequest{Address: x.settings.peer.Address.String(), Communication: "BFD: " + why})
+	err := x.server.ResetPeer(context.Background(), &api.ResetPeerRequest{Address: x.settings.address.String(), Communication: "BFD: " + why})
 	if err != nil {
 		x.log.Error("the session with a peer that is gone could not be reset", "error", err)
 	}
@@ -324,7 +362,6 @@ func (x *speaker) report() Report {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return Report{
-		Address: x.settings.peer.Address, AS: x.settings.peer.AS, Hold: x.settings.peer.Hold,
-		State: x.state, Since: x.since, Why: x.why, Ups: x.ups, Prefixes: slices.SortedFunc(maps.Keys(x.routes), netip.Prefix.Compare),
+		State: x.state, Since: x.since, Why: x.why, Ups: x.ups, Prefixes: slices.SortedFunc(maps.Keys(x.routes), netip.Prefix.Compare), Takes: maps.Clone(x.takes),
 	}
 }

@@ -422,12 +422,101 @@ announce:
 	if out := s.birdc("show", "protocols", "all", "inner"); !strings.Contains(out, "Neighbor ID:      10.80.0.77") {
 		t.Errorf("the router ID is another: %s", out)
 	}
+	// What is said of routes changes without a moment in which there are none.
+	before := s.sessions()
+	file := d.Dir + "/pentad.yaml"
+	text, err := os.ReadFile(file)
+	must(t, err)
+	must(t, os.WriteFile(file, []byte(strings.NewReplacer("med: 40", "med: 41, services: [web], bfd: {}", "localPref: 250", "localPref: 251", "65001:100", "65001:101").Replace(string(text))), 0o600))
+	d.MustPentad("reload")
+	for protocol, want := range map[string]string{"inner": "BGP.local_pref: 251", "outer": "BGP.med: 41"} {
+		s.router.Eventually(protocol+" has "+want, func() error {
+			if out := s.birdc("show", "route", "all", vip6+"/128", "protocol", protocol); !strings.Contains(out, want) {
+				return errors.New(out)
+			}
+			return nil
+		})
+	}
+	// Nor is an address that is added, or a password that is gone, any reason.
+	must(t, d.AddAddress("10.0.0.5/32"), os.Remove(secret))
+	time.Sleep(6 * time.Second) // longer than it takes to look at addresses
+	if after := s.sessions(); after != before || before == "" {
+		t.Errorf("sessions were\n%s\nand are\n%s", before, after)
+	}
+	d.Eventually("status says that the password is gone", func() error {
+		if out, _ := d.Pentad("status"); !strings.Contains(out, secret) {
+			return errors.New(out)
+		}
+		return nil
+	})
+	must(t, os.WriteFile(file, []byte(strings.ReplaceAll(string(text), "{address: 10.80.0.2", "{admin: drain, address: 10.80.0.2")), 0o600))
+	_, _ = d.Pentad("reload", "--force") // it says what is wrong with the password
+	s.router.Eventually("what drains is withdrawn", func() error {
+		if out := s.birdc("show", "route", "protocol", "inner"); strings.Contains(out, "192.0.2.0/25") {
+			return errors.New(out)
+		}
+		return nil
+	})
 	must(t, os.WriteFile(secret, []byte("another\n"), 0o600))
 	d.Agent.Kill()
 	d.Agent = d.Launch()
 	d.Eventually("the reason", func() error {
 		out, _ := d.Pentad("announcement", "peers")
 		if strings.Count(out, "has it the same password?") != 2 {
+			return errors.New(out)
+		}
+		return nil
+	})
+}
+
+// sessions says since when each session of the router is established.
+func (s *site) sessions() (all string) {
+	for line := range strings.Lines(s.birdc("show", "protocols")) {
+		if strings.Contains(line, "Established") {
+			all += line
+		}
+	}
+	return all
+}
+
+// A router that takes one family only is told of that, and the other one is not said to be
+// announced.
+func TestOneFamily(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	lab.Need(t, "bird")
+	s.birdWith(`router id 10.80.0.1;
+protocol device { scan time 2; }
+protocol bfd { interface "*" { min rx interval 100 ms; min tx interval 100 ms; multiplier 3; }; }
+protocol kernel { ipv4 { import none; export where source = RTS_BGP; }; }
+protocol bgp d0 { local 10.80.0.1 as 65000; neighbor 10.80.0.11 as 65001; passive; bfd on; ipv4 { import all; export none; }; }
+`)
+	d := s.directors[0]
+	d.RunAgent(s.services("", s.announce(0, "onExit: withdraw")))
+	d.Eventually("it is told of one", func() error {
+		out := strings.Join(strings.Fields(d.MustPentad("announcement", "list")), " ")
+		for _, want := range []string{vip4 + " web 10.80.0.1 -", vip6 + " web - peer 10.80.0.1: it takes no IPv6 routes from this host"} {
+			if !strings.Contains(out, want) {
+				return errors.New(out)
+			}
+		}
+		return nil
+	})
+	if out := d.MustPentad("status"); !strings.Contains(out, "it takes no IPv6 routes from this host") {
+		t.Errorf("status says nothing of it: %s", out)
+	}
+	// Routers hear that the routes go before they do, and before BFD says goodbye.
+	stopped := make(chan error, 1)
+	go func() { stopped <- d.Agent.Stop() }()
+	s.router.Eventually("the farewell", func() error {
+		if out := s.birdc("show", "route", "all", vip4+"/32"); !strings.Contains(out, "(65535,0)") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	must(t, <-stopped)
+	s.router.Eventually("the end", func() error {
+		if out := s.birdc("show", "route", "all", vip4+"/32"); strings.Contains(out, "via") {
 			return errors.New(out)
 		}
 		return nil
