@@ -17,7 +17,6 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"github.com/pentad/pentad/host"
 	"github.com/pentad/pentad/pins"
 	"github.com/pentad/pentad/service"
 )
@@ -290,7 +289,7 @@ func (k *kernel) readReals() error {
 
 // set makes the maps say what is wanted. What a packet reads is complete before it can
 // find it.
-func (k *kernel) set(vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]way) error {
+func (k *kernel) set(vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]way, own map[netip.Addr]bool) error {
 	if err := k.setReals(reals, ways); err != nil {
 		return err
 	}
@@ -298,8 +297,49 @@ func (k *kernel) set(vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]
 	for _, v := range vips {
 		wanted[v.listener] = true
 	}
-	errs := []error{k.removeOthers(wanted)} // they make room
+	var errs []error
+	for l := range maps.Clone(k.vips) {
+		if !wanted[l] {
+			errs = append(errs, k.removeVIP(l)) // they make room
+		}
+	}
+	errs = append(errs, k.removeAddresses())
 	sums := make(map[string][sha256.Size]byte)
+	errs = append(errs, k.setVIPs(vips, sums))
+	k.sums = sums
+	// Packets find a VIP by its address, when all else is there.
+	return errors.Join(append(errs, k.setAddresses(vips, own))...)
+}
+
+// revise makes the maps say what is wanted where only some of it has changed: the VIPs of
+// some services are others than before. Places of real servers have to be free.
+func (k *kernel) revise(before, vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]way, own map[netip.Addr]bool) error {
+	if err := k.setReals(reals, ways); err != nil {
+		return err
+	}
+	wanted := make(map[service.Listener]bool, len(vips))
+	for _, v := range vips {
+		wanted[v.listener] = true
+	}
+	var errs []error
+	removed := false
+	for _, v := range before {
+		if !wanted[v.listener] {
+			removed = true
+			errs = append(errs, k.removeVIP(v.listener))
+		}
+	}
+	if removed {
+		errs = append(errs, k.removeAddresses())
+	}
+	if k.sums == nil {
+		k.sums = make(map[string][sha256.Size]byte)
+	}
+	return errors.Join(append(errs, k.setVIPs(vips, k.sums), k.setAddresses(vips, own))...)
+}
+
+func (k *kernel) setVIPs(vips []vip, sums map[string][sha256.Size]byte) error {
+	var errs []error
 	for _, v := range vips {
 		number, err := k.tableFor(v.members, sums)
 		if err == nil {
@@ -309,10 +349,18 @@ func (k *kernel) set(vips []vip, reals map[netip.Addr]bool, ways map[netip.Addr]
 			errs = append(errs, fmt.Errorf("service %s: %s: %w", v.name, v.listener, err))
 		}
 	}
-	k.sums = sums
-	// Packets find a VIP by its address, when all else is there.
-	own, err := host.Addresses()
-	return errors.Join(append(errs, err, k.setAddresses(vips, own))...)
+	return errors.Join(errs...)
+}
+
+// hasRoomFor reports whether there are places that nobody has had for all who are new.
+func (k *kernel) hasRoomFor(reals map[netip.Addr]bool) bool {
+	fresh := 0
+	for a := range reals {
+		if _, known := k.reals[a]; !known {
+			fresh++
+		}
+	}
+	return len(k.inside)+fresh <= maxReals
 }
 
 // setReals gives each real server a place. Who is not wanted any more keeps his until
@@ -615,27 +663,33 @@ func (k *kernel) unuse(table uint32) error {
 	return nil
 }
 
-// removeOthers takes VIPs away that are not wanted, and tables that nobody uses.
-func (k *kernel) removeOthers(wanted map[service.Listener]bool) error {
-	var errs []error
-	addresses := make(map[netip.Addr]bool)
-	for l := range wanted {
-		addresses[l.Address.Addr()] = true
+// removeVIP takes a VIP away, and tables that nobody uses. It may be gone.
+func (k *kernel) removeVIP(l service.Listener) error {
+	s := k.vips[l]
+	if s == nil {
+		return nil
 	}
+	errs := []error{
+		drop(k.maps[kernelMapVips], vipKeyOf(l)), k.maps[kernelMapStates].Put(s.index, &kernelState{}),
+		k.unuse(s.table), k.unuse(s.previous), k.forgetFlows(s),
+	}
+	delete(k.vips, l)
+	delete(k.taken, s.index)
+	return errors.Join(errs...)
+}
+
+// removeAddresses takes those away at which no VIP is left.
+func (k *kernel) removeAddresses() error {
+	used := make(map[netip.Addr]bool, len(k.vips))
+	for l := range k.vips {
+		used[l.Address.Addr()] = true
+	}
+	var errs []error
 	for a := range maps.Clone(k.kinds) {
-		if !addresses[a] {
+		if !used[a] {
 			errs = append(errs, drop(k.maps[kernelMapAddresses], kernelAddressOf(a)))
 			delete(k.kinds, a)
 		}
-	}
-	for l, s := range k.vips {
-		if wanted[l] {
-			continue
-		}
-		errs = append(errs, drop(k.maps[kernelMapVips], vipKeyOf(l)))
-		errs = append(errs, k.maps[kernelMapStates].Put(s.index, &kernelState{}), k.unuse(s.table), k.unuse(s.previous), k.forgetFlows(s))
-		delete(k.vips, l)
-		delete(k.taken, s.index)
 	}
 	return errors.Join(errs...)
 }

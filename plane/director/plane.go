@@ -50,8 +50,8 @@ type Plane struct {
 	want     *Want                     // what is in the kernel; nil: not known
 	kernel   *kernel                   // its maps; nil: not open
 	attached map[string]pins.Interface // that have the program
-	ways     map[netip.Addr]way
-	missing  []string
+	ways     map[netip.Addr]way        // to all real servers, and perhaps some of before
+	own      map[netip.Addr]bool       // addresses of this host
 }
 
 // New returns a plane that has not touched the kernel yet. pins is the directory of all
@@ -69,10 +69,10 @@ type vip struct {
 	servers    map[netip.Addr]uint8 // all of the service, with how they leave it; 0: they do not
 }
 
-// vipsOf returns what is to be directed, and all real servers. It is pure.
-func vipsOf(s *service.Snapshot) (vips []vip, reals map[netip.Addr]bool) {
+// vipsOf returns what is to be directed of services, and their real servers. It is pure.
+func vipsOf(services []*service.Service) (vips []vip, reals map[netip.Addr]bool) {
 	reals = make(map[netip.Addr]bool)
-	for _, x := range s.Services {
+	for _, x := range services {
 		if x.Forward != service.ForwardDirect {
 			continue
 		}
@@ -117,17 +117,21 @@ func membersOf(s *service.Service, f service.Family) []Member {
 func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	last := p.want
 	p.want = nil
 	if p.kernel == nil {
 		k, err := openKernel(p.dir)
 		if err != nil {
 			return err
 		}
-		p.kernel, p.attached = k, nil
+		p.kernel, p.attached, last = k, nil, nil
 	}
-	vips, reals := vipsOf(want.Services)
-	p.ways = waysTo(slices.Collect(maps.Keys(reals)))
-	setting := p.kernel.set(vips, reals, p.ways) // what is right of it is in force
+	own, err := host.Addresses()
+	if err != nil {
+		return err
+	}
+	setting := p.set(last, want, own) // what is right of it is in force
+	p.own = own
 	// The program is the same until there is another agent.
 	if p.attached == nil || !p.kernel.areAttached(want.Interfaces, p.attached) {
 		attached, err := p.kernel.attach(want.Interfaces)
@@ -140,8 +144,34 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 		return setting
 	}
 	p.want = &want
-	p.missing = p.missingOf(want, vips)
 	return nil
+}
+
+// set writes what is wanted: what has changed since the last want was in the kernel, if
+// that is known and nothing else has changed, or else everything.
+func (p *Plane) set(last *Want, want Want, own map[netip.Addr]bool) error {
+	if last != nil && last.Services != want.Services && maps.Equal(own, p.own) {
+		changed, removed := service.Diff(last.Services, want.Services)
+		before := removed
+		for _, s := range changed {
+			if old := last.Services.Find(s.Name); old != nil {
+				before = append(before, old)
+			}
+		}
+		vips, reals := vipsOf(changed)
+		gone, _ := vipsOf(before)
+		for a := range reals {
+			if _, known := p.ways[a]; !known {
+				p.ways[a] = wayTo(a)
+			}
+		}
+		if p.kernel.hasRoomFor(reals) {
+			return p.kernel.revise(gone, vips, reals, p.ways, own)
+		}
+	}
+	vips, reals := vipsOf(want.Services.Services)
+	p.ways = waysTo(slices.Collect(maps.Keys(reals)))
+	return p.kernel.set(vips, reals, p.ways, own)
 }
 
 // missingOf says what keeps packets from being directed.
@@ -152,10 +182,9 @@ func (p *Plane) missingOf(want Want, vips []vip) (all []string) {
 		}
 	}
 	said := make(map[netip.Addr]bool)
-	own, err := host.Addresses()
 	for _, v := range vips {
 		for _, m := range v.members {
-			if a := v.listener.Address.Addr(); err == nil && p.ways[m.Address].local && !own[a] && !said[a] {
+			if a := v.listener.Address.Addr(); p.ways[m.Address].local && !p.own[a] && !said[a] {
 				said[a] = true
 				all = append(all, fmt.Sprintf("service %s: real server %s is this host, which has not the address %s: add \"realServer: {vips: auto}\"", v.name, m.Address, a))
 			}
@@ -232,7 +261,11 @@ func (p *Plane) Close() {
 func (p *Plane) Warnings() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.missing
+	if p.want == nil {
+		return nil
+	}
+	vips, _ := vipsOf(p.want.Services.Services)
+	return p.missingOf(*p.want, vips)
 }
 
 // way is how packets get to a real server.
