@@ -77,7 +77,7 @@ func isForOthers(s *service.Service, l service.Listener) bool {
 	if a.IsLoopback() || a.IsLinkLocalUnicast() {
 		return false
 	}
-	return s.Source != service.SourceKubernetes || l.Public
+	return l.From.Has(service.FromWorld) && (s.Source != service.SourceKubernetes || l.Public)
 }
 
 // missingFor says why a listener is no reason to tell others of its address; empty: it is

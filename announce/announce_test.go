@@ -33,6 +33,11 @@ func TestVIPs(t *testing.T) {
 		}
 		return s
 	}
+	// With externalTrafficPolicy: Local sockets and pods of the node go to other nodes, too.
+	within := func(s *service.Service) *service.Service {
+		s.Listeners[0].From = service.FromPods | service.FromHost
+		return s
+	}
 	everything := []*service.Service{
 		of("direct", service.ForwardDirect, true, "192.0.2.1:80", "[2001:db8:1::1]:80"),
 		of("nat", service.ForwardNAT, true, "192.0.2.2:80", "192.0.2.2:443"),
@@ -41,6 +46,7 @@ func TestVIPs(t *testing.T) {
 		of("half", service.ForwardNAT, false, "192.0.2.2:81"),
 		of("own", service.ForwardNAT, true, "127.0.0.7:80", "[fe80::7]:80"),
 		inCluster(true, of("balancer", service.ForwardNAT, true, "192.0.2.5:80")),
+		within(inCluster(true, of("balancer-inside", service.ForwardNAT, true, "192.0.2.6:80"))),
 		inCluster(false, of("cluster-ip", service.ForwardNAT, true, "10.96.0.1:80")),
 	}
 	all := snapshot(everything...)

@@ -15,7 +15,6 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/dynamic"
 
 	"github.com/pentad/pentad/lab"
@@ -54,28 +53,7 @@ func newControl(t *testing.T) *control {
 	if w.cluster, err = kube.Start(t.Context(), binaries, h, "10.0.0.1"); err != nil {
 		t.Fatal(err)
 	}
-	// Resources of a definition are there a moment after it.
-	for _, file := range []string{"crd.yaml", "controller.yaml"} {
-		if err := w.cluster.Apply(t.Context(), base+file, false); err != nil {
-			t.Fatal(err)
-		}
-	}
-	client, err := dynamic.NewForConfig(w.cluster.Config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &control{pools: client.Resource(schema.GroupVersionResource{Group: "pentad.io", Version: "v1alpha1", Resource: "addresspools"})}
-	if err := lab.Eventually(patience, func() error {
-		_, err := c.pools.List(t.Context(), metav1.ListOptions{})
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if c.kubeconfig, err = w.cluster.AccountKubeconfig(t.Context(), "kube-system", "pentad-controller"); err != nil {
-		t.Fatal(err)
-	}
-	c.scene = newScene(t, w)
-	return c
+	return newControlIn(t, w)
 }
 
 // start starts a controller. A short lease lets tests see one take over.
