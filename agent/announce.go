@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"slices"
+	"time"
 
 	"github.com/pentad/pentad/announce"
 	"github.com/pentad/pentad/announce/bfd"
@@ -21,14 +21,25 @@ func speaksARP(c *config.Config) bool { return len(c.Announce.L2.Interfaces) > 0
 
 func announces(c *config.Config) bool { return speaksBGP(c) || speaksARP(c) }
 
-func vipsOf(k *known) []announce.VIP { return announce.VIPs(k.services, directs(k.config), k.standing) }
+func vipsOf(k *known) []announce.VIP {
+	return announce.VIPs(k.services, directs(k.config), k.standing, k.unheard)
+}
+
+// maySay reports whether it is known what can be announced: all sources have spoken, and
+// each role that forwards has tried what there is. What an earlier agent has announced
+// stays until then.
+func maySay(k *known) bool {
+	_, nat := k.standing[service.ForwardNAT]
+	_, direct := k.standing[service.ForwardDirect]
+	return k.silent == 0 && (nat || !forwards(k.config)) && (direct || !directs(k.config))
+}
 
 func wantBGP(k *known) (bgp.Want, bool) {
-	return bgp.Want{Config: k.config.Announce.BGP, VIPs: vipsOf(k)}, k.silent == 0
+	return bgp.Want{Config: k.config.Announce.BGP, VIPs: vipsOf(k)}, maySay(k)
 }
 
 func wantL2(k *known) (l2.Want, bool) {
-	return l2.Want{Config: k.config.Announce.L2, VIPs: vipsOf(k)}, k.silent == 0
+	return l2.Want{Config: k.config.Announce.L2, VIPs: vipsOf(k)}, maySay(k)
 }
 
 func openL2(a *Agent, _ func()) *l2.Plane { return l2.New(a.opts.Pins, a.log) }
@@ -83,30 +94,71 @@ var forwarders = map[string]service.Forward{"nat": service.ForwardNAT, "director
 // forwarded, and not before.
 func (a *Agent) noteStanding(o outcome) {
 	f, ok := forwarders[o.role]
-	if !ok || o.mode == waiting || o.err != nil && !isPartial(o.err) {
+	if !ok || o.mode == waiting {
 		return // what there was before is there still
 	}
 	has := o.services
-	if o.mode == off {
+	switch failed := o.err != nil && !isPartial(o.err); {
+	case o.mode == off, failed && o.broken:
 		has = nil
+	case failed:
+		has = a.known.standing[f] // what there was before
 	}
-	if a.known.standing[f] == has {
+	if was, known := a.known.standing[f]; known && was == has {
 		return
 	}
+	a.announceAnew(func(k *known) {
+		k.standing = maps.Clone(k.standing)
+		if k.standing == nil {
+			k.standing = make(announce.Standing)
+		}
+		k.standing[f] = has
+	})
+}
+
+// announceAnew changes what announcers know besides services.
+func (a *Agent) announceAnew(change func(*known)) {
 	now := *a.known
-	now.standing = maps.Clone(now.standing)
-	if now.standing == nil {
-		now.standing = make(announce.Standing)
-	}
-	now.standing[f] = has
+	change(&now)
 	a.mu.Lock()
 	a.known = &now
 	a.mu.Unlock()
+	if now.config == nil {
+		return
+	}
 	for _, d := range a.drivers {
 		if announcers[d.state().name] {
 			d.set(&now)
 		}
 	}
+}
+
+// hearEvery is how often it is looked whether first probes have told something.
+const hearEvery = 200 * time.Millisecond
+
+// hearProbes takes services out of those of which nothing is known.
+func (a *Agent) hearProbes() {
+	if len(a.known.unheard) == 0 {
+		return
+	}
+	if now := a.unheard(a.known); len(now) != len(a.known.unheard) {
+		a.announceAnew(func(k *known) { k.unheard = now })
+	}
+}
+
+// unheard returns the services that are probed and of which nothing is known yet, where
+// that matters to anybody.
+func (a *Agent) unheard(k *known) map[string]bool {
+	if !announces(k.config) {
+		return nil
+	}
+	heard, all := a.monitor.Heard(), make(map[string]bool)
+	for _, s := range k.services.Services {
+		if isProbed(s) && s.Forward != service.ForwardNone && !heard[s.Name] && s.Source != service.SourceKubernetes {
+			all[s.Name] = true
+		}
+	}
+	return all
 }
 
 // announcers are the roles that tell the network of VIPs.
@@ -162,8 +214,8 @@ func (a *Agent) Announcements() api.Announcements {
 		x := api.AnnouncedVIP{Address: v.Address, Services: v.Services, Missing: v.Missing, To: []string{}}
 		for _, r := range peers {
 			if v.Missing != "" {
-				// It is taken back in a moment, or that failed.
-				if r.State == bgp.Established && slices.Contains(r.Prefixes, netip.PrefixFrom(v.Address, v.Address.BitLen())) {
+				// An aggregate covers it, or it is about to be taken back.
+				if r.State == bgp.Established && r.Tells(v.Address) {
 					x.To = append(x.To, r.Address.String())
 				}
 				continue

@@ -211,7 +211,7 @@ func (d *drive[P, W]) run(ctx context.Context) {
 			retry.Reset(backoff)
 			backoff = min(2*backoff, retryMost)
 		}
-		send(ctx, d.agent.outcomes, outcome{d.part.name, tried.number, tried.mode, tried.services, err, verified})
+		send(ctx, d.agent.outcomes, outcome{d.part.name, tried.number, tried.mode, tried.services, err, err != nil && d.is.broken, verified})
 	}
 }
 

@@ -15,6 +15,8 @@ import (
 func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	drainOver := time.NewTimer(time.Hour)
 	defer drainOver.Stop()
+	hear := time.NewTicker(hearEvery)
+	defer hear.Stop()
 	for {
 		setDrainOver(drainOver, a.states.nextDrainOver(a.published))
 		select {
@@ -39,6 +41,8 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			send(ctx, a.pongs, struct{}{})
 		case o := <-a.outcomes:
 			a.onOutcome(o)
+		case <-hear.C:
+			a.hearProbes()
 		case <-drainOver.C:
 			a.log.Info("the time to drain is over; the connections that are left are closed")
 			a.publish()
@@ -192,6 +196,8 @@ func (a *Agent) publish() {
 		number: last.number + 1, config: a.inbox.file.Config, silent: a.inbox.silent, node: a.inbox.kubernetes.Node, standing: last.standing,
 		services: last.services.Next(a.states.over(services, a.published)),
 	}
+	a.probes.follow(now.services, names)
+	now.unheard = a.unheard(now)
 	a.known = now
 	a.mu.Unlock()
 	if now.silent == 0 {
@@ -203,7 +209,6 @@ func (a *Agent) publish() {
 	for _, d := range a.drivers {
 		d.set(now)
 	}
-	a.probes.follow(now.services, names)
 }
 
 // rename takes what is known of backends along when their service changes its name. It

@@ -63,6 +63,7 @@ type known struct {
 	silent   service.Sources   // those that have not told yet what they have
 	node     nodeFacts
 	standing announce.Standing // what of them is in the kernel for packets from elsewhere
+	unheard  map[string]bool   // services of whose backends no probe has told anything yet
 }
 
 // The wants: pure functions of what is known. The second result is false where the

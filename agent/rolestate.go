@@ -47,5 +47,6 @@ type outcome struct {
 	mode     mode
 	services *service.Snapshot // of what was tried
 	err      error
+	broken   bool // somebody has changed what it made, and it is not put back
 	verified bool // the whole kernel was read
 }

@@ -29,8 +29,9 @@ type VIP struct {
 type Standing map[service.Forward]*service.Snapshot
 
 // VIPs returns all addresses that others may be told of, sorted. directs says whether
-// this host is a director.
-func VIPs(services *service.Snapshot, directs bool, in Standing) []VIP {
+// this host is a director; unheard are services whose backends no probe has told anything
+// of yet.
+func VIPs(services *service.Snapshot, directs bool, in Standing, unheard map[string]bool) []VIP {
 	found := make(map[netip.Addr]*VIP)
 	reasons := make(map[netip.Addr][]string)
 	for _, s := range services.Services {
@@ -42,6 +43,9 @@ func VIPs(services *service.Snapshot, directs bool, in Standing) []VIP {
 				continue
 			}
 			missing := missingFor(s, l, in)
+			if missing == "" && unheard[s.Name] {
+				missing = "no backend of the service " + s.Name + " was probed yet"
+			}
 			v := found[l.Address.Addr()]
 			if v == nil {
 				v = &VIP{Address: l.Address.Addr()}

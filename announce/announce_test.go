@@ -44,6 +44,7 @@ func TestVIPs(t *testing.T) {
 		of("none", service.ForwardNone, true, "192.0.2.3:80"),
 		of("dead", service.ForwardNAT, false, "192.0.2.4:80"),
 		of("half", service.ForwardNAT, false, "192.0.2.2:81"),
+		of("unheard", service.ForwardNAT, true, "192.0.2.2:82"),
 		of("own", service.ForwardNAT, true, "127.0.0.7:80", "[fe80::7]:80"),
 		inCluster(true, of("balancer", service.ForwardNAT, true, "192.0.2.5:80")),
 		within(inCluster(true, of("balancer-inside", service.ForwardNAT, true, "192.0.2.6:80"))),
@@ -57,16 +58,16 @@ func TestVIPs(t *testing.T) {
 		in      Standing
 		want    string // address=services/working, and ! with what is missing
 	}{
-		{"everything stands", true, both, "192.0.2.1=direct/direct 192.0.2.2=half,nat/nat 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer 2001:db8:1::1=direct/direct"},
-		{"no director", false, both, "192.0.2.2=half,nat/nat 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer"},
-		{"nothing is in the kernel", false, nil, "192.0.2.2=half,nat/!no backend of the service half is usable, and it is not in the kernel yet (forward: nat) 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/!it is not in the kernel yet (forward: nat)"},
-		{"the kernel has another service", false, Standing{service.ForwardNAT: snapshot(everything[6])},
-			"192.0.2.2=half,nat/!no backend of the service half is usable, and the service nat is not in the kernel yet (forward: nat) 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer"},
-		{"the kernel thinks that nobody is usable", false, Standing{service.ForwardNAT: snapshot(of("nat", service.ForwardNAT, false, "192.0.2.2:80", "192.0.2.2:443"), everything[6])},
-			"192.0.2.2=half,nat/!no backend of the service half is usable, and the kernel does not know yet which backends of the service nat are usable 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer"},
+		{"everything stands", true, both, "192.0.2.1=direct/direct 192.0.2.2=half,nat,unheard/nat 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer 2001:db8:1::1=direct/direct"},
+		{"no director", false, both, "192.0.2.2=half,nat,unheard/nat 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer"},
+		{"nothing is in the kernel", false, nil, "192.0.2.2=half,nat,unheard/!no backend of the service half is usable, and it is not in the kernel yet (forward: nat) 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/!it is not in the kernel yet (forward: nat)"},
+		{"the kernel has another service", false, Standing{service.ForwardNAT: snapshot(everything[7])},
+			"192.0.2.2=half,nat,unheard/!no backend of the service half is usable, and the service nat is not in the kernel yet (forward: nat), and the service unheard is not in the kernel yet (forward: nat) 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer"},
+		{"the kernel thinks that nobody is usable", false, Standing{service.ForwardNAT: snapshot(of("nat", service.ForwardNAT, false, "192.0.2.2:80", "192.0.2.2:443"), everything[7])},
+			"192.0.2.2=half,nat,unheard/!no backend of the service half is usable, and the kernel does not know yet which backends of the service nat are usable, and the service unheard is not in the kernel yet (forward: nat) 192.0.2.4=dead/!no backend of the service dead is usable 192.0.2.5=balancer/balancer"},
 	} {
 		var got []string
-		for _, v := range VIPs(all, c.directs, c.in) {
+		for _, v := range VIPs(all, c.directs, c.in, map[string]bool{"unheard": true}) {
 			text := v.Address.String() + "=" + strings.Join(v.Services, ",") + "/" + strings.Join(v.Working, ",")
 			if v.Missing != "" {
 				text += "!" + v.Missing

@@ -171,6 +171,9 @@ var peerSchema = schema[Peer]{what: "a peer", fields: append([]field[Peer]{
 					to.Services = append(to.Services, v)
 				}
 			})
+			if n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
+				d.errorf(n, "a peer that is told of no service has no use; without this key it is told of all")
+			}
 		},
 	},
 	{

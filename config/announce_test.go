@@ -70,6 +70,7 @@ func TestAnnounceErrors(t *testing.T) {
 		{"    {as: 1, peers: [{address: 192.0.2.1, as: 1, multihop: 3}]}", "one of the same, 1, may be anywhere"},
 		{"    {as: 1, peers: [{address: 192.0.2.1, as: 2, localPref: 3}]}", "use med, or communities"},
 		{"    {as: 1, peers: [{address: 192.0.2.1, as: 2, services: [wbe]}]}", `there is no service "wbe"`},
+		{"    {as: 1, peers: [{address: 192.0.2.1, as: 2, services: []}]}", "a peer that is told of no service has no use"},
 		{"    {as: 1, communities: [65536:1], peers: [{address: 192.0.2.1, as: 2}]}", `want a community such as 65001:100, large:65001:1:2, or no-export, found "65536:1"`},
 		{"    {as: 1, communities: [large:1:2], peers: [{address: 192.0.2.1, as: 2}]}", "want a community such as"},
 		{"    {as: 1, peers: [{address: 192.0.2.1, as: 2, nextHop: [192.0.2.3, 192.0.2.4]}]}", "a route has one"},

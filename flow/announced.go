@@ -18,6 +18,8 @@ func (e *Explanation) AddAnnouncement(all api.Announcements, q Question) {
 	}
 	v := all.VIPs[i]
 	switch {
+	case v.Missing != "" && len(v.To) > 0:
+		e.step("announced", "to %s, in an aggregate, or until it is taken back; but %s", strings.Join(v.To, ", "), v.Missing)
 	case v.Missing != "":
 		e.step("announced", "no: %s", v.Missing)
 		e.Conclusion += fmt.Sprintf(" Nobody is told that %s is here, because %s.", a, v.Missing)

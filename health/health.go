@@ -249,6 +249,20 @@ func (m *Monitor) Records(service string) map[Key]Record {
 	return all
 }
 
+// Heard returns the services of which the state of a backend is known, by a probe or from
+// an earlier agent; until then backends count as up.
+func (m *Monitor) Heard() map[string]bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := make(map[string]bool)
+	for k, t := range m.targets {
+		if t.machine.known {
+			all[k.Service] = true
+		}
+	}
+	return all
+}
+
 // note takes the outcome of one probe.
 func (r *Record) note(o outcome) {
 	if r.At.IsZero() || (r.Err == nil) != (o.err == nil) {

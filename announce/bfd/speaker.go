@@ -65,6 +65,7 @@ type session struct {
 	settings Settings
 	socket   int // -1: not open yet
 	dialed   time.Time
+	index    uint32 // of the interface by which the neighbour is reached; 0: by none
 	err      error
 	ups      uint64
 }
@@ -210,18 +211,19 @@ func (s *Speaker) drain(listener int) {
 		}
 		// Who is not on this segment cannot send a packet that arrives with 255
 		// (RFC 5881, section 5).
-		if ttlOf(control[:cn]) != 255 {
+		ttl, index := arrivalOf(control[:cn])
+		if ttl != 255 {
 			continue
 		}
 		if p, err := Parse(b[:n]); err == nil {
-			s.receive(p, addressOf(from))
+			s.receive(p, addressOf(from), index)
 		}
 	}
 }
 
-func (s *Speaker) receive(p Packet, from netip.Addr) {
+func (s *Speaker) receive(p Packet, from netip.Addr, index uint32) {
 	s.mu.Lock()
-	x := s.match(p, from)
+	x := s.match(p, from, index)
 	if x == nil {
 		s.mu.Unlock()
 		return
@@ -237,10 +239,11 @@ func (s *Speaker) receive(p Packet, from netip.Addr) {
 }
 
 // match returns the session of a packet (RFC 5880, section 6.3). A packet for a session
-// that is somebody else's is nobody's.
-func (s *Speaker) match(p Packet, from netip.Addr) *session {
+// that is somebody else's, or that arrives elsewhere than its neighbour is (RFC 5881,
+// section 3), is nobody's.
+func (s *Speaker) match(p Packet, from netip.Addr, index uint32) *session {
 	for n, x := range s.sessions {
-		if n.Address == from && (p.Yours == 0 || p.Yours == x.mine) {
+		if n.Address == from && x.index == index && (p.Yours == 0 || p.Yours == x.mine) {
 			return x
 		}
 	}
@@ -306,6 +309,9 @@ func (x *session) send(p Packet) {
 		x.hangUp()
 	}
 	if x.socket < 0 {
+		if x.index, x.err = interfaceTo(x.neighbor.Address); x.err != nil {
+			return
+		}
 		if x.socket, x.err = dial(x.neighbor); x.err != nil {
 			return
 		}
@@ -339,10 +345,11 @@ func listen(domain int) (int, error) {
 		return -1, fmt.Errorf("BFD: %w", err)
 	}
 	if domain == unix.AF_INET {
-		err = errors.Join(unix.SetsockoptInt(l, unix.IPPROTO_IP, unix.IP_RECVTTL, 1), unix.Bind(l, &unix.SockaddrInet4{Port: Port}))
+		err = errors.Join(unix.SetsockoptInt(l, unix.IPPROTO_IP, unix.IP_RECVTTL, 1), unix.SetsockoptInt(l, unix.IPPROTO_IP, unix.IP_PKTINFO, 1), unix.Bind(l, &unix.SockaddrInet4{Port: Port}))
 	} else {
 		err = errors.Join(unix.SetsockoptInt(l, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1),
-			unix.SetsockoptInt(l, unix.IPPROTO_IPV6, unix.IPV6_RECVHOPLIMIT, 1), unix.Bind(l, &unix.SockaddrInet6{Port: Port}))
+			unix.SetsockoptInt(l, unix.IPPROTO_IPV6, unix.IPV6_RECVHOPLIMIT, 1),
+			unix.SetsockoptInt(l, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1), unix.Bind(l, &unix.SockaddrInet6{Port: Port}))
 	}
 	if err == nil {
 		return l, nil

@@ -48,7 +48,7 @@ func firstAddress() (first netip.Addr, err error) {
 		if l.Attrs().Flags&net.FlagLoopback != 0 {
 			continue
 		}
-		a, err := addressOn(l, true)
+		a, err := addressOn(l, true, netip.Addr{}, nil)
 		if err == nil && a.IsValid() && (!first.IsValid() || a.Less(first)) {
 			first = a
 		}
@@ -61,8 +61,9 @@ func firstAddress() (first netip.Addr, err error) {
 
 // nextHops returns where a peer is told to send packets of each family; true: IPv4. An
 // unspecified one is the address from which we speak to it. A family without one cannot
-// be announced.
-func nextHops(peer config.Peer) (map[bool]netip.Addr, error) {
+// be announced. What the peer was told before stays as long as it is there; refused are
+// addresses that will not do.
+func nextHops(peer config.Peer, before map[bool]netip.Addr, refused func(netip.Addr) bool) (map[bool]netip.Addr, error) {
 	hops := make(map[bool]netip.Addr)
 	for _, a := range peer.NextHops {
 		hops[a.Is4()] = a
@@ -78,7 +79,7 @@ func nextHops(peer config.Peer) (map[bool]netip.Addr, error) {
 	if err != nil {
 		return hops, err
 	}
-	a, err := addressOn(link, !is4)
+	a, err := addressOn(link, !is4, before[!is4], refused)
 	if err != nil {
 		return hops, err
 	}
@@ -110,9 +111,10 @@ func linkTo(peer config.Peer) (netlink.Link, error) {
 	return netlink.LinkByIndex(routes[0].LinkIndex)
 }
 
-// addressOn returns an address of an interface that others can send to; an invalid one:
-// it has none of the family.
-func addressOn(link netlink.Link, is4 bool) (netip.Addr, error) {
+// addressOn returns an address of an interface that others can send to: the one of before,
+// if it is there still, or else the least of those that are of a segment and stay. An
+// invalid one: it has none of the family.
+func addressOn(link netlink.Link, is4 bool, before netip.Addr, refused func(netip.Addr) bool) (best netip.Addr, err error) {
 	family := netlink.FAMILY_V6
 	if is4 {
 		family = netlink.FAMILY_V4
@@ -122,11 +124,22 @@ func addressOn(link netlink.Link, is4 bool) (netip.Addr, error) {
 		return netip.Addr{}, err
 	}
 	const unusable = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_DEPRECATED
+	ofSegment := false
 	for _, a := range all {
 		ip, ok := netip.AddrFromSlice(a.IP)
-		if ip = ip.Unmap(); ok && ip.IsGlobalUnicast() && !ip.IsLinkLocalUnicast() && a.Flags&unusable == 0 && a.Scope == int(netlink.SCOPE_UNIVERSE) {
+		ip = ip.Unmap()
+		temporary := !is4 && a.Flags&unix.IFA_F_TEMPORARY != 0 // of IPv4 the bit says secondary
+		if !ok || !ip.IsGlobalUnicast() || ip.IsLinkLocalUnicast() || a.Flags&unusable != 0 || temporary || a.Scope != int(netlink.SCOPE_UNIVERSE) || refused != nil && refused(ip) {
+			continue
+		}
+		if ip == before {
 			return ip, nil
 		}
+		ones, bits := a.Mask.Size()
+		segment := ones < bits // what has all bits is an address of its own, which may move
+		if !best.IsValid() || segment && !ofSegment || segment == ofSegment && ip.Less(best) {
+			best, ofSegment = ip, segment
+		}
 	}
-	return netip.Addr{}, nil
+	return best, nil
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/pentad/pentad/announce/bfd"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/host"
+	"github.com/vishvananda/netlink"
 )
 
 // Want is who is to be told of what.
@@ -45,16 +46,17 @@ type Plane struct {
 	id       netip.Addr   // the router ID: once it is chosen it stays
 	watch    *bfd.Speaker // nil: no peer is watched
 	endWatch func()
-	unseen   error // why peers are not watched
-	trouble  error // what has gone wrong since the last Apply
-	over     bool  // everything was taken back, for good
+	unseen   error                              // why peers are not watched
+	trouble  error                              // what has gone wrong since the last Apply
+	withdrew time.Time                          // when everything was taken back
+	hops     map[netip.Addr]map[bool]netip.Addr // of each peer, as it was told last
 
 	tasks sync.WaitGroup
 }
 
 // New returns a plane that tells nobody anything yet.
 func New(log *slog.Logger) *Plane {
-	return &Plane{log: log, speakers: make(map[netip.Addr]*speaker)}
+	return &Plane{log: log, speakers: make(map[netip.Addr]*speaker), hops: make(map[netip.Addr]map[bool]netip.Addr)}
 }
 
 // refresh is how often addresses and routes of this host are looked at, by which peers
@@ -67,11 +69,20 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.want, p.trouble = want, nil
-	if p.over {
-		return nil
+	if p.isWithdrawn() {
+		return errWithdrawn
 	}
+	p.withdrew = time.Time{}
 	return p.apply()
 }
+
+// errWithdrawn says that `pentad down` is about to end this agent. If it does not, what
+// was announced is so again.
+var errWithdrawn = errors.New("all VIPs were withdrawn a moment ago, as `pentad down` asks before it ends the agent")
+
+func (p *Plane) isWithdrawn() bool { return time.Since(p.withdrew) < withdrawnFor }
+
+const withdrawnFor = 15 * time.Second
 
 func (p *Plane) apply() error {
 	c := p.want.Config
@@ -120,7 +131,8 @@ func (p *Plane) tell(peer config.Peer) error {
 	if s.password = password; failed != nil {
 		s.password = there.settings.password
 	}
-	hops, err := nextHops(peer)
+	hops, err := nextHops(peer, p.hops[peer.Address], p.isVIP)
+	p.hops[peer.Address] = hops
 	if err != nil {
 		failed = errors.Join(failed, fmt.Errorf("peer %s: %w", peer.Address, err))
 	}
@@ -221,8 +233,12 @@ func (p *Plane) onBFD(e bfd.Event) {
 }
 
 // Intact reports whether there is nothing to put back: what a speaker loses it gets back
-// by itself.
-func (p *Plane) Intact() bool { return true }
+// by itself, but not what was withdrawn by a `pentad down` that did not come to its end.
+func (p *Plane) Intact() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.withdrew.IsZero() || p.isWithdrawn()
+}
 
 // Distrust has nothing to read again.
 func (p *Plane) Distrust() {}
@@ -233,9 +249,23 @@ func (p *Plane) Distrust() {}
 func (p *Plane) Run(ctx context.Context) {
 	tick := time.NewTicker(refresh)
 	defer tick.Stop()
+	changes := make(chan netlink.AddrUpdate, 64)
+	done := make(chan struct{})
+	defer close(done)
+	// Without news the ticker has to do.
+	_ = netlink.AddrSubscribeWithOptions(changes, done, netlink.AddrSubscribeOptions{ErrorCallback: func(error) {}})
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
+		case _, ok := <-changes:
+			if !ok {
+				changes = nil
+				continue
+			}
+			for len(changes) > 0 {
+				<-changes
+			}
+			p.followAddresses()
 		case <-tick.C:
 			p.followAddresses()
 			p.askWhy(ctx)
@@ -254,7 +284,7 @@ func (p *Plane) Run(ctx context.Context) {
 func (p *Plane) followAddresses() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.speakers) > 0 && !p.over {
+	if len(p.speakers) > 0 && !p.isWithdrawn() {
 		p.trouble = p.apply()
 	}
 }
@@ -272,6 +302,9 @@ func (p *Plane) askWhy(ctx context.Context) {
 func (p *Plane) runBFD(ctx context.Context, watch *bfd.Speaker) {
 	defer watch.Close()
 	for ctx.Err() == nil {
+		p.mu.Lock()
+		p.unseen = nil // it is tried again
+		p.mu.Unlock()
 		err := watch.Run(ctx)
 		p.mu.Lock()
 		if p.watch == watch {
@@ -285,8 +318,8 @@ func (p *Plane) runBFD(ctx context.Context, watch *bfd.Speaker) {
 	}
 }
 
-// Withdraw takes everything back from all peers for good, whatever the configuration says
-// of the end of the agent.
+// Withdraw takes everything back from all peers, whatever the configuration says of the
+// end of the agent, which is near.
 func (p *Plane) Withdraw() { p.end(false) }
 
 // Close has nothing left to do: Run has taken leave.
@@ -299,7 +332,7 @@ const farewell = 500 * time.Millisecond
 func (p *Plane) end(keep bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.over = true
+	p.withdrew = time.Now()
 	if !keep {
 		said := false
 		for _, s := range p.speakers {
@@ -343,6 +376,13 @@ func (p *Plane) Warnings() (all []string) {
 	return all
 }
 
+// isVIP reports whether an address is one of those that are announced: other hosts may
+// have it, too. The caller holds the lock.
+func (p *Plane) isVIP(a netip.Addr) bool {
+	_, found := slices.BinarySearchFunc(p.want.VIPs, a, func(v announce.VIP, a netip.Addr) int { return v.Address.Compare(a) })
+	return found
+}
+
 // hasVIPs reports whether there is anything of a family to be told.
 func (p *Plane) hasVIPs(is4 bool) bool {
 	p.mu.Lock()
@@ -369,9 +409,8 @@ func (p *Plane) Reports() (all []Report) {
 		if w, ok := watched[peer.Address]; ok {
 			r.BFD = &w
 		}
-		hops, _ := nextHops(peer) // why not is said by Apply
 		for _, is4 := range []bool{true, false} {
-			_, has := hops[is4]
+			_, has := p.hops[peer.Address][is4]
 			r.NoHop[is4] = !has
 		}
 		all = append(all, r)

@@ -62,6 +62,7 @@ type Plane struct {
 	owners   map[netip.Addr]string // what was logged last
 	news     bool                  // something was heard
 	watched  time.Time             // when it was looked last whether somebody else has a VIP
+	withdrew time.Time             // when everything was given up
 }
 
 // talk is what this host says to others.
@@ -107,6 +108,10 @@ func New(pinDir string, log *slog.Logger) *Plane {
 func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if time.Since(p.withdrew) < withdrawnFor {
+		return errWithdrawn
+	}
+	p.withdrew = time.Time{}
 	if err := p.prepare(want.Config); err != nil {
 		return err
 	}
@@ -463,7 +468,7 @@ func (p *Plane) Intact() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.want == nil || p.kernel == nil {
-		return true
+		return p.withdrew.IsZero() || time.Since(p.withdrew) < withdrawnFor
 	}
 	there, err := pins.Ethernet(p.want.Config.Interfaces)
 	return err != nil || p.kernel.areAttached(there)
@@ -484,13 +489,19 @@ func (p *Plane) forgetKernel() {
 	}
 }
 
-// Withdraw gives up everything.
+// Withdraw gives up everything: the end of the agent is near.
 func (p *Plane) Withdraw() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leave()
-	p.want = nil
+	p.want, p.withdrew = nil, time.Now()
 }
+
+// withdrawnFor is how long nothing is announced after that: `pentad down` is about to end
+// this agent, or did not come to its end.
+const withdrawnFor = 15 * time.Second
+
+var errWithdrawn = errors.New("all VIPs were given up a moment ago, as `pentad down` asks before it ends the agent")
 
 // leave tells others that they may take over, which they do at once, once nothing is
 // answered here.
