@@ -198,10 +198,14 @@ func (s *Speaker) deadline() (first time.Time) {
 	return first
 }
 
+// maxAtOnce is how many packets are taken before it is looked what has to be sent: who
+// floods the port keeps nobody from being watched.
+const maxAtOnce = 4096
+
 // drain takes all packets that are there.
 func (s *Speaker) drain(listener int) {
 	var b, control [256]byte
-	for {
+	for range maxAtOnce {
 		n, cn, _, from, err := unix.Recvmsg(listener, b[:], control[:], unix.MSG_DONTWAIT)
 		if errors.Is(err, unix.EINTR) {
 			continue

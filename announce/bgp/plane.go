@@ -361,8 +361,12 @@ func (p *Plane) Warnings() (all []string) {
 				all = append(all, fmt.Sprintf("peer %s is not told of all VIPs: %s", r.Address, problem))
 			}
 		}
-		if r.BFD != nil && r.BFD.Err != nil {
+		switch {
+		case r.BFD == nil:
+		case r.BFD.Err != nil:
 			all = append(all, fmt.Sprintf("peer %s is not watched: %v", r.Address, r.BFD.Err))
+		case r.BFD.State != bfd.Up && r.State == Established && time.Since(r.Since) > r.Hold && time.Since(r.BFD.Since) > r.Hold:
+			all = append(all, fmt.Sprintf("peer %s is not watched: its BFD is not heard; activate it there for this host", r.Address))
 		}
 	}
 	p.mu.Lock()

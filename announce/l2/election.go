@@ -35,6 +35,7 @@ type election struct {
 	capable  map[key]bool
 	owned    map[key]bool
 	waiting  map[key]*vacancy // that nobody has
+	past     map[id]uint64    // the last sequence of members that are gone
 	version  uint32           // of what is claimed; it grows
 }
 
@@ -63,7 +64,7 @@ type vacancy struct {
 func newElection(self id, priority uint8, now time.Time) *election {
 	return &election{
 		id: self, priority: priority, began: now, version: 1,
-		members: make(map[id]*member), capable: make(map[key]bool), owned: make(map[key]bool), waiting: make(map[key]*vacancy),
+		members: make(map[id]*member), capable: make(map[key]bool), owned: make(map[key]bool), waiting: make(map[key]*vacancy), past: make(map[id]uint64),
 	}
 }
 
@@ -89,7 +90,9 @@ func (e *election) receive(m message, answers bool, now time.Time) bool {
 	}
 	x := e.members[m.sender]
 	if x == nil {
-		if len(e.members) >= maxMembers {
+		// Who is gone and comes back goes on where he was: what he said before may be
+		// said again by anybody.
+		if len(e.members) >= maxMembers || m.sequence <= e.past[m.sender] {
 			return false
 		}
 		x = &member{}
@@ -131,6 +134,7 @@ func (e *election) tick(now time.Time) (gained, lost, kept, ask []key) {
 		if now.Sub(m.heard) > deadAfter || m.leaving {
 			e.bury(m, now)
 			delete(e.members, i)
+			e.remember(i, m.sequence)
 		}
 	}
 	for k := range e.owned {
@@ -185,6 +189,20 @@ func (e *election) bury(m *member, now time.Time) {
 			e.vacate(k, now)
 		}
 	}
+}
+
+// maxPast bounds what is remembered of members that are gone. Each is one run of an
+// agent.
+const maxPast = 4096
+
+func (e *election) remember(i id, sequence uint64) {
+	for old := range e.past {
+		if len(e.past) < maxPast {
+			break
+		}
+		delete(e.past, old)
+	}
+	e.past[i] = sequence
 }
 
 // vacate notes that nobody has a VIP any more that an announcer had.

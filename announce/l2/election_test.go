@@ -348,6 +348,18 @@ func TestReplay(t *testing.T) {
 	if e.receive(m, true, now) {
 		t.Error("an older message counts")
 	}
+	// Nor does it when its sender is dead.
+	now = now.Add(2 * deadAfter)
+	e.tick(now)
+	for m.sequence = range uint64(6) {
+		if e.receive(m, true, now) || len(e.members) != 0 {
+			t.Fatal("a dead member is there again, by what it said before")
+		}
+	}
+	m.sequence = 6
+	if !e.receive(m, true, now) {
+		t.Error("who comes back is not heard")
+	}
 }
 
 func TestMessages(t *testing.T) {

@@ -170,6 +170,27 @@ func (k *kernel) areAttached(there map[string]pins.Interface) bool {
 	return true
 }
 
+// join has all interfaces take questions for all VIPs.
+func (k *kernel) join() error {
+	var errs []error
+	for index := range k.devices {
+		for vip := range k.vips {
+			errs = append(errs, joinGroup(index, vip))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// areJoined reports whether they do.
+func (k *kernel) areJoined() bool {
+	for index := range k.devices {
+		if !areJoined(index, k.vips) {
+			return false
+		}
+	}
+	return true
+}
+
 // set makes the VIPs in the kernel just these, owned or not.
 func (k *kernel) set(vips map[netip.Addr]bool) error {
 	var errs []error
@@ -224,7 +245,7 @@ func (k *kernel) drop(vip netip.Addr) error {
 func (k *kernel) setLease(lasts time.Duration, always bool) error {
 	until := uint64(forEver)
 	if !always {
-		until = now() + uint64(lasts)
+		until = bootTime() + uint64(lasts)
 	}
 	return k.maps[kernelMapLeases].Put(uint32(0), kernelLease{Until: until})
 }
@@ -233,7 +254,7 @@ func (k *kernel) setLease(lasts time.Duration, always bool) error {
 func (k *kernel) lasts() bool {
 	var l kernelLease
 	err := k.maps[kernelMapLeases].Lookup(uint32(0), &l)
-	return err == nil && l.Until > now()
+	return err == nil && l.Until > bootTime()
 }
 
 // claim is somebody else's.
@@ -265,8 +286,8 @@ func (k *kernel) answers() (counts [2]uint64, err error) {
 	return counts, nil
 }
 
-// now is in ns since boot, as the kernel's programs have it.
-func now() uint64 {
+// bootTime is in ns since boot, as the kernel's programs have it.
+func bootTime() uint64 {
 	var t unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
 		return 0 // there is no kernel without it

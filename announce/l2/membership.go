@@ -29,8 +29,8 @@ func membership(c syscall.RawConn, index uint32, group net.HardwareAddr) error {
 }
 
 // Questions for an IPv6 address go to a multicast group that belongs to it. The kernel
-// joins it, and tells switches, for each proxied neighbour; without proxy_ndp it does not
-// answer itself. Unlike a socket's, that membership does not end with the agent.
+// joins it, and tells switches, for each proxied neighbour; whether it would answer by
+// itself (proxy_ndp) does not matter, because the program is before it. Unlike a socket's, that membership does not end with the agent.
 
 // joinGroup has an interface take questions for a VIP.
 func joinGroup(index uint32, vip netip.Addr) error {
@@ -56,5 +56,26 @@ func leaveGroup(index uint32, vip netip.Addr) error {
 }
 
 func proxied(index uint32, vip netip.Addr) *netlink.Neigh {
-	return &netlink.Neigh{LinkIndex: int(index), Family: netlink.FAMILY_V6, Flags: netlink.NTF_PROXY, IP: vip.AsSlice()}
+	return &netlink.Neigh{LinkIndex: int(index), Family: netlink.FAMILY_V6, State: netlink.NUD_PERMANENT, Flags: netlink.NTF_PROXY, IP: vip.AsSlice()}
+}
+
+// areJoined reports whether an interface takes questions for all VIPs. An interface that
+// goes down forgets.
+func areJoined(index uint32, vips map[netip.Addr]bool) bool {
+	all, err := netlink.NeighProxyList(int(index), netlink.FAMILY_V6)
+	if err != nil {
+		return true // it cannot be seen now
+	}
+	there := make(map[netip.Addr]bool, len(all))
+	for _, n := range all {
+		if a, ok := netip.AddrFromSlice(n.IP); ok {
+			there[a] = true
+		}
+	}
+	for vip := range vips {
+		if vip.Is6() && !there[vip] {
+			return false
+		}
+	}
+	return true
 }

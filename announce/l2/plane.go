@@ -62,6 +62,9 @@ type Plane struct {
 	owners   map[netip.Addr]string // what was logged last
 	news     bool                  // something was heard
 	watched  time.Time             // when it was looked last whether somebody else has a VIP
+	watching []key                 // that are still to be looked at
+	took     map[netip.Addr]uint64 // since when this host has each VIP, in ns since boot
+	looked   time.Time             // when groups and the key were looked at last
 	withdrew time.Time             // when everything was given up
 }
 
@@ -99,7 +102,7 @@ const (
 func New(pinDir string, log *slog.Logger) *Plane {
 	return &Plane{
 		log: log, dir: filepath.Join(pinDir, planeDir), wires: make(map[string]*wire), vips: make(map[key]netip.Addr),
-		bursts: make(map[netip.Addr]*burst), asked: make(map[netip.Addr]uint64), owners: make(map[netip.Addr]string),
+		bursts: make(map[netip.Addr]*burst), asked: make(map[netip.Addr]uint64), owners: make(map[netip.Addr]string), took: make(map[netip.Addr]uint64),
 	}
 }
 
@@ -142,25 +145,21 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	if err := p.decide(time.Now()); err != nil {
 		return err
 	}
-	if !p.kernel.areAttached(there) {
-		if err := p.kernel.attach(there); err != nil {
+	if !p.kernel.areAttached(there) || !p.kernel.areJoined() {
+		if err := errors.Join(p.kernel.attach(there), p.kernel.join()); err != nil {
 			return err
 		}
 		p.claimAll() // somebody may have missed it
 	}
-	p.want = &want
+	p.want, p.looked = &want, time.Now()
 	return nil
 }
 
 // prepare opens the kernel, and begins an election if there is none for this key.
 func (p *Plane) prepare(c config.L2) error {
-	var secret []byte
-	if c.KeyFile != "" {
-		text, err := host.ReadPassword(c.KeyFile)
-		if err != nil {
-			return fmt.Errorf("announce.l2: %w", err)
-		}
-		secret = []byte(text)
+	secret, err := readKey(c)
+	if err != nil {
+		return err
 	}
 	if p.kernel == nil {
 		k, err := openKernel(p.dir)
@@ -171,6 +170,9 @@ func (p *Plane) prepare(c config.L2) error {
 	}
 	if p.election != nil && p.election.priority == uint8(c.Priority) && slices.Equal(p.talk.secret, secret) && p.talk.group == groupOf(c.Group) {
 		return nil
+	}
+	if p.election != nil {
+		p.leave() // those of before take over, and do not hear of what follows
 	}
 	name, err := os.Hostname()
 	if err != nil {
@@ -308,21 +310,39 @@ func (p *Plane) tick(now time.Time) error {
 	return errors.Join(errs...)
 }
 
-// watchEvery is how often it is asked whether somebody else has a VIP: one at a time.
-const watchEvery = time.Second
+// It is asked for VIPs that this host has, all of them within some seconds: nobody
+// should answer.
+const (
+	watchEvery = time.Second
+	watchAll   = 8   // seconds
+	watchMost  = 100 // a second
+)
 
-// lookForRivals asks for one of the VIPs that this host has; nobody should answer.
+func (p *Plane) watchAtOnce() int {
+	return min(watchMost, 1+len(p.election.owned)/watchAll)
+}
+
+// recently is how old the claim of somebody else may be to count: he was asked since.
+func (p *Plane) recently() time.Duration {
+	return time.Duration(2+len(p.election.owned)/p.watchAtOnce())*watchEvery + time.Second
+}
+
 func (p *Plane) lookForRivals(now time.Time) {
 	if now.Sub(p.watched) < watchEvery {
 		return
 	}
 	p.watched = now
-	// Which one is a matter of chance: a map has no order.
-	for k := range p.election.owned {
+	if len(p.watching) == 0 {
+		p.watching = slices.Collect(maps.Keys(p.election.owned))
+	}
+	some := p.watching[:min(len(p.watching), p.watchAtOnce())]
+	p.watching = p.watching[len(some):]
+	for _, k := range some {
 		for _, w := range p.wires {
-			_ = w.ask(p.vips[k])
+			if p.election.owned[k] {
+				_ = w.ask(p.vips[k])
+			}
 		}
-		return
 	}
 }
 
@@ -338,6 +358,9 @@ func (p *Plane) decide(now time.Time) error {
 	for _, k := range ask {
 		p.askFor(p.vips[k])
 	}
+	for _, k := range gained {
+		p.took[p.vips[k]] = bootTime()
+	}
 	for _, k := range append(gained, kept...) {
 		if p.bursts[p.vips[k]] == nil {
 			p.bursts[p.vips[k]] = &burst{next: now, left: burstCount}
@@ -345,6 +368,7 @@ func (p *Plane) decide(now time.Time) error {
 	}
 	for _, k := range lost {
 		delete(p.bursts, p.vips[k])
+		delete(p.took, p.vips[k])
 	}
 	// What is given up is so before others hear of it, and what is taken is answered
 	// before it is claimed.
@@ -399,7 +423,7 @@ func (p *Plane) say(now time.Time, whole, leaving bool) {
 
 // askFor asks on all segments who has a VIP.
 func (p *Plane) askFor(vip netip.Addr) {
-	p.asked[vip] = now()
+	p.asked[vip] = bootTime()
 	for _, w := range p.wires {
 		_ = w.ask(vip)
 	}
@@ -412,7 +436,7 @@ func (p *Plane) hearAnswers(at time.Time) {
 		if ok && c.at >= when {
 			p.election.answered(vipKey(vip), at)
 		}
-		if ok && c.at >= when || now()-when > uint64(time.Second) {
+		if ok && c.at >= when || bootTime()-when > uint64(time.Second) {
 			delete(p.asked, vip)
 		}
 	}
@@ -463,7 +487,7 @@ func (p *Plane) logOwners() {
 }
 
 // Intact reports whether interfaces have the program, and the address that it answers
-// with.
+// with, and now and then whether they are in all groups and the key is the same.
 func (p *Plane) Intact() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -471,7 +495,30 @@ func (p *Plane) Intact() bool {
 		return p.withdrew.IsZero() || time.Since(p.withdrew) < withdrawnFor
 	}
 	there, err := pins.Ethernet(p.want.Config.Interfaces)
-	return err != nil || p.kernel.areAttached(there)
+	if err == nil && !p.kernel.areAttached(there) {
+		return false
+	}
+	if time.Since(p.looked) < lookEvery {
+		return true
+	}
+	p.looked = time.Now()
+	secret, err := readKey(p.want.Config)
+	return p.kernel.areJoined() && (err != nil || slices.Equal(secret, p.talk.secret))
+}
+
+// lookEvery is how often that is.
+const lookEvery = 2 * time.Second
+
+// readKey returns the key of announcers; nil: this host is the only one.
+func readKey(c config.L2) ([]byte, error) {
+	if c.KeyFile == "" {
+		return nil, nil
+	}
+	text, err := host.ReadPassword(c.KeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("announce.l2: %w", err)
+	}
+	return []byte(text), nil
 }
 
 // Distrust has the next Apply read the kernel.
@@ -537,9 +584,6 @@ type Report struct {
 	Problem string // empty: none
 }
 
-// recently is how old the claim of somebody else may be to count.
-const recently = 10 * time.Second
-
 // Reports says who has each VIP.
 func (p *Plane) Reports() map[netip.Addr]Report {
 	p.mu.Lock()
@@ -555,9 +599,10 @@ func (p *Plane) Reports() map[netip.Addr]Report {
 			r.Owner = p.talk.name
 		}
 		c, ok := p.kernel.claimOf(vip)
-		foreign := ok && now()-c.at < uint64(recently)
+		// Who had it before may have said so a moment ago.
+		foreign := ok && bootTime()-c.at < uint64(p.recently()) && c.at > p.took[vip]+uint64(time.Second)
 		switch {
-		case foreign && r.Here && p.bursts[vip] == nil:
+		case foreign && r.Here:
 			r.Problem = fmt.Sprintf("%s says that it has it, too", c.mac)
 		case p.election.isTaken(k, at) && ok:
 			r.Problem = fmt.Sprintf("%s has it, which is no announcer of this group: another host has the address, or the agent of an announcer is dead", c.mac)

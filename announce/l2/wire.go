@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/mdlayher/arp"
 	"github.com/mdlayher/ndp"
@@ -29,6 +31,7 @@ type wire struct {
 	device  net.HardwareAddr
 	index   uint32
 	conn    *packet.Conn
+	closed  atomic.Bool
 	reading sync.WaitGroup
 }
 
@@ -52,12 +55,13 @@ func (w *wire) read(each func([]byte)) {
 	b := make([]byte, 2048)
 	for {
 		n, _, err := w.conn.ReadFrom(b)
-		var failed net.Error
-		if errors.As(err, &failed) && failed.Timeout() {
-			continue
+		if w.closed.Load() {
+			return
 		}
 		if err != nil {
-			return // it was closed, or the interface is gone, which is noticed elsewhere
+			// The interface is down: the kernel says so once, and goes on when it is up.
+			time.Sleep(tickEvery)
+			continue
 		}
 		if n > headerSize {
 			each(b[headerSize:n])
@@ -66,6 +70,7 @@ func (w *wire) read(each func([]byte)) {
 }
 
 func (w *wire) close() {
+	w.closed.Store(true)
 	w.conn.Close()
 	w.reading.Wait()
 }

@@ -203,8 +203,10 @@ static __always_inline int answer_arp(struct __sk_buff *skb, const struct device
 	if (a->op != bpf_htons(ARP_REQUEST) || sender.word[3] == target.word[3])
 		return GOES_ON;
 	v = bpf_map_lookup_elem(&vips, &target);
-	if (!v || !is_ours(v))
+	if (!v)
 		return GOES_ON;
+	if (!is_ours(v))
+		return TC_ACT_SHOT; /* nor does the kernel answer, whatever it has */
 	__builtin_memcpy(eth->h_dest, eth->h_source, ETH_ALEN);
 	__builtin_memcpy(eth->h_source, own->mac, ETH_ALEN);
 	a->op = bpf_htons(ARP_REPLY);
@@ -255,8 +257,10 @@ static __always_inline int answer_nd(struct __sk_buff *skb, const struct device 
 	if (n->type != ND_SOLICIT)
 		return GOES_ON;
 	v = bpf_map_lookup_elem(&vips, &target);
-	if (!v || !is_ours(v))
+	if (!v)
 		return GOES_ON;
+	if (!is_ours(v))
+		return TC_ACT_SHOT; /* nor does the kernel answer, for a neighbour by proxy */
 	__builtin_memcpy(mac, eth->h_source, ETH_ALEN);
 	__builtin_memcpy(&asker, &ip->saddr, sizeof(asker));
 	/* Other options of the question are of no use to the answer. */
@@ -313,8 +317,8 @@ int neighbours(struct __sk_buff *skb)
 	/* Most packets are neither: those are let go before anything is looked up. */
 	if (skb->protocol != bpf_htons(ETH_P_ARP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return GOES_ON;
-	/* What is tagged is of another interface. */
-	if (skb->vlan_present)
+	/* What is tagged is of another interface, but for what has a priority only. */
+	if (skb->vlan_present && ((skb->vlan_tci & 0xfff) != 0 || bpf_skb_vlan_pop(skb)))
 		return GOES_ON;
 	own = bpf_map_lookup_elem(&devices, &ifindex);
 	if (!own)

@@ -96,6 +96,18 @@ func (s *site) isOwned(by int) error {
 	return nil
 }
 
+// steadyOwner waits until one director has both VIPs, and fails the test if that changes
+// within a time.
+func (s *site) steadyOwner(when string, by int, d time.Duration) {
+	s.t.Helper()
+	s.owned(when, by)
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		if err := s.isOwned(by); err != nil {
+			s.t.Fatalf("%s: %v", when, err)
+		}
+	}
+}
+
 // neighbour returns the director whom a host of the segment sends what is for a VIP, once
 // it has forgotten what it knew; -1: nobody answers.
 func (s *site) neighbour(vip string) int {
@@ -156,6 +168,26 @@ func TestSharedSegment(t *testing.T) {
 	s.owned("who comes back takes nothing", 1)
 	s.answers("it stays", 1)
 
+	// An interface that was down for a moment hears and is heard as before.
+	for _, state := range []string{"down", "up"} {
+		if out, err := s.directors[0].Run(t.Context(), lab.Outside, "ip", "link", "set", s.names[0], state); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		time.Sleep(300 * time.Millisecond)
+	}
+	// It has lost its IPv6 address with it.
+	if out, err := s.directors[0].Run(t.Context(), lab.Outside, "ip", "address", "add", "2001:db8:80::11/64", "dev", s.names[0], "nodad"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	s.directors[0].Eventually("it takes questions for its VIP", func() error {
+		out, err := s.directors[0].Run(t.Context(), lab.Outside, "ip", "-6", "neigh", "show", "proxy")
+		if err == nil && !strings.Contains(out, near6) {
+			err = errors.New(out)
+		}
+		return err
+	})
+	s.steadyOwner("after it was down", 1, 2*time.Second)
+
 	must(t, s.directors[1].Agent.Process.Signal(syscall.SIGSTOP))
 	began := time.Now()
 	s.router.Eventually("the first takes over", func() error {
@@ -194,6 +226,35 @@ func TestSharedSegment(t *testing.T) {
 	s.answers("nobody", -1)
 }
 
+// While a key is changed on one host after the other, nothing has two owners.
+func TestKeyIsChanged(t *testing.T) {
+	t.Parallel()
+	s := newSiteFor(t, near4, near6)
+	s.shared()
+	for i, d := range s.directors {
+		must(t, os.WriteFile(filepath.Join(d.Dir, "key"), []byte("the next one\n"), 0o600))
+		if i == 0 {
+			// The one whose key is changed first gives up what others can take.
+			s.steadyOwner("the first has the new key", 1, 3*time.Second)
+			s.answers("the other one", 1)
+			d.Eventually("who has them is named", func() error {
+				if out, _ := d.Pentad("status"); !strings.Contains(out, "has it, which is no announcer of this group") {
+					return errors.New(out)
+				}
+				return nil
+			})
+		}
+	}
+	s.router.Eventually("both have the new key", func() error {
+		for by := range s.directors {
+			if s.isOwned(by) == nil {
+				return nil
+			}
+		}
+		return errors.New("not one of them has both")
+	})
+}
+
 // One alone goes on without its agent, and notices who has the same address.
 func TestAloneOnASegment(t *testing.T) {
 	t.Parallel()
@@ -224,7 +285,7 @@ func TestAloneOnASegment(t *testing.T) {
 	s.owned("it has nothing", 0)
 	s.answers("it", 0)
 	// And a host that takes the address is noticed.
-	other.Agent.Kill()
+	other.MustPentad("down")
 	if out, err := other.Run(t.Context(), lab.Outside, "ip", "address", "add", near4+"/24", "dev", s.names[1]); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
