@@ -154,7 +154,7 @@ func (e *election) tick(now time.Time) (gained, lost, kept, ask []key) {
 			delete(e.waiting, k)
 			continue
 		}
-		switch e.vacant(k, now) {
+		switch e.vacant(k, now, len(ask) < maxAsks) {
 		case takeIt:
 			e.owned[k] = true
 			delete(e.waiting, k)
@@ -235,8 +235,12 @@ const (
 	takeIt
 )
 
-// vacant decides what to do about a VIP that nobody has.
-func (e *election) vacant(k key, now time.Time) step {
+// maxAsks is for how many VIPs it is asked at once: others wait for the next tick.
+const maxAsks = 200
+
+// vacant decides what to do about a VIP that nobody has. Without mayAsk nobody is asked
+// now.
+func (e *election) vacant(k key, now time.Time, mayAsk bool) step {
 	v := e.waiting[k]
 	if v == nil {
 		v = &vacancy{since: now}
@@ -254,6 +258,8 @@ func (e *election) vacant(k key, now time.Time) step {
 	case v.left:
 		return takeIt
 	case !v.taken.IsZero() && now.Sub(v.taken) < probeLate:
+		return wait
+	case (v.asked.IsZero() || !v.taken.Before(v.asked)) && !mayAsk:
 		return wait
 	case v.asked.IsZero() || !v.taken.Before(v.asked):
 		v.asked = now

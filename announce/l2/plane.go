@@ -263,9 +263,39 @@ func (t *talk) hear(m message, now time.Time) {
 			delete(t.heard, i)
 		}
 	}
-	if _, ok := t.heard[m.sender]; ok || len(t.heard) < maxMembers {
-		t.heard[m.sender] = heardMember{m.nonce, now}
+	if _, ok := t.heard[m.sender]; !ok && len(t.heard) >= maxHeard {
+		oldest := m.sender
+		for i, h := range t.heard {
+			if oldest == m.sender || h.at.Before(t.heard[oldest].at) {
+				oldest = i
+			}
+		}
+		delete(t.heard, oldest)
 	}
+	t.heard[m.sender] = heardMember{m.nonce, now}
+}
+
+// maxHeard bounds those of whom it is not known whether they are there, or somebody says
+// again what they said once.
+const maxHeard = 256
+
+// nonces returns those whom this host hears, as many as fit: members first, of the others
+// whoever the lot falls on.
+func (t *talk) nonces(members map[id]*member, now time.Time) (all []uint64) {
+	for i := range members {
+		if h, ok := t.heard[i]; ok {
+			all = append(all, h.nonce)
+		}
+	}
+	for i, h := range t.heard { // in no order
+		if len(all) >= maxMembers {
+			break
+		}
+		if members[i] == nil && now.Sub(h.at) <= deadAfter {
+			all = append(all, h.nonce)
+		}
+	}
+	return all
 }
 
 // tickEvery is how often it is looked what has to be done.
@@ -280,8 +310,8 @@ func (p *Plane) Run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case now := <-t.C:
-			err := p.tick(now)
+		case <-t.C:
+			err := p.tick(time.Now()) // it may have waited
 			if err != nil && err.Error() != said {
 				p.log.Error("VIPs could not be announced as they should", "error", err)
 			}
@@ -403,10 +433,7 @@ func (p *Plane) say(now time.Time, whole, leaving bool) {
 	if whole {
 		count = parts
 	}
-	var heard []uint64
-	for _, h := range t.heard {
-		heard = append(heard, h.nonce)
-	}
+	heard := t.nonces(e.members, now)
 	for range count {
 		t.sequence++
 		m := message{
@@ -432,7 +459,7 @@ func (p *Plane) askFor(vip netip.Addr) {
 // hearAnswers finds those who answered.
 func (p *Plane) hearAnswers(at time.Time) {
 	for vip, when := range p.asked {
-		c, ok := p.kernel.claimOf(vip)
+		c, ok := p.foreignClaim(vip)
 		if ok && c.at >= when {
 			p.election.answered(vipKey(vip), at)
 		}
@@ -442,12 +469,31 @@ func (p *Plane) hearAnswers(at time.Time) {
 	}
 }
 
+// maxClaimsAtOnce is how many VIPs are claimed in one tick.
+const maxClaimsAtOnce = 200
+
+// foreignClaim is claimOf, but for what this host says itself at another interface of the
+// same segment.
+func (p *Plane) foreignClaim(vip netip.Addr) (foreignClaim, bool) {
+	c, ok := p.kernel.claimOf(vip)
+	for _, w := range p.wires {
+		if ok && w.device.String() == c.mac.String() {
+			return foreignClaim{}, false
+		}
+	}
+	return c, ok
+}
+
 // burst claims what has to be claimed now.
 func (p *Plane) burst(now time.Time) error {
 	var errs []error
+	sent := 0
 	for vip, b := range p.bursts {
 		if now.Before(b.next) {
 			continue
+		}
+		if sent++; sent > maxClaimsAtOnce {
+			break // nothing may take so long that others think this host is dead
 		}
 		for name, w := range p.wires {
 			if err := w.claim(vip); err != nil {
@@ -469,17 +515,28 @@ func (p *Plane) claimAll() {
 	}
 }
 
+// logMost is how many VIPs are named when their owners change; of more the number is.
+const logMost = 10
+
 // logOwners says who has which VIP, when that changes.
 func (p *Plane) logOwners() {
+	changed := 0
 	for k, vip := range p.vips {
-		name := p.election.ownerOf(k)
-		if p.election.owned[k] {
-			name = p.talk.name
+		name, here := p.election.ownerOf(k), p.election.owned[k]
+		if here {
+			name = p.talk.name + " (here)"
 		}
-		if was, ok := p.owners[vip]; name != was || !ok && name != "" {
-			p.owners[vip] = name
-			p.log.Info("a VIP has another owner on its segment", "vip", vip, "owner", name, "here", p.election.owned[k])
+		was, ok := p.owners[vip]
+		if name == was && (ok || name == "") {
+			continue
 		}
+		p.owners[vip] = name
+		if changed++; changed <= logMost {
+			p.log.Info("a VIP has another owner on its segment", "vip", vip, "owner", name, "here", here)
+		}
+	}
+	if changed > logMost {
+		p.log.Info("more VIPs have other owners on their segment", "vips", changed-logMost)
 	}
 	if len(p.owners) > len(p.vips) {
 		maps.DeleteFunc(p.owners, func(a netip.Addr, _ string) bool { _, ok := p.vips[vipKey(a)]; return !ok })
@@ -541,6 +598,9 @@ func (p *Plane) Withdraw() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leave()
+	if p.election != nil {
+		p.election.lapse(time.Now())
+	}
 	p.want, p.withdrew = nil, time.Now()
 }
 
@@ -598,10 +658,12 @@ func (p *Plane) Reports() map[netip.Addr]Report {
 		if r.Here {
 			r.Owner = p.talk.name
 		}
-		c, ok := p.kernel.claimOf(vip)
+		c, ok := p.foreignClaim(vip)
 		// Who had it before may have said so a moment ago.
 		foreign := ok && bootTime()-c.at < uint64(p.recently()) && c.at > p.took[vip]+uint64(time.Second)
 		switch {
+		case len(p.wires) == 0:
+			r.Owner, r.Here, r.Problem = "", false, "none of the interfaces of announce.l2 is there"
 		case foreign && r.Here:
 			r.Problem = fmt.Sprintf("%s says that it has it, too", c.mac)
 		case p.election.isTaken(k, at) && ok:
