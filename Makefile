@@ -23,6 +23,7 @@ all: build
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/pentad ./cmd/pentad
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/pentad-cni ./cmd/pentad-cni
 
 # The compiled programs and the documentation that is written from the code.
 generate:
@@ -74,6 +75,7 @@ demo: build
 
 install: build
 	install -D -m 755 bin/pentad $(DESTDIR)$(PREFIX)/bin/pentad
+	install -D -m 755 bin/pentad-cni $(DESTDIR)/opt/cni/bin/pentad-cni
 	install -D -m 644 deploy/systemd/pentad.service $(DESTDIR)/etc/systemd/system/pentad.service
 	sed -i 's#/usr/local/bin#$(PREFIX)/bin#' $(DESTDIR)/etc/systemd/system/pentad.service
 	[ -e $(DESTDIR)/etc/pentad/pentad.yaml ] || install -D -m 644 deploy/pentad.yaml $(DESTDIR)/etc/pentad/pentad.yaml

@@ -13,6 +13,7 @@ import (
 	"github.com/pentad/pentad/plane/capture"
 	"github.com/pentad/pentad/plane/director"
 	"github.com/pentad/pentad/plane/nat"
+	"github.com/pentad/pentad/plane/pod"
 	"github.com/pentad/pentad/plane/realserver"
 	"github.com/pentad/pentad/plane/socket"
 	"github.com/pentad/pentad/proxy"
@@ -35,6 +36,8 @@ var roles = []role{
 		open: openBGP, measure: measureBGP, minor: true, loud: true},
 	part[*l2.Plane, l2.Want]{name: "l2", wanted: speaksARP, want: wantL2,
 		open: openL2, remove: removeL2, look: 250 * time.Millisecond, measure: measureL2, minor: true, loud: true},
+	part[*pod.Plane, pod.Want]{name: "pods", wanted: hasPods, want: wantPods,
+		open: openPods, remove: removePods, look: 500 * time.Millisecond, minor: true, loud: true},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
 	part[*capture.Plane, capture.Want]{name: "capture", wanted: hasCaptures, want: wantCaptures,

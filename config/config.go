@@ -29,6 +29,7 @@ type Config struct {
 	Director   Director
 	RealServer RealServer
 	Announce   Announce
+	Pods       Pods
 
 	Proxies   []Proxy
 	Upstreams []Upstream
@@ -72,6 +73,10 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 	section("director", "Where packets to services with `forward: direct` arrive.", &directorSchema, func(c *Config) *Director { return &c.Director }),
 	section("realServer", "This host is one that directors send packets to.", &realServerSchema, func(c *Config) *RealServer { return &c.RealServer }),
 	section("announce", "How the network is told which VIPs are here: those of services with `forward` other than `none` that have a usable backend.", &announceSchema, func(c *Config) *Announce { return &c.Announce }),
+	mapping("pods", "mapping", "The network of this host's pods, for the CNI plugin `pentad-cni`.", &podsSchema, func(d *decoder, n *yaml.Node, c *Config) {
+		c.Pods.Masquerade = true
+		podsSchema.decode(d, n, &c.Pods)
+	}),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
@@ -137,7 +142,7 @@ func ParseText(t *Text) (*Config, error) {
 	c := &Config{Scope: defaultScope, API: defaultAPI, Guard: defaultGuard}
 	d.setDefaults(root)
 	seen := fileSchema.decode(d, root, c)
-	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && seen["proxies"] == nil && seen["forwards"] == nil && seen["capture"] == nil && !d.has("services") {
+	if seen != nil && seen["services"] == nil && seen["source"] == nil && seen["include"] == nil && seen["proxies"] == nil && seen["forwards"] == nil && seen["capture"] == nil && seen["pods"] == nil && !d.has("services") {
 		d.errorf(root, "the file needs the key \"services\" or \"source\"; a host without services is written \"services: []\"")
 	}
 	d.taken = taken{make(map[string]*origin), make(map[service.Listener]string)}
@@ -149,6 +154,7 @@ func ParseText(t *Text) (*Config, error) {
 	d.checkForwards(c)
 	d.checkCaptures(c)
 	d.checkAnnounce(c)
+	d.checkPods(c, seen["pods"])
 	if err := d.failed(); err != nil {
 		return nil, err
 	}

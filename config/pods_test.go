@@ -1,0 +1,30 @@
+package config
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestPods(t *testing.T) {
+	c, err := Parse("f", []byte("pods: {blocks: [10.244.1.0/26, \"2001:db8:244:1::/122\"], ranges: [10.244.0.0/16, \"2001:db8:244::/48\"], mtu: 1400}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := c.Pods; len(p.Blocks) != 2 || len(p.Ranges) != 2 || !p.Masquerade || p.MTU != 1400 {
+		t.Errorf("have %+v", p)
+	}
+	for text, want := range map[string]string{
+		"{}":                                    `pods needs the key "blocks"`,
+		"{blocks: [10.0.0.0/32]}":               "has to have two addresses at least",
+		"{blocks: [10.0.0.0/8]}":                "65,536 at most",
+		"{blocks: [10.0.0.0/24, 10.0.0.64/26]}": "overlap: an address would be given twice",
+		"{blocks: [10.0.0.0/24], ranges: [10.1.0.0/16]}": "is in none of the ranges",
+		"{blocks: [10.0.0.0/24], mtu: 100}":              "1280",
+		"{blocks: [10.0.0.0/24], mode: bridged}":         "routed",
+		"{blocks: [10.0.0.0/24], masquerade: perhaps}":   "true or false",
+	} {
+		if _, err := Parse("f", []byte("pods: "+text+"\n")); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: have %v, want %s", text, err, want)
+		}
+	}
+}

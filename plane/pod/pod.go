@@ -1,0 +1,313 @@
+// Package pod keeps the network of this host's pods: what plugins have to know, routes,
+// the rules that pods cannot get around, and whatever of their devices somebody took
+// away. Devices are given and taken by the CNI plugin (attach), which needs no agent.
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/host"
+	"github.com/pentad/pentad/plane/pod/attach"
+)
+
+// Want is the network that pods are to have.
+type Want struct {
+	Config config.Pods
+}
+
+// Equal reports whether both are the same.
+func (w Want) Equal(o Want) bool { return w.Config.Equal(o.Config) }
+
+// NetworkFile is, in the run directory, the network for plugins; beside it lies what
+// settings were.
+const (
+	NetworkFile  = "pods.json"
+	settingsFile = "pods-settings.json"
+)
+
+func settingsIn(runDir string) host.Settings {
+	return host.Settings{Root: "/proc/sys", File: filepath.Join(runDir, settingsFile)}
+}
+
+// forwarding lets this host pass on what pods send.
+var forwarding = []host.Setting{
+	{Name: "net/ipv4/ip_forward", Value: 1, Least: true},
+	{Name: "net/ipv6/conf/all/forwarding", Value: 1, Least: true},
+}
+
+// Plane is the pod network of one host.
+type Plane struct {
+	log    *slog.Logger
+	runDir string
+
+	mu      sync.Mutex
+	want    *Want
+	network attach.Network
+}
+
+// New returns a plane that has not touched the kernel yet.
+func New(runDir string, log *slog.Logger) *Plane { return &Plane{log: log, runDir: runDir} }
+
+// Apply makes the network what is wanted, whatever it was before.
+func (p *Plane) Apply(_ context.Context, want Want) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.want = nil
+	for _, s := range forwarding {
+		was, changed, err := settingsIn(p.runDir).Set(s)
+		if err != nil {
+			return err
+		}
+		if changed {
+			p.log.Info("a setting is made what pods need; pentad down puts it back", "setting", strings.ReplaceAll(s.Name, "/", "."), "was", was, "is", s.Value)
+		}
+	}
+	n, err := networkOf(want.Config)
+	if err != nil {
+		return err
+	}
+	errs := []error{setDiscards(discardsOf(want.Config)), setTable(want.Config), repair(n)}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	// Plugins use it from now on: all that it promises is there.
+	if err := n.Write(filepath.Join(p.runDir, NetworkFile)); err != nil {
+		return err
+	}
+	p.want, p.network = &want, n
+	return nil
+}
+
+// networkOf is what plugins have to know.
+func networkOf(c config.Pods) (attach.Network, error) {
+	n := attach.Network{MTU: c.MTU}
+	if n.MTU == 0 {
+		mtu, err := lowestMTU()
+		if err != nil {
+			return n, err
+		}
+		n.MTU = mtu
+	}
+	var v4, v6 []netip.Prefix
+	for _, b := range c.Blocks {
+		if b.Addr().Is4() {
+			v4 = append(v4, b.Masked())
+		} else {
+			v6 = append(v6, b.Masked())
+		}
+	}
+	for i := range max(len(v4), len(v6)) {
+		var b attach.Block
+		if i < len(v4) {
+			b.V4 = v4[i]
+		}
+		if i < len(v6) {
+			b.V6 = v6[i]
+		}
+		n.Blocks = append(n.Blocks, b)
+	}
+	return n, nil
+}
+
+// defaultMTU is that of Ethernet, for a host that leads nowhere.
+const defaultMTU = 1500
+
+// lowestMTU returns the lowest of the interfaces that lead elsewhere.
+func lowestMTU() (int, error) {
+	links, err := attach.Links()
+	if err != nil {
+		return 0, err
+	}
+	lowest := 0
+	for _, l := range links {
+		a := l.Attrs()
+		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || strings.HasPrefix(a.Name, attach.DevicePrefix) || !leadsElsewhere(l) {
+			continue
+		}
+		if lowest == 0 || a.MTU < lowest {
+			lowest = a.MTU
+		}
+	}
+	if lowest == 0 {
+		lowest = defaultMTU
+	}
+	return lowest, nil
+}
+
+// leadsElsewhere reports whether an interface has an address of a segment.
+func leadsElsewhere(l netlink.Link) bool {
+	addresses, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+	if err != nil {
+		return false
+	}
+	return slices.ContainsFunc(addresses, func(a netlink.Addr) bool {
+		ones, bits := a.Mask.Size()
+		return ones < bits && a.IP.IsGlobalUnicast()
+	})
+}
+
+// discardsOf returns the prefixes in which an address that nobody has is unreachable.
+func discardsOf(c config.Pods) (all []netip.Prefix) {
+	for _, p := range slices.Concat(c.Blocks, c.Ranges) {
+		if p.Bits() < p.Addr().BitLen() && !slices.Contains(all, p.Masked()) {
+			all = append(all, p.Masked())
+		}
+	}
+	return all
+}
+
+// lastMetric is the greatest there is: any other route to the same prefix, whoever made
+// it, goes before a discard.
+const lastMetric = 1<<32 - 1
+
+// setDiscards makes the discard routes of this host just these. An address that nobody
+// has answers at once, and not by a default route.
+func setDiscards(wanted []netip.Prefix) error {
+	there, err := discards()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, p := range wanted {
+		if _, ok := there[p]; ok {
+			delete(there, p)
+			continue
+		}
+		if err := netlink.RouteReplace(discard(p)); err != nil {
+			errs = append(errs, fmt.Errorf("the route to %s: %w", p, err))
+		}
+	}
+	for _, r := range there {
+		if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func discard(p netip.Prefix) *netlink.Route {
+	return &netlink.Route{
+		Dst:  &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+		Type: unix.RTN_UNREACHABLE, Protocol: host.RouteProtocol, Priority: lastMetric, Table: unix.RT_TABLE_MAIN,
+	}
+}
+
+func discards() (map[netip.Prefix]netlink.Route, error) {
+	found := make(map[netip.Prefix]netlink.Route)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Protocol: host.RouteProtocol, Type: unix.RTN_UNREACHABLE}, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TYPE)
+		if err != nil {
+			return nil, fmt.Errorf("routes cannot be listed: %w", err)
+		}
+		for _, r := range routes {
+			if r.Dst == nil || uint32(r.Priority) != lastMetric {
+				continue
+			}
+			a, _ := netip.AddrFromSlice(r.Dst.IP)
+			ones, _ := r.Dst.Mask.Size()
+			found[netip.PrefixFrom(a.Unmap(), ones)] = r
+		}
+	}
+	return found, nil
+}
+
+// repair puts back what is missing of pods' devices.
+func repair(n attach.Network) error {
+	all, err := attach.List()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, a := range attach.Complete(all, n) {
+		if a.V4.IsValid() || a.V6.IsValid() {
+			errs = append(errs, a.Repair())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Intact reports whether all of it is there, down to the routes of each pod.
+func (p *Plane) Intact() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.want == nil {
+		return true
+	}
+	there, err := discards()
+	if err != nil {
+		return true // it cannot be seen now
+	}
+	wanted := discardsOf(p.want.Config)
+	if len(there) != len(wanted) || !tableIsThere() {
+		return false
+	}
+	for _, w := range wanted {
+		if _, ok := there[w]; !ok {
+			return false
+		}
+	}
+	n, err := networkOf(p.want.Config)
+	return (err != nil || n.MTU == p.network.MTU) && allReachable(p.network)
+}
+
+// allReachable reports whether there is a route to each pod.
+func allReachable(n attach.Network) bool {
+	all, err := attach.List()
+	if err != nil {
+		return true
+	}
+	routes := make(map[netip.Addr]int)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := netlink.RouteListFiltered(family, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		if err != nil {
+			return true
+		}
+		for _, r := range list {
+			if r.Dst != nil && r.LinkIndex != 0 {
+				a, _ := netip.AddrFromSlice(r.Dst.IP)
+				routes[a.Unmap()] = r.LinkIndex
+			}
+		}
+	}
+	for _, a := range attach.Complete(all, n) {
+		for _, x := range []netip.Addr{a.V4, a.V6} {
+			if x.IsValid() && routes[x] != a.Index {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// Distrust has nothing to read again: everything is read each time.
+func (*Plane) Distrust() {}
+
+// Run has no chores.
+func (*Plane) Run(ctx context.Context) { <-ctx.Done() }
+
+// Close lets go. What is in the kernel stays.
+func (*Plane) Close() {}
+
+// Remove takes everything out of the kernel, the devices of pods as well.
+func Remove(runDir string) error {
+	errs := []error{attach.Forget(filepath.Join(runDir, NetworkFile))}
+	all, err := attach.List()
+	errs = append(errs, err)
+	for _, a := range all {
+		errs = append(errs, attach.Detach(a.Container, a.IfName))
+	}
+	return errors.Join(append(errs, setDiscards(nil), removeTable(), settingsIn(runDir).Restore())...)
+}
