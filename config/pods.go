@@ -11,16 +11,49 @@ import (
 type Pods struct {
 	Blocks     []netip.Prefix // of this host alone
 	Ranges     []netip.Prefix // of the pods of all hosts; none: the blocks
-	Masquerade bool           // what goes to other addresses has that of the host
-	MTU        int            // 0: the lowest of the interfaces that lead elsewhere
+	Hosts      []PodHost      // that have blocks, this one among them; in place of Blocks
+	Overlay    Overlay
+	Masquerade bool // what goes to other addresses has that of the host
+	MTU        int  // 0: the lowest of the interfaces that lead elsewhere
 }
 
+// PodHost is a host that has pods.
+type PodHost struct {
+	Name      string
+	Addresses []netip.Addr // one of each family at most; tunnels go to the first
+	Blocks    []netip.Prefix
+}
+
+// Overlay is how packets get from pods of one host to those of another.
+type Overlay uint8
+
+// The ways between hosts.
+const (
+	OverlayNone   Overlay = iota // somebody else sees to it
+	OverlayDirect                // by routes: hosts are on one segment
+	OverlayVXLAN                 // in UDP
+)
+
+var overlays = []string{"none", "direct", "vxlan"}
+
 // Wanted reports whether there are any.
-func (p Pods) Wanted() bool { return len(p.Blocks) > 0 }
+func (p Pods) Wanted() bool { return len(p.Blocks)+len(p.Hosts) > 0 }
+
+// All returns the blocks of all hosts.
+func (p Pods) All() []netip.Prefix {
+	all := slices.Clone(p.Blocks)
+	for _, h := range p.Hosts {
+		all = append(all, h.Blocks...)
+	}
+	return all
+}
 
 // Equal reports whether both are the same.
 func (p Pods) Equal(o Pods) bool {
-	return slices.Equal(p.Blocks, o.Blocks) && slices.Equal(p.Ranges, o.Ranges) && p.Masquerade == o.Masquerade && p.MTU == o.MTU
+	sameHost := func(a, b PodHost) bool {
+		return a.Name == b.Name && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Blocks, b.Blocks)
+	}
+	return slices.EqualFunc(p.Hosts, o.Hosts, sameHost) && p.Overlay == o.Overlay && slices.Equal(p.Blocks, o.Blocks) && slices.Equal(p.Ranges, o.Ranges) && p.Masquerade == o.Masquerade && p.MTU == o.MTU
 }
 
 // The least MTU is that of IPv6 (RFC 8200, section 5).
@@ -32,10 +65,13 @@ const (
 var podsSchema = schema[Pods]{what: "pods", fields: []field[Pods]{
 	word("mode", "How pods are connected. `routed`: each has a device of its own, and addresses that this host routes to it.", []string{"routed"}, func(*Pods, int) {}).or("routed"),
 	{
-		key: "blocks", kind: "list of prefixes", required: true,
-		doc: "The addresses that this host gives to its pods, and nobody else does: IPv4, IPv6, or both, of which the n-th of each go together. The first address of a block stays free.",
+		key: "blocks", kind: "list of prefixes",
+		doc: "The addresses that this host gives to its pods, and nobody else does: IPv4, IPv6, or both, of which the n-th of each go together. The first address of a block stays free. In its place there may be `hosts`.",
 		set: func(d *decoder, n *yaml.Node, to *Pods) { to.Blocks = d.prefixes(n) },
 	},
+	mappings("hosts", "list of hosts", "All hosts that have pods, this one among them, each with its blocks: the same list on all of them.", &podHostSchema, (*decoder).podHosts),
+	word("overlay", "How packets get to the pods of other `hosts`. `none`: somebody else sees to it. `direct`: by routes, for hosts on one segment. `vxlan`: in UDP (RFC 7348), port 8472, over whatever is between them.",
+		overlays, func(to *Pods, i int) { to.Overlay = Overlay(i) }).or("none"),
 	prefixes("ranges", "The addresses of the pods of all hosts. What goes to others is masqueraded, and what nobody has is unreachable at once. Without it the blocks.", func(to *Pods, v []netip.Prefix) { to.Ranges = v }),
 	truth("masquerade", "What pods send to addresses outside `ranges` has the address of this host.", func(to *Pods, v bool) { to.Masquerade = v }).or("true"),
 	{
@@ -52,14 +88,21 @@ var podsSchema = schema[Pods]{what: "pods", fields: []field[Pods]{
 // checkPods finds blocks that cannot be.
 func (d *decoder) checkPods(c *Config, at *yaml.Node) {
 	p := c.Pods
-	if at == nil || !p.Wanted() {
+	if at == nil {
 		return
 	}
-	for i, b := range p.Blocks {
+	if (len(p.Blocks) > 0) == (len(p.Hosts) > 0) {
+		d.errorf(at, "pods needs one of the keys \"blocks\", of this host, and \"hosts\", of all")
+	}
+	if p.Overlay != OverlayNone && len(p.Hosts) == 0 {
+		d.errorf(at, "pods: \"overlay: %s\" needs the key \"hosts\": to whom?", overlays[p.Overlay])
+	}
+	all := p.All()
+	for i, b := range all {
 		if free := b.Addr().BitLen() - b.Bits(); free < 1 || free > 16 && b.Addr().Is4() {
 			d.errorf(at, "pods: the block %s has to have two addresses at least, and 65,536 at most", b)
 		}
-		for _, o := range p.Blocks[:i] {
+		for _, o := range all[:i] {
 			if o.Overlaps(b) {
 				d.errorf(at, "pods: the blocks %s and %s overlap: an address would be given twice", o, b)
 			}
@@ -68,4 +111,44 @@ func (d *decoder) checkPods(c *Config, at *yaml.Node) {
 			d.errorf(at, "pods: the block %s is in none of the ranges", b)
 		}
 	}
+}
+
+var podHostSchema = schema[PodHost]{what: "a host", fields: []field[PodHost]{
+	nameField(func(to *PodHost, v string) { to.Name = v }, "node-1"),
+	{
+		key: "addresses", kind: "list of addresses", required: true, doc: "By which other hosts reach it, one a family. Tunnels go to the first.",
+		set: func(d *decoder, n *yaml.Node, to *PodHost) {
+			d.list(n, "a list of addresses, such as [198.51.100.11]", func(e *yaml.Node) {
+				a := d.hostAddress(e, "198.51.100.11")
+				if a.IsValid() && slices.ContainsFunc(to.Addresses, func(o netip.Addr) bool { return o.Is4() == a.Is4() }) {
+					d.errorf(e, "it has an address of this family already; one is enough")
+				} else if a.IsValid() {
+					to.Addresses = append(to.Addresses, a)
+				}
+			})
+		},
+	},
+	{
+		key: "blocks", kind: "list of prefixes", required: true, doc: "The addresses that it gives to its pods.",
+		set: func(d *decoder, n *yaml.Node, to *PodHost) { to.Blocks = d.prefixes(n) },
+	},
+}}
+
+func (d *decoder) podHosts(n *yaml.Node, to *Pods) {
+	d.list(n, "a list of hosts", func(e *yaml.Node) {
+		var h PodHost
+		podHostSchema.decode(d, e, &h)
+		if len(h.Addresses) == 0 || h.Name == "" {
+			return // it is said already
+		}
+		for _, o := range to.Hosts {
+			if o.Name == h.Name {
+				d.errorf(e, "host %s stands there twice", h.Name)
+			}
+			if slices.ContainsFunc(o.Addresses, func(a netip.Addr) bool { return slices.Contains(h.Addresses, a) }) {
+				d.errorf(e, "hosts %s and %s have the same address", o.Name, h.Name)
+			}
+		}
+		to.Hosts = append(to.Hosts, h)
+	})
 }

@@ -13,8 +13,27 @@ func TestPods(t *testing.T) {
 	if p := c.Pods; len(p.Blocks) != 2 || len(p.Ranges) != 2 || !p.Masquerade || p.MTU != 1400 {
 		t.Errorf("have %+v", p)
 	}
+	c, err = Parse("f", []byte(`pods:
+  overlay: vxlan
+  hosts:
+  - {name: a, addresses: [198.51.100.11, "2001:db8::11"], blocks: [10.244.1.0/24]}
+  - {name: b, addresses: [198.51.100.12], blocks: [10.244.2.0/24, 10.244.3.0/24]}
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := c.Pods; len(p.Hosts) != 2 || p.Overlay != OverlayVXLAN || len(p.All()) != 3 || !p.Wanted() {
+		t.Errorf("have %+v", p)
+	}
 	for text, want := range map[string]string{
-		"{}":                                    `pods needs the key "blocks"`,
+		"{blocks: [10.0.0.0/24], hosts: [{name: a, addresses: [192.0.2.1], blocks: [10.1.0.0/24]}]}":                                    "needs one of the keys",
+		"{blocks: [10.0.0.0/24], overlay: direct}":                                                                                      "to whom?",
+		"{hosts: [{name: a, addresses: [192.0.2.1], blocks: [10.1.0.0/24]}, {name: a, addresses: [192.0.2.2], blocks: [10.2.0.0/24]}]}": "host a stands there twice",
+		"{hosts: [{name: a, addresses: [192.0.2.1], blocks: [10.1.0.0/24]}, {name: b, addresses: [192.0.2.1], blocks: [10.2.0.0/24]}]}": "have the same address",
+		"{hosts: [{name: a, addresses: [192.0.2.1], blocks: [10.1.0.0/24]}, {name: b, addresses: [192.0.2.2], blocks: [10.1.0.0/25]}]}": "overlap",
+		"{hosts: [{name: a, addresses: [192.0.2.1, 192.0.2.2], blocks: [10.1.0.0/24]}]}":                                                "one is enough",
+
+		"{}":                                    `pods needs one of the keys "blocks"`,
 		"{blocks: [10.0.0.0/32]}":               "has to have two addresses at least",
 		"{blocks: [10.0.0.0/8]}":                "65,536 at most",
 		"{blocks: [10.0.0.0/24, 10.0.0.64/26]}": "overlap: an address would be given twice",

@@ -56,6 +56,7 @@ type Plane struct {
 	mu      sync.Mutex
 	want    *Want
 	network attach.Network
+	reach   reach
 }
 
 // New returns a plane that has not touched the kernel yet.
@@ -75,11 +76,11 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 			p.log.Info("a setting is made what pods need; pentad down puts it back", "setting", strings.ReplaceAll(s.Name, "/", "."), "was", was, "is", s.Value)
 		}
 	}
-	n, err := networkOf(want.Config)
+	n, r, err := resolve(want.Config)
 	if err != nil {
 		return err
 	}
-	errs := []error{setDiscards(discardsOf(want.Config)), setTable(want.Config), repair(n)}
+	errs := []error{setDiscards(discardsOf(want.Config, n)), setTable(want.Config), repair(n), r.apply(n.MTU)}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -87,22 +88,44 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	if err := n.Write(filepath.Join(p.runDir, NetworkFile)); err != nil {
 		return err
 	}
-	p.want, p.network = &want, n
+	p.want, p.network, p.reach = &want, n, r
 	return nil
 }
 
-// networkOf is what plugins have to know.
-func networkOf(c config.Pods) (attach.Network, error) {
-	n := attach.Network{MTU: c.MTU}
-	if n.MTU == 0 {
-		mtu, err := lowestMTU()
+// resolve returns what plugins have to know, and how other hosts are reached.
+func resolve(c config.Pods) (n attach.Network, r reach, err error) {
+	own, name := c.Blocks, ""
+	if len(c.Hosts) > 0 {
+		addresses, err := host.Addresses()
 		if err != nil {
-			return n, err
+			return n, r, err
 		}
-		n.MTU = mtu
+		self, err := selfIn(c.Hosts, addresses)
+		if err != nil {
+			return n, r, err
+		}
+		own, name = self.Blocks, self.Name
 	}
+	r = reachOf(c, name)
+	if n.MTU = c.MTU; n.MTU == 0 {
+		if n.MTU, err = lowestMTU(); err != nil {
+			return n, r, err
+		}
+		switch {
+		case r.tunnel && r.own.outer.Is4():
+			n.MTU -= tunnelOverhead4
+		case r.tunnel:
+			n.MTU -= tunnelOverhead6
+		}
+	}
+	n.Blocks = pair(own)
+	return n, r, nil
+}
+
+// pair puts the n-th blocks of both families together.
+func pair(blocks []netip.Prefix) (all []attach.Block) {
 	var v4, v6 []netip.Prefix
-	for _, b := range c.Blocks {
+	for _, b := range blocks {
 		if b.Addr().Is4() {
 			v4 = append(v4, b.Masked())
 		} else {
@@ -117,9 +140,9 @@ func networkOf(c config.Pods) (attach.Network, error) {
 		if i < len(v6) {
 			b.V6 = v6[i]
 		}
-		n.Blocks = append(n.Blocks, b)
+		all = append(all, b)
 	}
-	return n, nil
+	return all
 }
 
 // defaultMTU is that of Ethernet, for a host that leads nowhere.
@@ -134,7 +157,7 @@ func lowestMTU() (int, error) {
 	lowest := 0
 	for _, l := range links {
 		a := l.Attrs()
-		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || strings.HasPrefix(a.Name, attach.DevicePrefix) || !leadsElsewhere(l) {
+		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || strings.HasPrefix(a.Name, attach.DevicePrefix) || a.Name == tunnelName || !leadsElsewhere(l) {
 			continue
 		}
 		if lowest == 0 || a.MTU < lowest {
@@ -159,9 +182,18 @@ func leadsElsewhere(l netlink.Link) bool {
 	})
 }
 
-// discardsOf returns the prefixes in which an address that nobody has is unreachable.
-func discardsOf(c config.Pods) (all []netip.Prefix) {
-	for _, p := range slices.Concat(c.Blocks, c.Ranges) {
+// discardsOf returns the prefixes in which an address that nobody has is unreachable: of
+// this host's own blocks, and of all ranges.
+func discardsOf(c config.Pods, n attach.Network) (all []netip.Prefix) {
+	var own []netip.Prefix
+	for _, b := range n.Blocks {
+		for _, p := range []netip.Prefix{b.V4, b.V6} {
+			if p.IsValid() {
+				own = append(own, p)
+			}
+		}
+	}
+	for _, p := range slices.Concat(own, c.Ranges) {
 		if p.Bits() < p.Addr().BitLen() && !slices.Contains(all, p.Masked()) {
 			all = append(all, p.Masked())
 		}
@@ -250,7 +282,7 @@ func (p *Plane) Intact() bool {
 	if err != nil {
 		return true // it cannot be seen now
 	}
-	wanted := discardsOf(p.want.Config)
+	wanted := discardsOf(p.want.Config, p.network)
 	if len(there) != len(wanted) || !tableIsThere() {
 		return false
 	}
@@ -259,8 +291,8 @@ func (p *Plane) Intact() bool {
 			return false
 		}
 	}
-	n, err := networkOf(p.want.Config)
-	return (err != nil || n.MTU == p.network.MTU) && allReachable(p.network)
+	n, _, err := resolve(p.want.Config)
+	return (err != nil || n.MTU == p.network.MTU) && allReachable(p.network) && p.reach.isApplied(p.network.MTU)
 }
 
 // allReachable reports whether there is a route to each pod.
@@ -276,7 +308,7 @@ func allReachable(n attach.Network) bool {
 			return true
 		}
 		for _, r := range list {
-			if r.Dst != nil && r.LinkIndex != 0 {
+			if r.Dst != nil && r.LinkIndex != 0 && r.Gw == nil {
 				a, _ := netip.AddrFromSlice(r.Dst.IP)
 				routes[a.Unmap()] = r.LinkIndex
 			}
@@ -309,5 +341,5 @@ func Remove(runDir string) error {
 	for _, a := range all {
 		errs = append(errs, attach.Detach(a.Container, a.IfName))
 	}
-	return errors.Join(append(errs, setDiscards(nil), removeTable(), settingsIn(runDir).Restore())...)
+	return errors.Join(append(errs, setDiscards(nil), reach{}.setRoutes(0), removeTunnel(), removeTable(), settingsIn(runDir).Restore())...)
 }

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -23,6 +24,10 @@ const TableName = "pentad-pods"
 //	chain source { type filter hook prerouting priority raw
 //	    iifname "pd*" fib saddr . iif oif missing drop # an address that is not the pod's
 //	}
+//	chain tunnel-in { type filter hook prerouting priority raw
+//	    udp dport 8472 notrack # no rule of anybody touches what is outside
+//	}
+//	chain tunnel-out { type filter hook output priority raw; udp dport 8472 notrack }
 //	chain masquerade { type nat hook postrouting priority srcnat
 //	    oifname "pd*" return
 //	    ip daddr 10.244.0.0/16 return
@@ -35,6 +40,8 @@ const TableName = "pentad-pods"
 const (
 	chainSource     = "source"
 	chainMasquerade = "masquerade"
+	chainTunnelIn   = "tunnel-in"
+	chainTunnelOut  = "tunnel-out"
 )
 
 // setTable writes the table anew, in one transaction.
@@ -52,6 +59,12 @@ func setTable(c config.Pods) error {
 		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: make([]byte, 4)},
 		&expr.Verdict{Kind: expr.VerdictDrop})})
+	if c.Overlay == config.OverlayVXLAN {
+		for name, hook := range map[string]*nftables.ChainHook{chainTunnelIn: nftables.ChainHookPrerouting, chainTunnelOut: nftables.ChainHookOutput} {
+			chain := conn.AddChain(&nftables.Chain{Table: t, Name: name, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRaw})
+			conn.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: ofTunnel()})
+		}
+	}
 	if c.Masquerade {
 		addMasquerade(conn, t, c)
 	}
@@ -59,6 +72,17 @@ func setTable(c config.Pods) error {
 		return fmt.Errorf("table inet %s: %w", TableName, err)
 	}
 	return nil
+}
+
+// ofTunnel lets packets of the tunnel go untracked.
+func ofTunnel() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+		nft.LoadPort(1),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.BigEndian.AppendUint16(nil, tunnelPort)},
+		&expr.Notrack{},
+	}
 }
 
 // ofPods matches the devices of pods. A comparison with fewer bytes is one of the beginning.
@@ -79,7 +103,7 @@ func addMasquerade(conn *nftables.Conn, t *nftables.Table, c config.Pods) {
 	add(ofPods(expr.MetaKeyOIFNAME), back)
 	ranges := c.Ranges
 	if len(ranges) == 0 {
-		ranges = c.Blocks
+		ranges = c.All()
 	}
 	for _, r := range ranges {
 		f := service.FamilyOf(r.Addr())

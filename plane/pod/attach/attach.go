@@ -231,7 +231,7 @@ func (a *Attachment) finishPod(pod *netlink.Handle) error {
 			return fmt.Errorf("its gateway: %w", err)
 		}
 		if x.family == netlink.FAMILY_V4 {
-			toGateway := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: hostNet(x.gateway), Scope: netlink.SCOPE_LINK}
+			toGateway := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: HostNet(x.gateway), Scope: netlink.SCOPE_LINK}
 			if err := pod.RouteReplace(toGateway); err != nil {
 				return fmt.Errorf("the route to its gateway: %w", err)
 			}
@@ -251,7 +251,7 @@ func (a *Attachment) Repair() error {
 		if err := netlink.NeighSet(neighbour); err != nil {
 			return fmt.Errorf("device %s: its neighbour: %w", a.Device, err)
 		}
-		route := &netlink.Route{LinkIndex: a.Index, Dst: hostNet(x.address), Scope: netlink.SCOPE_LINK, Protocol: Protocol}
+		route := &netlink.Route{LinkIndex: a.Index, Dst: HostNet(x.address), Scope: netlink.SCOPE_LINK, Protocol: Protocol}
 		if x.family == netlink.FAMILY_V6 {
 			route.Scope = netlink.SCOPE_UNIVERSE
 		}
@@ -279,9 +279,10 @@ func (a *Attachment) families() (all []address) {
 	return all
 }
 
-func (x address) network() *net.IPNet { return hostNet(x.address) }
+func (x address) network() *net.IPNet { return HostNet(x.address) }
 
-func hostNet(a netip.Addr) *net.IPNet {
+// HostNet is an address alone, in the types of package net.
+func HostNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
@@ -399,7 +400,7 @@ func (a *Attachment) check(pod *netlink.Handle) error {
 		if !found {
 			return fmt.Errorf("device %s in the pod has not the address %s", a.IfName, x.address)
 		}
-		routes, err := netlink.RouteListFiltered(x.family, &netlink.Route{Dst: hostNet(x.address), LinkIndex: a.Index}, netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
+		routes, err := netlink.RouteListFiltered(x.family, &netlink.Route{Dst: HostNet(x.address), LinkIndex: a.Index}, netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
 		if err != nil {
 			return err
 		}
