@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bufio"
 	"debug/elf"
 	"os"
 	"path/filepath"
@@ -81,39 +80,33 @@ func (a *Agent) giveBack() {
 // the page cache by itself, because nobody has written to it (madvise(2),
 // MADV_DONTNEED). An error means that they stay.
 func forgetProgram() {
-	program, err := os.Readlink("/proc/self/exe")
-	if err != nil || !isFixed(program) {
-		return
-	}
-	f, err := os.Open("/proc/self/maps")
+	f, err := elf.Open("/proc/self/exe")
 	if err != nil {
 		return
 	}
 	defer f.Close()
-	// "00400000-02447000 r-xp 00000000 fe:00 1234  /usr/local/bin/pentad", see proc_pid_maps(5).
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		fields := strings.Fields(lines.Text())
-		if len(fields) < 6 || fields[5] != program || strings.Contains(fields[1], "w") {
-			continue
-		}
-		from, to, _ := strings.Cut(fields[0], "-")
-		first, err1 := strconv.ParseUint(from, 16, 64)
-		last, err2 := strconv.ParseUint(to, 16, 64)
-		if err1 != nil || err2 != nil || last <= first {
-			return
-		}
-		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(first), uintptr(last-first), unix.MADV_DONTNEED)
+	page := uint64(os.Getpagesize())
+	for _, r := range unwritten(f, page) {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(r[0]), uintptr(r[1]-r[0]), unix.MADV_DONTNEED)
 	}
 }
 
-// isFixed reports whether a program is loaded where it was linked for. One that is not
-// (PIE) has had addresses written into pages that are read-only later: those would be
-// lost.
-func isFixed(program string) bool {
-	f, err := elf.Open(program)
-	if err != nil {
-		return false
+// unwritten returns the pages of a program, from and to, that nobody writes to: those of
+// segments that are not to be written. That a page is read-only by now says nothing: into
+// those of PT_GNU_RELRO the dynamic linker has written addresses before, and one that is
+// not loaded where it was linked for (PIE) has them anywhere.
+func unwritten(f *elf.File, page uint64) (all [][2]uint64) {
+	if f.Type != elf.ET_EXEC {
+		return nil
 	}
-	defer f.Close()
-	return f.Type == elf.ET_EXEC
+	for _, p := range f.Progs {
+		if p.Type != elf.PT_LOAD || p.Flags&elf.PF_W != 0 {
+			continue
+		}
+		from, to := (p.Vaddr+page-1)/page*page, (p.Vaddr+p.Filesz)/page*page
+		if from < to {
+			all = append(all, [2]uint64{from, to})
+		}
+	}
+	return all
 }

@@ -51,6 +51,7 @@ var parts = []struct {
 	{"failover", failover},
 	{"proxy", proxies},
 	{"capture", captures},
+	{"pods", podTimes},
 }
 
 func main() {

@@ -55,8 +55,8 @@ func parse(stdin []byte) (conf, error) {
 	return c, nil
 }
 
-func request(args *skel.CmdArgs) (attach.Request, error) {
-	r := attach.Request{Container: args.ContainerID, IfName: args.IfName, Netns: args.Netns}
+func request(args *skel.CmdArgs, c conf) (attach.Request, error) {
+	r := attach.Request{Container: args.ContainerID, IfName: args.IfName, Netns: args.Netns, Network: c.Name}
 	var namespace, name string
 	for _, part := range strings.Split(args.Args, ";") {
 		key, value, _ := strings.Cut(part, "=")
@@ -84,7 +84,7 @@ func add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	r, err := request(args)
+	r, err := request(args, c)
 	if err != nil {
 		return err
 	}
@@ -146,7 +146,7 @@ func addTo(result *current.Result, a attach.Attachment, netns string) {
 
 // del always succeeds if there is nothing: the specification wants it.
 func del(args *skel.CmdArgs) error {
-	if err := attach.Detach(args.ContainerID, args.IfName); err != nil {
+	if err := attach.Detach(args.ContainerID, args.IfName, args.Netns); err != nil {
 		return types.NewError(codeFailed, err.Error(), "")
 	}
 	return nil
@@ -157,15 +157,11 @@ func check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	r, err := request(args)
+	r, err := request(args, c)
 	if err != nil {
 		return err
 	}
-	n, err := attach.Read(c.Network)
-	if err != nil {
-		return types.NewError(codeFailed, err.Error(), "")
-	}
-	if err := attach.Check(n, r); err != nil {
+	if err := attach.Check(r); err != nil {
 		return types.NewError(codeFailed, err.Error(), "")
 	}
 	return nil
@@ -178,6 +174,9 @@ func gc(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	if c.ValidAttachments == nil {
+		return types.NewError(codeBadConfig, "GC without cni.dev/valid-attachments: nothing is removed", "")
+	}
 	valid := make(map[[2]string]bool)
 	for _, a := range c.ValidAttachments {
 		valid[[2]string{a.ContainerID, a.IfName}] = true
@@ -188,8 +187,8 @@ func gc(args *skel.CmdArgs) error {
 	}
 	var errs []error
 	for _, a := range all {
-		if !valid[[2]string{a.Container, a.IfName}] {
-			errs = append(errs, attach.Detach(a.Container, a.IfName))
+		if a.Network == c.Name && !valid[[2]string{a.Container, a.IfName}] {
+			errs = append(errs, attach.Detach(a.Container, a.IfName, ""))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -198,22 +197,15 @@ func gc(args *skel.CmdArgs) error {
 	return nil
 }
 
-// status says whether a pod could be added now.
+// status says whether pods can be added. That all addresses are given is no fault of the
+// network: a runtime that hears of one has its node drained of pods that are well.
 func status(args *skel.CmdArgs) error {
 	c, err := parse(args.StdinData)
 	if err != nil {
 		return err
 	}
-	n, err := attach.Read(c.Network)
-	if err != nil {
+	if _, err := attach.Read(c.Network); err != nil {
 		return types.NewError(codeNotAvailable, err.Error(), "")
-	}
-	free, err := n.Free()
-	if err != nil {
-		return types.NewError(codeFailed, err.Error(), "")
-	}
-	if free == 0 {
-		return types.NewError(codeNotAvailable, attach.ErrFull.Error(), "they are "+blocks(n))
 	}
 	return nil
 }

@@ -97,10 +97,28 @@ func (d *decoder) checkPods(c *Config, at *yaml.Node) {
 	if p.Overlay != OverlayNone && len(p.Hosts) == 0 {
 		d.errorf(at, "pods: \"overlay: %s\" needs the key \"hosts\": to whom?", overlays[p.Overlay])
 	}
+	for _, h := range p.Hosts {
+		if p.Overlay == OverlayVXLAN && h.Addresses[0].Is4() != p.Hosts[0].Addresses[0].Is4() {
+			d.errorf(at, "pods: tunnels go to the first address of each host, and those of %s and %s are of different families", p.Hosts[0].Name, h.Name)
+		}
+		for _, b := range h.Blocks {
+			if p.Overlay == OverlayDirect && !slices.ContainsFunc(h.Addresses, func(a netip.Addr) bool { return a.Is4() == b.Addr().Is4() }) {
+				d.errorf(at, "pods: with \"overlay: direct\" host %s needs an address of the family of its block %s", h.Name, b)
+			}
+		}
+	}
 	all := p.All()
 	for i, b := range all {
 		if free := b.Addr().BitLen() - b.Bits(); free < 1 || free > 16 && b.Addr().Is4() {
 			d.errorf(at, "pods: the block %s has to have two addresses at least, and 65,536 at most", b)
+		}
+		if a := b.Addr(); a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.IsUnspecified() {
+			d.errorf(at, "pods: the block %s is not one of addresses for hosts", b)
+		}
+		for _, h := range p.Hosts {
+			if slices.ContainsFunc(h.Addresses, b.Contains) {
+				d.errorf(at, "pods: the block %s has the address of host %s", b, h.Name)
+			}
 		}
 		for _, o := range all[:i] {
 			if o.Overlaps(b) {

@@ -1,13 +1,10 @@
 package view
 
 import (
-	"errors"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strings"
 
-	"github.com/pentad/pentad/plane/pod"
 	"github.com/pentad/pentad/plane/pod/attach"
 )
 
@@ -22,17 +19,13 @@ type Pod struct {
 }
 
 // ReadPods returns the pods of this host by their first address. There need be no agent.
-func ReadPods(at Places) ([]Pod, error) {
-	n, err := attach.Read(filepath.Join(at.RunDir, pod.NetworkFile))
-	if err != nil && !errors.Is(err, attach.ErrNoNetwork) {
-		return nil, err
-	}
+func ReadPods() ([]Pod, error) {
 	all, err := attach.List()
 	if err != nil {
 		return nil, err
 	}
 	pods := []Pod{}
-	for _, a := range attach.Complete(all, n) {
+	for _, a := range all {
 		p := Pod{Pod: strings.TrimPrefix(a.Pod, "-"), Container: a.Container, IfName: a.IfName, Device: a.Device, MTU: a.MTU, Addresses: []netip.Addr{}}
 		for _, x := range []netip.Addr{a.V4, a.V6} {
 			if x.IsValid() {

@@ -126,6 +126,9 @@ func (e *election) receive(m message, answers bool, now time.Time) bool {
 // alone reports whether there is nobody who could take over.
 func (e *election) alone() bool { return len(e.members) == 0 }
 
+// hasListened reports whether others, if there are any, would have been heard by now.
+func (e *election) hasListened(now time.Time) bool { return now.Sub(e.began) >= hush }
+
 // tick decides. gained are VIPs that this host has from now on, lost those that it has no
 // more, kept those that somebody else had, too, and gave up, or will; ask are those whose
 // owners have to be asked for.
@@ -247,7 +250,7 @@ func (e *election) vacant(k key, now time.Time, mayAsk bool) step {
 		e.waiting[k] = v
 	}
 	// Others have first to be heard.
-	if now.Sub(e.began) < hush {
+	if !e.hasListened(now) {
 		v.since = now
 		return wait
 	}

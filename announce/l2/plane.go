@@ -409,7 +409,7 @@ func (p *Plane) decide(now time.Time) error {
 	errs := []error{p.kernel.set(vips)}
 	if len(gained)+len(lost) > 0 || now.Sub(p.talk.said) >= beatEvery {
 		p.say(now, len(gained)+len(lost) > 0, false)
-		errs = append(errs, p.kernel.setLease(leaseTime, p.election.alone()))
+		errs = append(errs, p.kernel.setLease(leaseTime, p.election.alone() && p.election.hasListened(now)))
 	}
 	p.logOwners()
 	return errors.Join(errs...)

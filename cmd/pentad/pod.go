@@ -10,17 +10,17 @@ import (
 	"github.com/pentad/pentad/view"
 )
 
-func newPod(at *places) *cobra.Command {
+func newPod() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "pod",
 		Aliases: []string{"pods"},
 		Short:   "Show the pods of this host that pentad connects",
 	}
-	cmd.AddCommand(newPodList(at))
+	cmd.AddCommand(newPodList())
 	return cmd
 }
 
-func newPodList(at *places) *cobra.Command {
+func newPodList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "list",
 		Aliases: []string{"ls"},
@@ -33,7 +33,7 @@ func newPodList(at *places) *cobra.Command {
 	watch := addWatch(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return watch.run(cmd, func(w io.Writer) error {
-			all, err := view.ReadPods(at.view())
+			all, err := view.ReadPods()
 			if err != nil {
 				return err
 			}

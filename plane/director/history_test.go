@@ -2,6 +2,7 @@ package director_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -38,7 +40,12 @@ func newBox(t *testing.T) *box {
 		t.Fatal(err)
 	}
 	b := &box{Host: h, plane: director.New(h.Pins, slog.New(slog.DiscardHandler))}
+	ctx, stop := context.WithCancel(context.Background())
+	var chores sync.WaitGroup
+	chores.Go(func() { b.plane.Run(ctx) })
 	t.Cleanup(func() {
+		stop()
+		chores.Wait()
 		b.plane.Close()
 		if err := h.Do(func() error { return director.Remove(h.Pins) }); err != nil {
 			t.Error(err)
@@ -486,6 +493,7 @@ func TestManyVIPs(t *testing.T) {
 		changed.Backends = slices.Clone(changed.Backends[1:])
 		all[17*i] = &changed
 		snap = of(snap, all...)
+		time.Sleep(300 * time.Millisecond) // as long as it takes to have a table ready
 		began = time.Now()
 		b.apply(t, snap)
 		took = append(took, time.Since(began))

@@ -70,7 +70,21 @@ type kernel struct {
 	found  map[[sha256.Size]byte]uint32 // tables by what they say
 	sums   map[string][sha256.Size]byte // of tables, by their members
 	shared map[uint32]*sharedTable      // tables to be shown; nil: they are not
+
+	spares   []spare         // tables that are there and say nothing yet
+	reserved map[uint32]bool // numbers of these, and of those that are being made
 }
+
+// spare is a table that no VIP has. To put one into the map of tables takes the kernel as
+// long as all its processors need to be done with what they do (a grace period of RCU, some
+// 10 ms); to write into one that is there takes no time.
+type spare struct {
+	number uint32
+	table  *ebpf.Map
+}
+
+// wantSpares is how many there should be: 132 KiB each.
+const wantSpares = 2
 
 // vipState is what the kernel has of a VIP. Tables are numbered from 1.
 type vipState struct {
@@ -123,13 +137,17 @@ func (k *kernel) close() {
 	for _, m := range k.maps {
 		m.Close()
 	}
+	for _, s := range k.spares {
+		s.table.Close()
+	}
+	k.spares = nil
 }
 
 // read finds out what the maps have.
 func (k *kernel) read() error {
 	k.taken, k.kinds = make(map[uint32]bool), make(map[netip.Addr]uint8)
 	k.vips, k.reals, k.inside = make(map[service.Listener]*vipState), make(map[netip.Addr]uint32), make(map[uint32]kernelReal)
-	k.tables, k.found = make(map[uint32]*tableState), make(map[[sha256.Size]byte]uint32)
+	k.tables, k.found, k.reserved = make(map[uint32]*tableState), make(map[[sha256.Size]byte]uint32), make(map[uint32]bool)
 	var key kernelVipKey
 	var index uint32
 	byIndex := make(map[uint32]*vipState)
@@ -462,27 +480,87 @@ func (k *kernel) keyOf(members []Member) string {
 }
 
 func (k *kernel) addTable(places []byte) (uint32, error) {
-	number := uint32(1)
-	for k.tables[number] != nil {
-		number++
+	if n := len(k.spares); n > 0 {
+		s := k.spares[n-1]
+		k.spares = k.spares[:n-1]
+		delete(k.reserved, s.number)
+		defer s.table.Close()
+		return s.number, fill(s.table, places)
 	}
-	if number > maxTables {
-		return 0, fmt.Errorf("%w: there may be %d different tables", ErrNoRoom, maxTables)
-	}
-	m, err := ebpf.NewMap(k.spec.Maps[kernelMapTables].InnerMap)
+	number, err := k.freeNumber()
 	if err != nil {
-		return 0, fmt.Errorf("a table: %w", err)
+		return 0, err
+	}
+	m, err := k.newTable()
+	if err != nil {
+		return 0, err
 	}
 	defer m.Close()
-	for i := range m.MaxEntries() {
-		if err := m.Put(i, places[2*chunkSlots*i:2*chunkSlots*(i+1)]); err != nil {
-			return 0, fmt.Errorf("a table: %w", err)
-		}
+	if err := fill(m, places); err != nil {
+		return 0, err
 	}
 	if err := k.maps[kernelMapTables].Put(number-1, m); err != nil {
 		return 0, fmt.Errorf("map %s: %w", kernelMapTables, err)
 	}
 	return number, nil
+}
+
+// freeNumber returns the first number that no table has.
+func (k *kernel) freeNumber() (uint32, error) {
+	number := uint32(1)
+	for k.tables[number] != nil || k.reserved[number] {
+		number++
+	}
+	if number > maxTables {
+		return 0, fmt.Errorf("%w: there may be %d different tables", ErrNoRoom, maxTables)
+	}
+	return number, nil
+}
+
+func (k *kernel) newTable() (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(k.spec.Maps[kernelMapTables].InnerMap)
+	if err != nil {
+		return nil, fmt.Errorf("a table: %w", err)
+	}
+	return m, nil
+}
+
+// fill writes what a table says.
+func fill(m *ebpf.Map, places []byte) error {
+	for i := range m.MaxEntries() {
+		if err := m.Put(i, places[2*chunkSlots*i:2*chunkSlots*(i+1)]); err != nil {
+			return fmt.Errorf("a table: %w", err)
+		}
+	}
+	return nil
+}
+
+// addSpare makes one more table that says nothing yet. The lock is not held while the
+// kernel takes its time.
+func (k *kernel) addSpare(lock sync.Locker, isOpen func() bool) error {
+	lock.Lock()
+	number, err := k.freeNumber()
+	if !isOpen() || len(k.spares) >= wantSpares || err != nil {
+		lock.Unlock()
+		return nil // without room there is none to spare
+	}
+	k.reserved[number] = true
+	m, err := k.newTable()
+	lock.Unlock()
+	if err == nil {
+		err = k.maps[kernelMapTables].Put(number-1, m)
+	}
+	lock.Lock()
+	defer lock.Unlock()
+	if err != nil || !isOpen() {
+		delete(k.reserved, number)
+		if m != nil {
+			m.Close()
+		}
+		return err
+	}
+	k.spares = append(k.spares, spare{number, m})
+	return nil
 }
 
 // setVIP has a VIP use a table. The one that it had stays beside it: connections that are

@@ -225,17 +225,32 @@ func (p *Plane) forgetKernel() {
 	}
 }
 
-// settleEvery is how often it is looked whether tables of before are still needed.
-const settleEvery = 30 * time.Second
+// settleEvery is how often it is looked whether tables of before are still needed, and
+// spareEvery whether there are tables for the next change.
+const (
+	settleEvery = 30 * time.Second
+	spareEvery  = 100 * time.Millisecond
+)
 
-// Run takes tables away that no connection needs any more.
+// Run takes tables away that no connection needs any more, and keeps some ready.
 func (p *Plane) Run(ctx context.Context) {
-	t := time.NewTicker(settleEvery)
+	t, spares := time.NewTicker(settleEvery), time.NewTicker(spareEvery)
 	defer t.Stop()
+	defer spares.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-spares.C:
+			p.mu.Lock()
+			k := p.kernel
+			p.mu.Unlock()
+			if k == nil {
+				continue
+			}
+			if err := k.addSpare(&p.mu, func() bool { return p.kernel == k }); err != nil {
+				p.log.Debug("there is no table to spare", "error", err)
+			}
 		case <-t.C:
 			p.mu.Lock()
 			k := p.kernel

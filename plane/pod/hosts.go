@@ -180,12 +180,33 @@ func (r reach) setTunnel(mtu int) (netlink.Link, error) {
 			return nil, err
 		}
 	}
+	if err := r.dropAddresses(there); err != nil {
+		return nil, err
+	}
 	for _, a := range r.own.inner {
 		if err := netlink.AddrReplace(there, &netlink.Addr{IPNet: attach.HostNet(a), Flags: unix.IFA_F_NODAD}); err != nil {
 			return nil, err
 		}
 	}
 	return there, netlink.LinkSetUp(there)
+}
+
+// dropAddresses takes those away that the device of the tunnel had for another block.
+func (r reach) dropAddresses(link netlink.Link) error {
+	all, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	for _, x := range all {
+		a, _ := netip.AddrFromSlice(x.IP)
+		if a = a.Unmap(); !a.IsGlobalUnicast() || slices.Contains(r.own.inner, a) {
+			continue
+		}
+		if err := netlink.AddrDel(link, &x); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return err
+		}
+	}
+	return nil
 }
 
 // linkWith returns the interface that has an address.

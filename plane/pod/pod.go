@@ -7,9 +7,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -42,10 +44,14 @@ func settingsIn(runDir string) host.Settings {
 	return host.Settings{Root: "/proc/sys", File: filepath.Join(runDir, settingsFile)}
 }
 
-// forwarding lets this host pass on what pods send.
-var forwarding = []host.Setting{
-	{Name: "net/ipv4/ip_forward", Value: 1, Least: true},
-	{Name: "net/ipv6/conf/all/forwarding", Value: 1, Least: true},
+// forwardingFor lets this host pass on what pods send, of the families that they have: a
+// host that forwards IPv6 takes no routes from routers that advertise themselves.
+func forwardingFor(c config.Pods) []host.Setting {
+	all := []host.Setting{{Name: "net/ipv4/ip_forward", Value: 1, Least: true}}
+	if slices.ContainsFunc(c.All(), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		all = append(all, host.Setting{Name: "net/ipv6/conf/all/forwarding", Value: 1, Least: true})
+	}
+	return all
 }
 
 // Plane is the pod network of one host.
@@ -67,7 +73,7 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.want = nil
-	for _, s := range forwarding {
+	for _, s := range forwardingFor(want.Config) {
 		was, changed, err := settingsIn(p.runDir).Set(s)
 		if err != nil {
 			return err
@@ -80,7 +86,7 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	if err != nil {
 		return err
 	}
-	errs := []error{setDiscards(discardsOf(want.Config, n)), setTable(want.Config), repair(n), r.apply(n.MTU)}
+	errs := []error{setDiscards(discardsOf(want.Config, n)), setTable(want.Config, r), r.apply(n.MTU)}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -89,7 +95,7 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 		return err
 	}
 	p.want, p.network, p.reach = &want, n, r
-	return nil
+	return repair()
 }
 
 // resolve returns what plugins have to know, and how other hosts are reached.
@@ -257,16 +263,14 @@ func discards() (map[netip.Prefix]netlink.Route, error) {
 }
 
 // repair puts back what is missing of pods' devices.
-func repair(n attach.Network) error {
+func repair() error {
 	all, err := attach.List()
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, a := range attach.Complete(all, n) {
-		if a.V4.IsValid() || a.V6.IsValid() {
-			errs = append(errs, a.Repair())
-		}
+	for _, a := range all {
+		errs = append(errs, a.Repair())
 	}
 	return errors.Join(errs...)
 }
@@ -277,6 +281,9 @@ func (p *Plane) Intact() bool {
 	defer p.mu.Unlock()
 	if p.want == nil {
 		return true
+	}
+	if _, err := os.Stat(filepath.Join(p.runDir, NetworkFile)); errors.Is(err, fs.ErrNotExist) {
+		return false
 	}
 	there, err := discards()
 	if err != nil {
@@ -292,11 +299,11 @@ func (p *Plane) Intact() bool {
 		}
 	}
 	n, _, err := resolve(p.want.Config)
-	return (err != nil || n.MTU == p.network.MTU) && allReachable(p.network) && p.reach.isApplied(p.network.MTU)
+	return (err != nil || n.MTU == p.network.MTU) && allReachable() && p.reach.isApplied(p.network.MTU)
 }
 
 // allReachable reports whether there is a route to each pod.
-func allReachable(n attach.Network) bool {
+func allReachable() bool {
 	all, err := attach.List()
 	if err != nil {
 		return true
@@ -314,7 +321,7 @@ func allReachable(n attach.Network) bool {
 			}
 		}
 	}
-	for _, a := range attach.Complete(all, n) {
+	for _, a := range all {
 		for _, x := range []netip.Addr{a.V4, a.V6} {
 			if x.IsValid() && routes[x] != a.Index {
 				return false
@@ -336,10 +343,6 @@ func (*Plane) Close() {}
 // Remove takes everything out of the kernel, the devices of pods as well.
 func Remove(runDir string) error {
 	errs := []error{attach.Forget(filepath.Join(runDir, NetworkFile))}
-	all, err := attach.List()
-	errs = append(errs, err)
-	for _, a := range all {
-		errs = append(errs, attach.Detach(a.Container, a.IfName))
-	}
+	errs = append(errs, attach.RemoveAll())
 	return errors.Join(append(errs, setDiscards(nil), reach{}.setRoutes(0), removeTunnel(), removeTable(), settingsIn(runDir).Restore())...)
 }

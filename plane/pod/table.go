@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -23,11 +24,16 @@ const TableName = "pentad-pods"
 //
 //	chain source { type filter hook prerouting priority raw
 //	    iifname "pd*" fib saddr . iif oif missing drop # an address that is not the pod's
+//	    iifname "pd*" ip daddr 198.51.100.11 udp dport 8472 drop # into the tunnel, past the first
+//	    iifname "pd*" ip daddr 127.0.0.0/8 drop        # what listens there is for the host alone
 //	}
 //	chain tunnel-in { type filter hook prerouting priority raw
-//	    udp dport 8472 notrack # no rule of anybody touches what is outside
+//	    ip saddr 198.51.100.12 udp dport 8472 notrack accept # no rule of anybody touches it
+//	    ip daddr 198.51.100.11 udp dport 8472 drop           # of nobody else
 //	}
-//	chain tunnel-out { type filter hook output priority raw; udp dport 8472 notrack }
+//	chain tunnel-out { type filter hook output priority raw
+//	    ip daddr 198.51.100.12 udp dport 8472 notrack accept
+//	}
 //	chain masquerade { type nat hook postrouting priority srcnat
 //	    oifname "pd*" return
 //	    ip daddr 10.244.0.0/16 return
@@ -45,7 +51,7 @@ const (
 )
 
 // setTable writes the table anew, in one transaction.
-func setTable(c config.Pods) error {
+func setTable(c config.Pods, r reach) error {
 	conn, err := nft.Dial()
 	if err != nil {
 		return err
@@ -59,11 +65,10 @@ func setTable(c config.Pods) error {
 		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: make([]byte, 4)},
 		&expr.Verdict{Kind: expr.VerdictDrop})})
-	if c.Overlay == config.OverlayVXLAN {
-		for name, hook := range map[string]*nftables.ChainHook{chainTunnelIn: nftables.ChainHookPrerouting, chainTunnelOut: nftables.ChainHookOutput} {
-			chain := conn.AddChain(&nftables.Chain{Table: t, Name: name, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRaw})
-			conn.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: ofTunnel()})
-		}
+	conn.AddRule(&nftables.Rule{Table: t, Chain: source, Exprs: slices.Concat(ofPods(expr.MetaKeyIIFNAME), nft.OfFamily(service.V4),
+		[]expr.Any{nft.LoadDestination(service.V4, nft.Reg(0))}, within(netip.MustParsePrefix("127.0.0.0/8")), []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}})})
+	if r.tunnel {
+		addTunnel(conn, t, source, r)
 	}
 	if c.Masquerade {
 		addMasquerade(conn, t, c)
@@ -74,14 +79,42 @@ func setTable(c config.Pods) error {
 	return nil
 }
 
-// ofTunnel lets packets of the tunnel go untracked.
+// addTunnel lets packets of the tunnel go untracked between the hosts, and nobody else
+// put any into it: not pods, and not other hosts.
+func addTunnel(conn *nftables.Conn, t *nftables.Table, source *nftables.Chain, r reach) {
+	in := conn.AddChain(&nftables.Chain{Table: t, Name: chainTunnelIn, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
+	out := conn.AddChain(&nftables.Chain{Table: t, Name: chainTunnelOut, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityRaw})
+	add := func(chain *nftables.Chain, exprs ...[]expr.Any) {
+		conn.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: slices.Concat(exprs...)})
+	}
+	drop, accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}, []expr.Any{&expr.Notrack{}, &expr.Verdict{Kind: expr.VerdictAccept}}
+	for _, n := range append(slices.Clone(r.neighbours), r.own) {
+		add(source, ofPods(expr.MetaKeyIIFNAME), ofAddress(n.outer, false), ofTunnel(), drop)
+	}
+	for _, n := range r.neighbours {
+		add(in, ofAddress(n.outer, true), ofTunnel(), accept)
+		add(out, ofAddress(n.outer, false), ofTunnel(), accept)
+	}
+	add(in, ofAddress(r.own.outer, false), ofTunnel(), drop)
+}
+
+// ofAddress matches packets from, or to, an address.
+func ofAddress(a netip.Addr, from bool) []expr.Any {
+	f := service.FamilyOf(a)
+	load := nft.LoadDestination(f, nft.Reg(0))
+	if from {
+		load = nft.LoadSource(f, nft.Reg(0))
+	}
+	return slices.Concat(nft.OfFamily(f), []expr.Any{load, &expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: a.AsSlice()}})
+}
+
+// ofTunnel matches packets to the port of the tunnel.
 func ofTunnel() []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
 		nft.LoadPort(1),
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.BigEndian.AppendUint16(nil, tunnelPort)},
-		&expr.Notrack{},
 	}
 }
 

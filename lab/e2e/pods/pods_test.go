@@ -209,6 +209,12 @@ func TestPods(t *testing.T) {
 	if a.v4 != was.v4 || a.device != was.device {
 		t.Errorf("a second ADD gives %s at %s, before it was %s at %s", a.v4, a.device, was.v4, was.device)
 	}
+	// Of one that was interrupted before it could say whose the device is nothing is left.
+	if out, err := n.Run(t.Context(), lab.Outside, "ip", "link", "set", "dev", a.device, "alias", ""); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	n.add(a)
+	connected()
 	// What somebody takes away comes back.
 	for _, args := range [][]string{
 		{"ip", "route", "del", a.v4.String()}, {"ip", "-6", "route", "del", a.v6.String()}, {"nft", "delete", "table", "inet", "pentad-pods"},
@@ -266,6 +272,16 @@ func TestPods(t *testing.T) {
 		if out, err := a.Run(t.Context(), lab.Outside, "curl", "-s", "-m", "1", "--interface", c.source, fmt.Sprintf("http://%s/", hostOf(c.to))); err == nil {
 			t.Errorf("the pod sends as %s: %s", c.source, out)
 		}
+	}
+	// Nor does one to the host's loopback, though the host would take it.
+	if err := errors.Join(n.Sysctl("net/ipv4/conf/"+a.device+"/route_localnet", "1"), a.Sysctl("net/ipv4/conf/all/route_localnet", "1")); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := a.Run(t.Context(), lab.Outside, "sh", "-c", "ip route add 127.1.2.3/32 via 169.254.1.1 && ip rule add pref 0 to 127.1.2.3 lookup main && ip rule del pref 0 lookup local && ip rule add pref 1 lookup local"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if out, err := a.Run(t.Context(), lab.Outside, "curl", "-s", "-m", "1", "--interface", a.v4.String(), "http://127.1.2.3/"); err == nil || strings.Contains(out, "node") {
+		t.Errorf("the pod reaches the host's loopback: %s", out)
 	}
 	// A pod that is gone has left nothing.
 	a.process.Kill()
@@ -330,8 +346,16 @@ func TestManyPods(t *testing.T) {
 	if len(seen) != 15 {
 		t.Errorf("%d pods have an address, not 15", len(seen))
 	}
-	if _, err := n.cni("STATUS", nil, "1.1.0", ""); err == nil || !strings.Contains(err.Error(), `"code": 50`) {
-		t.Errorf("STATUS says %v", err)
+	// That is no reason to take those away that are well.
+	if _, err := n.cni("STATUS", nil, "1.1.0", ""); err != nil {
+		t.Error(err)
+	}
+	// A pod with the network of the host would cut it off.
+	if _, err := n.cni("ADD", &pod{id: "own", netns: "/proc/self/ns/net"}, "1.0.0", ""); err == nil || !strings.Contains(err.Error(), "is that of the host") {
+		t.Errorf("a pod with the network of the host: %v", err)
+	}
+	if _, err := n.cni("GC", nil, "1.1.0", ""); err == nil {
+		t.Error("GC that names nobody has removed something")
 	}
 	// Only two are known to the runtime.
 	kept := ""

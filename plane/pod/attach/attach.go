@@ -43,6 +43,7 @@ type Request struct {
 	Container string // the id of its sandbox
 	IfName    string // of the device in the pod
 	Netns     string // path of its network namespace
+	Network   string // the name of the network, as the runtime has it
 	Pod       string // namespace/name, for people; may be empty
 	Wanted    netip.Addr
 }
@@ -61,7 +62,7 @@ type Attachment struct {
 
 // Owner is whose a device is, as its alias says.
 type Owner struct {
-	Container, IfName, Pod string
+	Network, Container, IfName, Pod string
 }
 
 const aliasPrefix = "pentad"
@@ -69,21 +70,49 @@ const aliasPrefix = "pentad"
 // maxAlias is IFALIASZ of the kernel, without its end.
 const maxAlias = 255
 
-func (o Owner) alias() string {
-	pod := o.Pod
-	if pod == "" {
-		pod = "-"
-	}
-	text := strings.Join([]string{aliasPrefix, o.Container, o.IfName, pod}, " ")
-	return text[:min(len(text), maxAlias)]
+// alias is what the device says of itself: whose it is, and its addresses, which stay the
+// same whatever becomes of the blocks.
+func (a Attachment) alias() string {
+	text := strings.Join([]string{aliasPrefix, a.Container, a.IfName, orDash(a.V4), orDash(a.V6), word(a.Network)}, " ")
+	// The pod's name is for people: as much of it as there is room for.
+	pod := word(a.Pod)
+	return text + " " + pod[:max(1, min(len(pod), maxAlias-len(text)-1))]
 }
 
-func parseOwner(alias string) (Owner, bool) {
-	fields := strings.Fields(alias)
-	if len(fields) != 4 || fields[0] != aliasPrefix {
-		return Owner{}, false
+func orDash(a netip.Addr) string {
+	if !a.IsValid() {
+		return "-"
 	}
-	return Owner{fields[1], fields[2], fields[3]}, true
+	return a.String()
+}
+
+// word makes one word of a text.
+func word(text string) string {
+	if text = strings.Join(strings.FieldsFunc(text, func(r rune) bool { return r <= ' ' || r == 0x7f }), "_"); text == "" {
+		return "-"
+	}
+	return text
+}
+
+// parseAlias reads what a device says of itself.
+func parseAlias(alias string) (a Attachment, ok bool) {
+	fields := strings.Fields(alias)
+	if len(fields) != 7 || fields[0] != aliasPrefix {
+		return a, false
+	}
+	a.Owner = Owner{Container: fields[1], IfName: fields[2], Network: fields[5], Pod: fields[6]}
+	for i, to := range map[int]*netip.Addr{3: &a.V4, 4: &a.V6} {
+		if fields[i] == "-" {
+			continue
+		}
+		x, err := netip.ParseAddr(fields[i])
+		if err != nil {
+			return a, false
+		}
+		*to = x
+	}
+	a.PodMAC = slot{a.V4, a.V6}.mac()
+	return a, a.V4.IsValid() || a.V6.IsValid()
 }
 
 // ErrFull says that no block of this host has an address left.
@@ -93,20 +122,22 @@ var ErrFull = errors.New("no address is left in the blocks of this host")
 // repeated after it was interrupted at any point: what is left of the last time is
 // removed.
 func Attach(ctx context.Context, n Network, r Request) (Attachment, error) {
-	owner := Owner{r.Container, r.IfName, r.Pod}
-	if owner.alias() != strings.Join([]string{aliasPrefix, r.Container, r.IfName, or(r.Pod, "-")}, " ") {
-		return Attachment{}, fmt.Errorf("the names of the pod are too long: %s", r.Pod)
-	}
 	ns, err := netns.GetFromPath(r.Netns)
 	if err != nil {
 		return Attachment{}, fmt.Errorf("the network namespace %s cannot be opened: %w", r.Netns, err)
 	}
 	defer ns.Close()
+	if err := isAnother(ns); err != nil {
+		return Attachment{}, err
+	}
 	pod, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		return Attachment{}, fmt.Errorf("the network namespace %s: %w", r.Netns, err)
 	}
 	defer pod.Close()
+	if err := removeUnnamed(pod, r.IfName); err != nil {
+		return Attachment{}, err
+	}
 	all, err := List()
 	if err != nil {
 		return Attachment{}, err
@@ -115,8 +146,8 @@ func Attach(ctx context.Context, n Network, r Request) (Attachment, error) {
 		if a.Container != r.Container || a.IfName != r.IfName {
 			continue
 		}
-		a.complete(n)
-		if a.check(pod) == nil {
+		// What the host has of it may have been taken away a moment ago.
+		if err := a.Repair(); err == nil && a.check(pod) == nil {
 			a.Existing = true
 			return a, nil
 		}
@@ -124,31 +155,44 @@ func Attach(ctx context.Context, n Network, r Request) (Attachment, error) {
 			return Attachment{}, err
 		}
 	}
-	return reserve(ctx, n, r, owner, ns, pod)
+	return reserve(ctx, n, r, all, ns, pod)
 }
 
-func or(text, fallback string) string {
-	if text == "" {
-		return fallback
+// removeUnnamed removes a device that a plugin made for the pod which was interrupted
+// before it could say whose it is.
+func removeUnnamed(pod *netlink.Handle, ifName string) error {
+	inPod, err := pod.LinkByName(ifName)
+	if err != nil {
+		return nil // there is none
 	}
-	return text
+	ours, err := netlink.LinkByIndex(inPod.Attrs().ParentIndex)
+	if err != nil || !isOurs(ours) || ours.Attrs().Alias != "" || ours.Attrs().ParentIndex != inPod.Attrs().Index {
+		return nil // it is somebody else's, or it is known whose it is
+	}
+	return deleteLink(ours)
 }
 
 // reserve makes a device under the first address that nobody has, and all that belongs to
 // it. What fails leaves nothing behind.
-func reserve(ctx context.Context, n Network, r Request, owner Owner, ns netns.NsHandle, pod *netlink.Handle) (Attachment, error) {
+func reserve(ctx context.Context, n Network, r Request, others []Attachment, ns netns.NsHandle, pod *netlink.Handle) (Attachment, error) {
 	used, err := usedNames()
 	if err != nil {
 		return Attachment{}, err
 	}
+	// Blocks of both families may have been put together otherwise before.
+	taken := make(map[netip.Addr]bool)
+	for _, o := range others {
+		taken[o.V4], taken[o.V6] = true, true
+	}
+	delete(taken, netip.Addr{})
 	for slot := range n.slots(r.Wanted) {
 		if err := ctx.Err(); err != nil {
 			return Attachment{}, fmt.Errorf("there was no time left: %w", err)
 		}
-		if used[slot.device()] {
+		if used[slot.device()] || taken[slot.v4] || taken[slot.v6] {
 			continue
 		}
-		a := Attachment{Owner: owner, Device: slot.device(), V4: slot.v4, V6: slot.v6, PodMAC: slot.mac(), HostMAC: hostMAC, MTU: n.MTU}
+		a := Attachment{Owner: Owner{r.Network, r.Container, r.IfName, r.Pod}, Device: slot.device(), V4: slot.v4, V6: slot.v6, PodMAC: slot.mac(), HostMAC: hostMAC, MTU: n.MTU}
 		switch err := makeDevice(a, int(ns)); {
 		case errors.Is(err, unix.EEXIST):
 			// Somebody else has the address by now, or the pod has a device of that name.
@@ -160,7 +204,7 @@ func reserve(ctx context.Context, n Network, r Request, owner Owner, ns netns.Ns
 			return Attachment{}, fmt.Errorf("device %s: %w", a.Device, err)
 		}
 		if err := a.finish(pod); err != nil {
-			return Attachment{}, errors.Join(err, remove(a))
+			return Attachment{}, errors.Join(err, remove(a), removeUnnamed(pod, r.IfName))
 		}
 		return a, nil
 	}
@@ -174,9 +218,9 @@ func reserve(ctx context.Context, n Network, r Request, owner Owner, ns netns.Ns
 // an address is taken.
 func makeDevice(a Attachment, ns int) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.Flags = a.Device, a.HostMAC, a.MTU, net.FlagUp
+	attrs.Name, attrs.HardwareAddr, attrs.MTU = a.Device, a.HostMAC, a.MTU
 	return netlink.LinkAdd(&netlink.Veth{
-		LinkAttrs: attrs, PeerName: a.IfName, PeerHardwareAddr: a.PodMAC, PeerNamespace: netlink.NsFd(ns), PeerMTU: uint32(a.MTU),
+		LinkAttrs: attrs, PeerName: a.IfName, PeerHardwareAddr: a.PodMAC, PeerNamespace: netlink.NsFd(ns), PeerMTU: uint32(a.MTU), PeerTxQLen: -1,
 	})
 }
 
@@ -249,17 +293,25 @@ func (a *Attachment) Repair() error {
 	for _, x := range a.families() {
 		neighbour := &netlink.Neigh{LinkIndex: a.Index, Family: x.family, State: netlink.NUD_PERMANENT, IP: x.address.AsSlice(), HardwareAddr: a.PodMAC}
 		if err := netlink.NeighSet(neighbour); err != nil {
-			return fmt.Errorf("device %s: its neighbour: %w", a.Device, err)
+			return ignoreGone(fmt.Errorf("device %s: its neighbour: %w", a.Device, err))
 		}
 		route := &netlink.Route{LinkIndex: a.Index, Dst: HostNet(x.address), Scope: netlink.SCOPE_LINK, Protocol: Protocol}
 		if x.family == netlink.FAMILY_V6 {
 			route.Scope = netlink.SCOPE_UNIVERSE
 		}
 		if err := netlink.RouteReplace(route); err != nil {
-			return fmt.Errorf("the route to %s: %w", x.address, err)
+			return ignoreGone(fmt.Errorf("the route to %s: %w", x.address, err))
 		}
 	}
 	return nil
+}
+
+// ignoreGone passes over what fails because the device has gone meanwhile.
+func ignoreGone(err error) error {
+	if errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
 }
 
 // address is one family of an attachment.
@@ -286,20 +338,23 @@ func HostNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
-// setSysctls prepares the host's end: it passes on what the pod sends, to addresses of
-// 127.0.0.0/8 as well (NodePorts at the loopback), and takes no address from whoever
-// advertises routers there.
+// setSysctls prepares the host's end: it passes on what the pod sends, and takes no
+// address from whoever advertises routers there.
 func setSysctls(device string, v6 bool) error {
-	settings := []struct{ name, value string }{
-		{"ipv4/conf/" + device + "/forwarding", "1"},
-		{"ipv4/conf/" + device + "/rp_filter", "1"},
-		{"ipv4/conf/" + device + "/route_localnet", "1"},
+	type setting struct {
+		name, value string
+		needed      bool
 	}
-	if v6 {
-		settings = append(settings, struct{ name, value string }{"ipv6/conf/" + device + "/accept_ra", "0"}, struct{ name, value string }{"ipv6/conf/" + device + "/forwarding", "1"})
+	settings := []setting{
+		{"ipv4/conf/" + device + "/forwarding", "1", true},
+		{"ipv4/conf/" + device + "/rp_filter", "1", true},
+		{"ipv6/conf/" + device + "/disable_ipv6", "0", v6},
+		{"ipv6/conf/" + device + "/accept_ra", "0", v6},
+		{"ipv6/conf/" + device + "/forwarding", "1", v6},
 	}
 	for _, s := range settings {
-		if err := os.WriteFile("/proc/sys/net/"+s.name, []byte(s.value), 0); err != nil {
+		err := os.WriteFile("/proc/sys/net/"+s.name, []byte(s.value), 0)
+		if err != nil && s.needed {
 			return fmt.Errorf("net.%s: %w", strings.ReplaceAll(s.name, "/", "."), err)
 		}
 	}
@@ -310,17 +365,19 @@ func setSysctls(device string, v6 bool) error {
 // there are none.
 func (a *Attachment) forgetFlows() {
 	for _, x := range a.families() {
+		var filters []netlink.CustomConntrackFilter
 		for _, part := range []netlink.ConntrackFilterType{netlink.ConntrackOrigSrcIP, netlink.ConntrackOrigDstIP, netlink.ConntrackReplySrcIP} {
 			f := &netlink.ConntrackFilter{}
 			if f.AddIP(part, x.address.AsSlice()) == nil {
-				_, _ = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(x.family), f)
+				filters = append(filters, f)
 			}
 		}
+		_, _ = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(x.family), filters...)
 	}
 }
 
-// Detach takes a pod's device away. There may be none.
-func Detach(container, ifName string) error {
+// Detach takes a pod's device away. There may be none, and no network namespace either.
+func Detach(container, ifName, ns string) error {
 	all, err := List()
 	if err != nil {
 		return err
@@ -328,14 +385,50 @@ func Detach(container, ifName string) error {
 	var errs []error
 	for _, a := range all {
 		if a.Container == container && a.IfName == ifName {
-			a.forgetFlows()
 			errs = append(errs, remove(a))
+			a.forgetFlows()
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, removeUnnamedIn(ns, ifName))...)
 }
 
-// remove deletes a device, and with it its routes and neighbours.
+// removeUnnamedIn is removeUnnamed for a namespace that may be gone.
+func removeUnnamedIn(path, ifName string) error {
+	if path == "" {
+		return nil
+	}
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return nil // and so is everything in it
+	}
+	defer ns.Close()
+	if isAnother(ns) != nil {
+		return nil
+	}
+	pod, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer pod.Close()
+	return removeUnnamed(pod, ifName)
+}
+
+// isAnother reports an error if a namespace is the one of this host: the other end of a
+// device there would be the host itself.
+func isAnother(ns netns.NsHandle) error {
+	own, err := netns.Get()
+	if err != nil {
+		return err
+	}
+	defer own.Close()
+	if own.Equal(ns) {
+		return errors.New("the network namespace of the pod is that of the host: it needs no device")
+	}
+	return nil
+}
+
+// remove deletes a device, and with it its routes and neighbours. It may be gone, and its
+// name somebody else's.
 func remove(a Attachment) error {
 	link, err := netlink.LinkByName(a.Device)
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
@@ -344,17 +437,42 @@ func remove(a Attachment) error {
 	if err != nil {
 		return err
 	}
-	if owner, ok := parseOwner(link.Attrs().Alias); ok && owner.Container != a.Container {
-		return nil // it is somebody else's by now
+	if link.Attrs().Index != a.Index {
+		return nil
 	}
+	return deleteLink(link)
+}
+
+func deleteLink(link netlink.Link) error {
 	if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("device %s: %w", a.Device, err)
+		return fmt.Errorf("device %s: %w", link.Attrs().Name, err)
 	}
 	return nil
 }
 
+// RemoveAll removes the devices of all pods, those that do not say whose they are as well.
+func RemoveAll() error {
+	links, err := Links()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, l := range links {
+		if isOurs(l) {
+			errs = append(errs, deleteLink(l))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// isOurs reports whether a device is the host's end of one of ours.
+func isOurs(l netlink.Link) bool {
+	x := l.Attrs()
+	return l.Type() == "veth" && strings.HasPrefix(x.Name, DevicePrefix) && x.HardwareAddr.String() == hostMAC.String()
+}
+
 // Check reports what is wrong with the device that a pod should have.
-func Check(n Network, r Request) error {
+func Check(r Request) error {
 	ns, err := netns.GetFromPath(r.Netns)
 	if err != nil {
 		return fmt.Errorf("the network namespace %s cannot be opened: %w", r.Netns, err)
@@ -371,7 +489,6 @@ func Check(n Network, r Request) error {
 	}
 	for _, a := range all {
 		if a.Container == r.Container && a.IfName == r.IfName {
-			a.complete(n)
 			return a.check(pod)
 		}
 	}

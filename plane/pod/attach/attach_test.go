@@ -42,9 +42,6 @@ func TestSlots(t *testing.T) {
 				if !n.Blocks[0].V4.Contains(s.v4) || s.v4 == n.Blocks[0].V4.Addr() {
 					t.Fatalf("%v: %s", c, s.v4)
 				}
-				if a, ok := addressOf(name); !ok || a != s.v4 {
-					t.Fatalf("%s is named %s, which says %s", s.v4, name, a)
-				}
 			}
 			if s.v6.IsValid() && (!n.Blocks[0].V6.Contains(s.v6) || s.v6 == n.Blocks[0].V6.Addr()) {
 				t.Fatalf("%v: %s", c, s.v6)
@@ -69,18 +66,24 @@ func TestWantedAddress(t *testing.T) {
 	}
 }
 
-func TestOwners(t *testing.T) {
-	o := Owner{"7d3f", "eth0", "ns/web"}
-	if got, ok := parseOwner(o.alias()); !ok || got != o {
-		t.Errorf("%q is %+v", o.alias(), got)
+func TestAliases(t *testing.T) {
+	a := Attachment{Owner: Owner{"pods", "7d3f", "eth0", "ns/web"}, V4: netip.MustParseAddr("10.0.0.1"), V6: netip.MustParseAddr("2001:db8::1")}
+	got, ok := parseAlias(a.alias())
+	if got.PodMAC = nil; !ok || got.Owner != a.Owner || got.V4 != a.V4 || got.V6 != a.V6 {
+		t.Errorf("%q is %+v", a.alias(), got)
 	}
-	for _, alias := range []string{"", "pentad", "somebody else's device here", "pentad a b c d"} {
-		if got, ok := parseOwner(alias); ok {
+	for _, alias := range []string{"", "pentad", "somebody else's device here, of which much is to be said", "pentad a b - - c d", "pentad a b 10.0.0.300 - c d"} {
+		if got, ok := parseAlias(alias); ok {
 			t.Errorf("%q is %+v", alias, got)
 		}
 	}
-	if long := (Owner{"7d3f", "eth0", strings.Repeat("x", 300)}).alias(); len(long) > maxAlias {
-		t.Errorf("an alias has %d bytes", len(long))
+	// Names that Kubernetes allows, and those that nobody should have.
+	for _, pod := range []string{strings.Repeat("n", 63) + "/" + strings.Repeat("x", 253), "", "a b\tc\n", strings.Repeat(" ", 40)} {
+		a.Container, a.Pod = strings.Repeat("c", 64), pod
+		got, ok := parseAlias(a.alias())
+		if len(a.alias()) > maxAlias || !ok || got.Container != a.Container || got.V6 != a.V6 {
+			t.Errorf("%q is %+v", a.alias(), got)
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -84,14 +85,15 @@ type slot struct{ v4, v6 netip.Addr }
 const DevicePrefix = "pd"
 
 // device is the name of the host's end: it is the reservation of the address. That of an
-// IPv6 address alone has its last bytes.
+// IPv6 address alone has the beginning of its hash.
 func (s slot) device() string {
 	if s.v4.IsValid() {
 		b := s.v4.As4()
 		return DevicePrefix + hex.EncodeToString(b[:])
 	}
 	b := s.v6.As16()
-	return DevicePrefix + "6" + hex.EncodeToString(b[10:])
+	sum := sha256.Sum256(b[:])
+	return DevicePrefix + "6" + hex.EncodeToString(sum[:6])
 }
 
 // mac is the link-layer address of the pod's end, a function of its address.
@@ -156,21 +158,6 @@ func nth(p netip.Prefix, n int) netip.Addr {
 	return a
 }
 
-// Free returns how many addresses nobody has.
-func (n Network) Free() (int, error) {
-	used, err := usedNames()
-	if err != nil {
-		return 0, err
-	}
-	free := 0
-	for s := range n.slots(netip.Addr{}) {
-		if !used[s.device()] {
-			free++
-		}
-	}
-	return free, nil
-}
-
 // maxDumps is how often devices are listed again, because some came or went meanwhile.
 const maxDumps = 100
 
@@ -203,8 +190,7 @@ func usedNames() (map[string]bool, error) {
 	return used, nil
 }
 
-// List returns the devices that pods of this host have, as far as their names and aliases
-// tell.
+// List returns the devices that pods of this host have, as they say themselves.
 func List() ([]Attachment, error) {
 	links, err := Links()
 	if err != nil {
@@ -212,55 +198,13 @@ func List() ([]Attachment, error) {
 	}
 	var all []Attachment
 	for _, l := range links {
-		x := l.Attrs()
-		owner, ok := parseOwner(x.Alias)
-		if !ok || !strings.HasPrefix(x.Name, DevicePrefix) || l.Type() != "veth" {
+		a, ok := parseAlias(l.Attrs().Alias)
+		if !ok || !isOurs(l) {
 			continue
 		}
-		a := Attachment{Owner: owner, Device: x.Name, Index: x.Index, MTU: x.MTU, HostMAC: x.HardwareAddr}
-		if v4, ok := addressOf(x.Name); ok {
-			a.V4 = v4
-			a.PodMAC = slot{v4: v4}.mac()
-		}
+		x := l.Attrs()
+		a.Device, a.Index, a.MTU, a.HostMAC = x.Name, x.Index, x.MTU, x.HardwareAddr
 		all = append(all, a)
 	}
 	return all, nil
-}
-
-// addressOf returns the address of which the name of a device is made.
-func addressOf(device string) (netip.Addr, bool) {
-	b, err := hex.DecodeString(strings.TrimPrefix(device, DevicePrefix))
-	if err != nil || len(b) != 4 {
-		return netip.Addr{}, false
-	}
-	return netip.AddrFrom4([4]byte(b)), true
-}
-
-// complete adds what follows from the network: the address of the other family.
-func (a *Attachment) complete(n Network) {
-	for _, b := range n.Blocks {
-		for i := 1; i < b.size(); i++ {
-			if s := b.slot(i); s.device() == a.Device {
-				a.V4, a.V6, a.PodMAC = s.v4, s.v6, s.mac()
-				return
-			}
-		}
-	}
-}
-
-// Complete returns the attachments with the addresses that they have in a network.
-func Complete(all []Attachment, n Network) []Attachment {
-	places := make(map[string]slot)
-	for _, b := range n.Blocks {
-		for i := 1; i < b.size(); i++ {
-			s := b.slot(i)
-			places[s.device()] = s
-		}
-	}
-	for i := range all {
-		if s, ok := places[all[i].Device]; ok {
-			all[i].V4, all[i].V6, all[i].PodMAC = s.v4, s.v6, s.mac()
-		}
-	}
-	return all
 }
