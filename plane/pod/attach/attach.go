@@ -244,7 +244,6 @@ func (a *Attachment) finish(pod *netlink.Handle) error {
 	if err := a.finishPod(pod); err != nil {
 		return fmt.Errorf("device %s of the pod: %w", a.IfName, err)
 	}
-	a.forgetFlows()
 	return a.Repair()
 }
 
@@ -361,8 +360,9 @@ func setSysctls(device string, v6 bool) error {
 	return nil
 }
 
-// forgetFlows forgets connections of whoever had the address before. Without conntrack
-// there are none.
+// forgetFlows forgets connections of a pod that is gone: somebody else has the address next.
+// It is no part of Attach, because the kernel looks through all that it tracks, which takes
+// longer than all the rest. Without conntrack there are none.
 func (a *Attachment) forgetFlows() {
 	for _, x := range a.families() {
 		var filters []netlink.CustomConntrackFilter
