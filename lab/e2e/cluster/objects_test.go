@@ -75,10 +75,14 @@ func TestAnnotations(t *testing.T) {
 	for _, from := range []*place{s.pods["a2"], s.outside} {
 		s.expect(from, hostPort(svc.Spec.ClusterIP, 80), seen{s.sticksTo("tcp", from, hostPort(svc.Spec.ClusterIP, 80)), ""})
 	}
-	out, err := s.a.pentad("service", "show", s.namespace+"/web:http")
-	if err != nil || !strings.Contains(out, "source-hash") || !strings.Contains(out, "7s") {
-		t.Errorf("service show: %v\n%s", err, out)
-	}
+	// What packets find may be there before what sockets find is.
+	s.within(patience, func() error {
+		out, err := s.a.pentad("service", "show", s.namespace+"/web:http")
+		if err == nil && (!strings.Contains(out, "source-hash") || !strings.Contains(out, "7s")) {
+			err = fmt.Errorf("service show: %s", out)
+		}
+		return err
+	})
 	s.within(patience, func() error {
 		out, err := s.a.pentad("status")
 		for _, want := range []string{"/web: port 80/SCTP is not served", "/web: annotation pentad.io/breaker: "} {
