@@ -7,9 +7,11 @@
 package announce
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pentad/pentad/service"
 )
@@ -23,6 +25,14 @@ type VIP struct {
 	// the address; empty: they are.
 	Missing string
 }
+
+// WithdrawnFor is how long nothing is announced after everything was withdrawn, because
+// `pentad down` is about to end this agent. If it does not come to its end, what was
+// announced is so again.
+const WithdrawnFor = 15 * time.Second
+
+// ErrWithdrawn says that this is so.
+var ErrWithdrawn = errors.New("all VIPs were withdrawn a moment ago, as `pentad down` asks before it ends the agent")
 
 // Standing is what is in the kernel: the services as each plane that forwards has them;
 // nil: it has none.

@@ -70,19 +70,13 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	defer p.mu.Unlock()
 	p.want, p.trouble = want, nil
 	if p.isWithdrawn() {
-		return errWithdrawn
+		return announce.ErrWithdrawn
 	}
 	p.withdrew = time.Time{}
 	return p.apply()
 }
 
-// errWithdrawn says that `pentad down` is about to end this agent. If it does not, what
-// was announced is so again.
-var errWithdrawn = errors.New("all VIPs were withdrawn a moment ago, as `pentad down` asks before it ends the agent")
-
-func (p *Plane) isWithdrawn() bool { return time.Since(p.withdrew) < withdrawnFor }
-
-const withdrawnFor = 15 * time.Second
+func (p *Plane) isWithdrawn() bool { return time.Since(p.withdrew) < announce.WithdrawnFor }
 
 func (p *Plane) apply() error {
 	c := p.want.Config
@@ -201,7 +195,8 @@ func (p *Plane) watchPeers() (err error) {
 		}
 		ctx, stop := context.WithCancel(context.Background())
 		p.endWatch = stop
-		p.tasks.Go(func() { p.runBFD(ctx, p.watch) })
+		watch := p.watch
+		p.tasks.Go(func() { p.runBFD(ctx, watch) })
 	}
 	p.watch.Set(wanted)
 	return nil
@@ -303,7 +298,9 @@ func (p *Plane) runBFD(ctx context.Context, watch *bfd.Speaker) {
 	defer watch.Close()
 	for ctx.Err() == nil {
 		p.mu.Lock()
-		p.unseen = nil // it is tried again
+		if p.watch == watch {
+			p.unseen = nil // it is tried again
+		}
 		p.mu.Unlock()
 		err := watch.Run(ctx)
 		p.mu.Lock()

@@ -111,8 +111,8 @@ func New(pinDir string, log *slog.Logger) *Plane {
 func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if time.Since(p.withdrew) < withdrawnFor {
-		return errWithdrawn
+	if time.Since(p.withdrew) < announce.WithdrawnFor {
+		return announce.ErrWithdrawn
 	}
 	p.withdrew = time.Time{}
 	if err := p.prepare(want.Config); err != nil {
@@ -549,7 +549,7 @@ func (p *Plane) Intact() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.want == nil || p.kernel == nil {
-		return p.withdrew.IsZero() || time.Since(p.withdrew) < withdrawnFor
+		return p.withdrew.IsZero() || time.Since(p.withdrew) < announce.WithdrawnFor
 	}
 	there, err := pins.Ethernet(p.want.Config.Interfaces)
 	if err == nil && !p.kernel.areAttached(there) {
@@ -603,12 +603,6 @@ func (p *Plane) Withdraw() {
 	}
 	p.want, p.withdrew = nil, time.Now()
 }
-
-// withdrawnFor is how long nothing is announced after that: `pentad down` is about to end
-// this agent, or did not come to its end.
-const withdrawnFor = 15 * time.Second
-
-var errWithdrawn = errors.New("all VIPs were given up a moment ago, as `pentad down` asks before it ends the agent")
 
 // leave tells others that they may take over, which they do at once, once nothing is
 // answered here.
