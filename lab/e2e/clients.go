@@ -88,9 +88,12 @@ func endOf(c net.Conn) string {
 
 // tell serves TCP and UDP at addresses: it tells each client its own name, and the
 // address that it sees of it.
-func tell(args []string) error {
+func tell(args []string) error { return serveBoth(args[0], args[1:], tellTCP, tellUDP) }
+
+// serveBoth serves TCP and UDP at addresses.
+func serveBoth(name string, addresses []string, tcp func(net.Listener, string) error, udp func(net.PacketConn, string) error) error {
 	failed := make(chan error)
-	for _, at := range args[1:] {
+	for _, at := range addresses {
 		l, err := net.Listen("tcp", at)
 		if err != nil {
 			return err
@@ -99,8 +102,8 @@ func tell(args []string) error {
 		if err != nil {
 			return err
 		}
-		go func() { failed <- tellTCP(l, args[0]) }()
-		go func() { failed <- tellUDP(c, args[0]) }()
+		go func() { failed <- tcp(l, name) }()
+		go func() { failed <- udp(c, name) }()
 	}
 	fmt.Println("ready")
 	return <-failed

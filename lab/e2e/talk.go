@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,23 +13,7 @@ import (
 
 // repeat serves TCP and UDP at addresses: it answers each line, and each datagram, with
 // its name and the address that it sees.
-func repeat(args []string) error {
-	failed := make(chan error)
-	for _, at := range args[1:] {
-		l, err := net.Listen("tcp", at)
-		if err != nil {
-			return err
-		}
-		c, err := net.ListenPacket("udp", at)
-		if err != nil {
-			return err
-		}
-		go func() { failed <- repeatTCP(l, args[0]) }()
-		go func() { failed <- repeatUDP(c, args[0]) }()
-	}
-	fmt.Println("ready")
-	return <-failed
-}
+func repeat(args []string) error { return serveBoth(args[0], args[1:], repeatTCP, repeatUDP) }
 
 func repeatTCP(l net.Listener, name string) error {
 	for {
@@ -41,7 +24,7 @@ func repeatTCP(l net.Listener, name string) error {
 		go func() {
 			defer c.Close()
 			for lines := bufio.NewScanner(c); lines.Scan(); {
-				if _, err := fmt.Fprintf(c, "%s %s\n", name, addressOf(c.RemoteAddr())); err != nil {
+				if _, err := fmt.Fprintf(c, "%s %s\n", name, hostOf(c.RemoteAddr())); err != nil {
 					return
 				}
 			}
@@ -56,20 +39,10 @@ func repeatUDP(c net.PacketConn, name string) error {
 		if err != nil {
 			return err
 		}
-		if _, err := c.WriteTo(fmt.Appendf(nil, "%s %s %d", name, addressOf(from), n), from); err != nil {
+		if _, err := c.WriteTo(fmt.Appendf(nil, "%s %s %d", name, hostOf(from), n), from); err != nil {
 			return err
 		}
 	}
-}
-
-func addressOf(a net.Addr) netip.Addr {
-	switch a := a.(type) {
-	case *net.TCPAddr:
-		return a.AddrPort().Addr().Unmap()
-	case *net.UDPAddr:
-		return a.AddrPort().Addr().Unmap()
-	}
-	return netip.Addr{}
 }
 
 const patience = 3 * time.Second
