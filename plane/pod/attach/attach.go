@@ -51,13 +51,12 @@ type Request struct {
 // Attachment is a device that a pod has.
 type Attachment struct {
 	Owner
-	Device   string // the host's end
-	Index    int    // of that
-	V4, V6   netip.Addr
-	PodMAC   net.HardwareAddr
-	HostMAC  net.HardwareAddr
-	MTU      int
-	Existing bool // it was there before
+	Device  string // the host's end
+	Index   int    // of that
+	V4, V6  netip.Addr
+	PodMAC  net.HardwareAddr
+	HostMAC net.HardwareAddr
+	MTU     int
 }
 
 // Owner is whose a device is, as its alias says.
@@ -148,7 +147,6 @@ func Attach(ctx context.Context, n Network, r Request) (Attachment, error) {
 		}
 		// What the host has of it may have been taken away a moment ago.
 		if err := a.Repair(); err == nil && a.check(pod) == nil {
-			a.Existing = true
 			return a, nil
 		}
 		if err := remove(a); err != nil {
