@@ -101,7 +101,17 @@ func (s *site) change(ctx context.Context, services []*service.Service) error {
 			return err
 		}
 		live = append(live, ms)
-		all := took.FindAllStringSubmatch(s.agent.Log.String(), -1)
+		// The agent says so when the last of its roles is done, which is after the
+		// change is live.
+		var all [][]string
+		if err := lab.Eventually(10*time.Second, func() error {
+			if all = took.FindAllStringSubmatch(s.agent.Log.String(), -1); len(all) <= i {
+				return fmt.Errorf("the agent has said of %d changes of %d that they are applied", len(all), i+1)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
 		d, err := time.ParseDuration(all[len(all)-1][1])
 		if err != nil {
 			return err
