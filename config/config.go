@@ -30,6 +30,7 @@ type Config struct {
 	RealServer RealServer
 	Announce   Announce
 	Pods       Pods
+	Host       Host
 
 	Proxies   []Proxy
 	Upstreams []Upstream
@@ -74,9 +75,10 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 	section("realServer", "This host is one that directors send packets to.", &realServerSchema, func(c *Config) *RealServer { return &c.RealServer }),
 	section("announce", "How the network is told which VIPs are here: those of services with `forward` other than `none` that have a usable backend.", &announceSchema, func(c *Config) *Announce { return &c.Announce }),
 	mapping("pods", "mapping", "The network of this host's pods, for the CNI plugin `pentad-cni`.", &podsSchema, func(d *decoder, n *yaml.Node, c *Config) {
-		c.Pods.Masquerade = true
+		c.Pods.Masquerade, c.Pods.BlockSize = true, defaultBlock
 		podsSchema.decode(d, n, &c.Pods)
 	}),
+	section("host", "This host, as others know it.", &hostSchema, func(c *Config) *Host { return &c.Host }),
 	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
@@ -154,6 +156,7 @@ func ParseText(t *Text) (*Config, error) {
 	d.checkForwards(c)
 	d.checkCaptures(c)
 	d.checkAnnounce(c)
+	d.checkSource(c, seen["source"])
 	d.checkPods(c, seen["pods"])
 	if err := d.failed(); err != nil {
 		return nil, err

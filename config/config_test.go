@@ -186,7 +186,7 @@ func TestErrors(t *testing.T) {
 		{"a list", "- a\n", `f:1:1: the file must be a mapping with keys such as "services", found a list`},
 		{"no services", "scope: {}\n", `f:1:1: the file needs the key "services" or "source"; a host without services is written "services: []"`},
 		{"unknown key", "servces: []\n", "f:1:1: unknown key \"servces\" in the file; did you mean \"services\"?"},
-		{"unlike any key", one("xyzzy: 1\n"), `f:5:1: unknown key "xyzzy" in the file; known are services, defaults, include, scope, source, proxies, upstreams, forwards, capture, director, realServer, announce, pods, api, guard`},
+		{"unlike any key", one("xyzzy: 1\n"), `f:5:1: unknown key "xyzzy" in the file; known are services, defaults, include, scope, source, proxies, upstreams, forwards, capture, director, realServer, announce, pods, host, api, guard`},
 		{"twice", one("scope: {}\nscope: {}\n"), `f:6:1: key "scope" stands twice in the file; the first is at line 5`},
 		{"wrong types", "services:\n- 7\n- name: [x]\n  listen: 192.0.2.1:80\n  backends: {}\n",
 			"f:2:3: a service must be a mapping with keys such as \"name\", found \"7\"\n" +

@@ -3,8 +3,11 @@ package config
 import (
 	"net/netip"
 	"slices"
+	"strconv"
 
 	"go.yaml.in/yaml/v4"
+
+	"github.com/pentad/pentad/ipam"
 )
 
 // Pods is the network of this host's pods. The zero value is none.
@@ -12,6 +15,8 @@ type Pods struct {
 	Blocks     []netip.Prefix // of this host alone
 	Ranges     []netip.Prefix // of the pods of all hosts; none: the blocks
 	Hosts      []PodHost      // that have blocks, this one among them; in place of Blocks
+	BlockSize  int            // bits of the prefix of a block of IPv4 that is claimed
+	Addresses  []netip.Addr   // by which other hosts reach this one; none: they are found
 	Overlay    Overlay
 	Masquerade bool // what goes to other addresses has that of the host
 	MTU        int  // 0: the lowest of the interfaces that lead elsewhere
@@ -37,7 +42,35 @@ const (
 var overlays = []string{"none", "direct", "vxlan"}
 
 // Wanted reports whether there are any.
-func (p Pods) Wanted() bool { return len(p.Blocks)+len(p.Hosts) > 0 }
+func (p Pods) Wanted() bool { return len(p.Blocks)+len(p.Hosts)+len(p.Ranges) > 0 }
+
+// Claimed reports whether this host claims its blocks of the ranges, in a store that it
+// shares with others.
+func (p Pods) Claimed() bool { return p.Wanted() && len(p.Blocks)+len(p.Hosts) == 0 }
+
+// Pools returns the ranges as they are cut into blocks: the n-th of both families go
+// together.
+func (p Pods) Pools() (pools []ipam.BlockPool) {
+	var v4, v6 []netip.Prefix
+	for _, r := range p.Ranges {
+		if r.Addr().Is4() {
+			v4 = append(v4, r.Masked())
+		} else {
+			v6 = append(v6, r.Masked())
+		}
+	}
+	for i := range max(len(v4), len(v6)) {
+		pool := ipam.BlockPool{HostBits: 32 - p.BlockSize}
+		if i < len(v4) {
+			pool.V4 = v4[i]
+		}
+		if i < len(v6) {
+			pool.V6 = v6[i]
+		}
+		pools = append(pools, pool)
+	}
+	return pools
+}
 
 // All returns the blocks of all hosts.
 func (p Pods) All() []netip.Prefix {
@@ -53,8 +86,15 @@ func (p Pods) Equal(o Pods) bool {
 	sameHost := func(a, b PodHost) bool {
 		return a.Name == b.Name && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Blocks, b.Blocks)
 	}
-	return slices.EqualFunc(p.Hosts, o.Hosts, sameHost) && p.Overlay == o.Overlay && slices.Equal(p.Blocks, o.Blocks) && slices.Equal(p.Ranges, o.Ranges) && p.Masquerade == o.Masquerade && p.MTU == o.MTU
+	return slices.EqualFunc(p.Hosts, o.Hosts, sameHost) && p.Overlay == o.Overlay && slices.Equal(p.Blocks, o.Blocks) && slices.Equal(p.Ranges, o.Ranges) && p.BlockSize == o.BlockSize && slices.Equal(p.Addresses, o.Addresses) && p.Masquerade == o.Masquerade && p.MTU == o.MTU
 }
+
+// Sizes of blocks that hosts claim.
+const (
+	leastBlock   = 16
+	defaultBlock = 26
+	mostBlock    = 30
+)
 
 // The least MTU is that of IPv6 (RFC 8200, section 5).
 const (
@@ -72,7 +112,15 @@ var podsSchema = schema[Pods]{what: "pods", fields: []field[Pods]{
 	mappings("hosts", "list of hosts", "All hosts that have pods, this one among them, each with its blocks: the same list on all of them.", &podHostSchema, (*decoder).podHosts),
 	word("overlay", "How packets get to the pods of other `hosts`. `none`: somebody else sees to it. `direct`: by routes, for hosts on one segment. `vxlan`: in UDP (RFC 7348), port 8472, over whatever is between them.",
 		overlays, func(to *Pods, i int) { to.Overlay = Overlay(i) }).or("none"),
-	prefixes("ranges", "The addresses of the pods of all hosts. What goes to others is masqueraded, and what nobody has is unreachable at once. Without it the blocks.", func(to *Pods, v []netip.Prefix) { to.Ranges = v }),
+	prefixes("ranges", "The addresses of the pods of all hosts. What goes to others is masqueraded, and what nobody has is unreachable at once. Without it the blocks. "+
+		"Without `blocks` and `hosts` this host claims blocks of them, in the cluster or the etcd of `source`: nobody else has an address of those.", func(to *Pods, v []netip.Prefix) { to.Ranges = v }),
+	number("blockSize", "bits", "How long the prefix of a block of IPv4 is that hosts claim; one of IPv6 has as many addresses. The same on all hosts.",
+		leastBlock, mostBlock, func(to *Pods, v int) { to.BlockSize = v }).or(strconv.Itoa(defaultBlock)),
+	{
+		key: "addresses", kind: "list of addresses",
+		doc: "By which other hosts reach this one, one a family, where blocks are claimed. Without it those that its Node has, else those of the interface by which the default route leads.",
+		set: func(d *decoder, n *yaml.Node, to *Pods) { to.Addresses = d.oneOfEachFamily(n) },
+	},
 	truth("masquerade", "What pods send to addresses outside `ranges` has the address of this host.", func(to *Pods, v bool) { to.Masquerade = v }).or("true"),
 	{
 		key: "mtu", kind: "bytes or auto", doc: "Of pods' devices. `auto`: the lowest of this host's interfaces that lead elsewhere.",
@@ -91,11 +139,22 @@ func (d *decoder) checkPods(c *Config, at *yaml.Node) {
 	if at == nil {
 		return
 	}
-	if (len(p.Blocks) > 0) == (len(p.Hosts) > 0) {
-		d.errorf(at, "pods needs one of the keys \"blocks\", of this host, and \"hosts\", of all")
+	switch {
+	case len(p.Blocks) > 0 && len(p.Hosts) > 0:
+		d.errorf(at, "pods has one of the keys \"blocks\", of this host, and \"hosts\", of all")
+	case !p.Wanted():
+		d.errorf(at, "pods needs one of the keys \"blocks\", of this host, \"hosts\", of all, and \"ranges\", of which hosts claim blocks")
+	case p.Claimed() && c.Source.Kubernetes == nil && c.Source.Etcd == nil:
+		d.errorf(at, "pods: blocks of the ranges are claimed in a cluster or an etcd that hosts share, and the key \"source\" has none; a host without has \"blocks\" or \"hosts\"")
 	}
-	if p.Overlay != OverlayNone && len(p.Hosts) == 0 {
-		d.errorf(at, "pods: \"overlay: %s\" needs the key \"hosts\": to whom?", overlays[p.Overlay])
+	if p.Overlay != OverlayNone && len(p.Blocks) > 0 {
+		d.errorf(at, "pods: \"overlay: %s\" needs the key \"hosts\", or blocks that are claimed: to whom?", overlays[p.Overlay])
+	}
+	if len(p.Addresses) > 0 && !p.Claimed() {
+		d.errorf(at, "pods: \"addresses\" are of hosts that claim their blocks; others have them in \"hosts\" or need none")
+	}
+	if p.Claimed() {
+		d.checkRanges(p, at)
 	}
 	for _, h := range p.Hosts {
 		if p.Overlay == OverlayVXLAN && h.Addresses[0].Is4() != p.Hosts[0].Addresses[0].Is4() {
@@ -131,19 +190,42 @@ func (d *decoder) checkPods(c *Config, at *yaml.Node) {
 	}
 }
 
+// checkRanges finds ranges that cannot be cut into blocks.
+func (d *decoder) checkRanges(p Pods, at *yaml.Node) {
+	for i, r := range p.Ranges {
+		if size := r.Addr().BitLen() - (32 - p.BlockSize); r.Bits() > size {
+			d.errorf(at, "pods: the range %s is smaller than one block, which is a /%d of it", r, size)
+		}
+		if a := r.Addr(); a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.IsUnspecified() {
+			d.errorf(at, "pods: the range %s is not one of addresses for hosts", r)
+		}
+		for _, o := range p.Ranges[:i] {
+			if o.Overlaps(r) {
+				d.errorf(at, "pods: the ranges %s and %s overlap: an address would be given twice", o, r)
+			}
+		}
+	}
+}
+
+// oneOfEachFamily reads addresses of a host.
+func (d *decoder) oneOfEachFamily(n *yaml.Node) (all []netip.Addr) {
+	d.list(n, "a list of addresses, such as [198.51.100.11]", func(e *yaml.Node) {
+		a := d.hostAddress(e, "198.51.100.11")
+		if a.IsValid() && slices.ContainsFunc(all, func(o netip.Addr) bool { return o.Is4() == a.Is4() }) {
+			d.errorf(e, "it has an address of this family already; one is enough")
+		} else if a.IsValid() {
+			all = append(all, a)
+		}
+	})
+	return all
+}
+
 var podHostSchema = schema[PodHost]{what: "a host", fields: []field[PodHost]{
 	nameField(func(to *PodHost, v string) { to.Name = v }, "node-1"),
 	{
 		key: "addresses", kind: "list of addresses", required: true, doc: "By which other hosts reach it, one a family. Tunnels go to the first.",
 		set: func(d *decoder, n *yaml.Node, to *PodHost) {
-			d.list(n, "a list of addresses, such as [198.51.100.11]", func(e *yaml.Node) {
-				a := d.hostAddress(e, "198.51.100.11")
-				if a.IsValid() && slices.ContainsFunc(to.Addresses, func(o netip.Addr) bool { return o.Is4() == a.Is4() }) {
-					d.errorf(e, "it has an address of this family already; one is enough")
-				} else if a.IsValid() {
-					to.Addresses = append(to.Addresses, a)
-				}
-			})
+			to.Addresses = d.oneOfEachFamily(n)
 		},
 	},
 	{

@@ -10,6 +10,7 @@ import (
 // Source says where services come from besides the file.
 type Source struct {
 	Kubernetes *Kubernetes // nil: from no cluster
+	Etcd       *Etcd       // nil: there is none
 }
 
 // Kubernetes says how this host is a node of a cluster.
@@ -39,8 +40,27 @@ var sourceSchema = schema[Source]{what: "source", fields: []field[Source]{
 		&kubernetesSchema, func(s *Source) *Kubernetes {
 			s.Kubernetes = &Kubernetes{Health: netip.MustParseAddrPort(defaultNodeHealth)}
 			return s.Kubernetes
-		}).must(),
+		}),
+	section("etcd",
+		"The etcd that the hosts of a fleet share. Blocks of `pods.ranges` are claimed there, on hosts that are no nodes of a cluster.",
+		&etcdSchema, func(s *Source) *Etcd {
+			s.Etcd = &Etcd{Prefix: defaultEtcdPrefix}
+			return s.Etcd
+		}),
 }}
+
+// checkSource finds sources that cannot be.
+func (d *decoder) checkSource(c *Config, at *yaml.Node) {
+	if at == nil {
+		return
+	}
+	if c.Source.Kubernetes == nil && c.Source.Etcd == nil {
+		d.errorf(at, "source names none; it needs one of the keys \"kubernetes\" and \"etcd\"")
+	}
+	if c.Source.Etcd != nil {
+		d.checkEtcd(c.Source.Etcd, at)
+	}
+}
 
 // defaultNodeHealth is where cloud load balancers look, because it is where
 // kube-proxy answers (its --healthz-bind-address).
