@@ -22,6 +22,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/claim"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/health"
 	"github.com/pentad/pentad/host"
@@ -52,11 +53,13 @@ type Agent struct {
 	log     *slog.Logger
 	monitor *health.Monitor
 	cluster *cluster
+	claims  *claims
 	drivers []driver
 	started time.Time
 	tasks   sync.WaitGroup // all that runs beside the loop
 
 	updates  chan source.Update
+	blocks   chan claim.View
 	changes  chan []health.Change
 	drains   chan drain
 	reloads  chan reload
@@ -121,10 +124,11 @@ func mayWait(opts Options) bool {
 func newAgent(opts Options, roles []role) *Agent {
 	a := &Agent{
 		opts: opts, log: opts.Log, started: time.Now(), states: make(states), reached: make(map[string]outcome),
-		updates: make(chan source.Update), changes: make(chan []health.Change), drains: make(chan drain), reloads: make(chan reload), pings: make(chan struct{}), pongs: make(chan struct{}), texts: make(chan *config.Text, 1), outcomes: make(chan outcome),
+		updates: make(chan source.Update), blocks: make(chan claim.View), changes: make(chan []health.Change), drains: make(chan drain), reloads: make(chan reload), pings: make(chan struct{}), pongs: make(chan struct{}), texts: make(chan *config.Text, 1), outcomes: make(chan outcome),
 		known: &known{services: &service.Snapshot{}},
 	}
 	a.cluster = &cluster{log: a.log, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
+	a.claims = &claims{log: a.log, runDir: opts.RunDir, emit: func(ctx context.Context, v claim.View) { send(ctx, a.blocks, v) }}
 	for _, r := range roles {
 		a.drivers = append(a.drivers, r.drive(a))
 	}
@@ -142,6 +146,7 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 	a.monitor = health.New(a.log, func(c []health.Change) { send(ctx, a.changes, c) })
 	a.probes.monitor = a.monitor
 	defer a.cluster.close()
+	defer a.claims.close()
 	for _, d := range a.drivers {
 		a.tasks.Go(func() { d.run(ctx) })
 	}

@@ -107,7 +107,7 @@ func (a *Agent) noteStanding(o outcome) {
 	if was, known := a.known.standing[f]; known && was == has {
 		return
 	}
-	a.announceAnew(func(k *known) {
+	a.tell(announcers, func(k *known) {
 		k.standing = maps.Clone(k.standing)
 		if k.standing == nil {
 			k.standing = make(announce.Standing)
@@ -116,8 +116,8 @@ func (a *Agent) noteStanding(o outcome) {
 	})
 }
 
-// announceAnew changes what announcers know besides services.
-func (a *Agent) announceAnew(change func(*known)) {
+// tell changes what some roles know besides services.
+func (a *Agent) tell(whom map[string]bool, change func(*known)) {
 	now := *a.known
 	change(&now)
 	a.mu.Lock()
@@ -127,7 +127,7 @@ func (a *Agent) announceAnew(change func(*known)) {
 		return
 	}
 	for _, d := range a.drivers {
-		if announcers[d.state().name] {
+		if whom[d.state().name] {
 			d.set(&now)
 		}
 	}
@@ -142,7 +142,7 @@ func (a *Agent) hearProbes() {
 		return
 	}
 	if now := a.unheard(a.known); len(now) != len(a.known.unheard) {
-		a.announceAnew(func(k *known) { k.unheard = now })
+		a.tell(announcers, func(k *known) { k.unheard = now })
 	}
 }
 

@@ -28,6 +28,8 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			return err
 		case u := <-a.updates:
 			a.onUpdate(ctx, u)
+		case v := <-a.blocks:
+			a.onBlocks(v)
 		case c := <-a.changes:
 			a.onHealth(c)
 		case d := <-a.drains:
@@ -96,6 +98,7 @@ func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	a.saveDrains() // a service may have another name
 	a.watch.tidy = true
 	a.cluster.follow(ctx, u.Config.Source.Kubernetes)
+	a.claims.follow(ctx, u.Config)
 }
 
 // takeCluster puts what the cluster wants in force.
@@ -193,7 +196,7 @@ func (a *Agent) publish() {
 	services := a.inbox.merge()
 	names := a.rename(services)
 	now := &known{
-		number: last.number + 1, config: a.inbox.file.Config, silent: a.inbox.silent, node: a.inbox.kubernetes.Node, standing: last.standing,
+		number: last.number + 1, config: a.inbox.file.Config, silent: a.inbox.silent, node: a.inbox.kubernetes.Node, standing: last.standing, blocks: last.blocks,
 		services: last.services.Next(a.states.over(services, a.published)),
 	}
 	a.probes.follow(now.services, names)

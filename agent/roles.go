@@ -8,6 +8,7 @@ import (
 	"github.com/pentad/pentad/announce"
 	"github.com/pentad/pentad/announce/bgp"
 	"github.com/pentad/pentad/announce/l2"
+	"github.com/pentad/pentad/claim"
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/nodehealth"
 	"github.com/pentad/pentad/plane/capture"
@@ -67,6 +68,7 @@ type known struct {
 	node     nodeFacts
 	standing announce.Standing // what of them is in the kernel for packets from elsewhere
 	unheard  map[string]bool   // services of whose backends no probe has told anything yet
+	blocks   *claim.View       // of addresses of pods; nil: not known, or not claimed
 }
 
 // The wants: pure functions of what is known. The second result is false where the

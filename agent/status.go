@@ -78,6 +78,7 @@ func (a *Agent) Status() api.Status {
 	}
 	s.Problems = append(s.Problems, skipped(a.known.config)...)
 	a.addCluster(&s)
+	a.addBlocks(&s)
 	for _, r := range a.roles() {
 		switch {
 		case r.err != nil && r.loud:

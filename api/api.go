@@ -42,6 +42,7 @@ type Status struct {
 	Config   Config    `json:"config"`
 	Probes   Probes    `json:"probes"`
 	Cluster  *Cluster  `json:"cluster,omitempty"` // absent: this host is no node of one
+	Blocks   *Blocks   `json:"blocks,omitempty"`  // absent: this host claims none
 	// MemoryLimit, in bytes, is what the agent's cgroups let it have; 0: anything.
 	// What the kernel keeps of the UDP sockets of others counts in it.
 	MemoryLimit uint64   `json:"memoryLimit,omitempty"`
@@ -156,6 +157,10 @@ type Agent interface {
 	Announcements() Announcements
 	// Withdraw takes it all back, for good.
 	Withdraw()
+	// Blocks returns the blocks of addresses of all hosts.
+	Blocks() ([]Block, error)
+	// ReleaseBlock frees a block of a host that is gone.
+	ReleaseBlock(ctx context.Context, r ReleaseRequest) (Block, error)
 	// ProxyFlows returns the connections of their clients that are open.
 	ProxyFlows() []ProxyFlow
 	// FollowProxies calls each for every one that gets to its target or ends, until the
@@ -181,6 +186,7 @@ func Handler(a Agent) http.Handler {
 	})
 	serveProxies(mux, a)
 	serveAnnouncements(mux, a)
+	serveBlocks(mux, a)
 	mux.HandleFunc("POST /v1/drain", act(a.Drain))
 	mux.HandleFunc("POST /v1/reload", act(a.Reload))
 	return mux

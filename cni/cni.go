@@ -88,16 +88,21 @@ func add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	n, err := attach.Read(c.Network)
+	ctx, stop := context.WithTimeout(context.Background(), maxTime)
+	defer stop()
+	n, done, err := attach.ReadLocked(ctx, c.Network)
 	if err != nil {
 		return types.NewError(codeTryLater, err.Error(), "")
 	}
-	ctx, stop := context.WithTimeout(context.Background(), maxTime)
-	defer stop()
+	defer done()
 	a, err := attach.Attach(ctx, n, r)
 	switch {
 	case errors.Is(err, attach.ErrFull):
-		return types.NewError(codeTryLater, err.Error(), fmt.Sprintf("they are %s; give this host another one: pods.blocks", blocks(n)))
+		remedy := "give this host another one: pods.blocks"
+		if n.Claimed {
+			remedy = "this host claims another one; `pentad status` says what holds it up"
+		}
+		return types.NewError(codeTryLater, err.Error(), fmt.Sprintf("they are %s; %s", blocks(n), remedy))
 	case err != nil:
 		return types.NewError(codeFailed, err.Error(), "")
 	}

@@ -20,6 +20,10 @@ import (
 // in one piece (nfnetlink_rcv_batch) and answers each of its messages.
 const bufferSize = 64 << 20
 
+// ElementsPerMessage is how many elements of a set, of one address each, fit into one
+// message: the length of an attribute has 16 bits.
+const ElementsPerMessage = 400
+
 // Dial begins a conversation with nf_tables, which is to be ended by CloseLasting.
 func Dial() (*nftables.Conn, error) {
 	return nftables.New(nftables.AsLasting(), nftables.WithSockOptions(

@@ -65,6 +65,9 @@ func printStatus(w io.Writer, s *view.Status) error {
 		if c := a.Cluster; c != nil {
 			rows = append(rows, []string{"cluster", clusterText(c)})
 		}
+		if b := a.Blocks; b != nil {
+			rows = append(rows, []string{"pod addresses", blocksText(b)})
+		}
 	}
 	if s.Kernel == nil {
 		rows = append(rows, []string{"kernel", "nothing installed"})
@@ -162,4 +165,15 @@ func firstFew[T any](all []T) string {
 		names = append(names, fmt.Sprint(one))
 	}
 	return strings.Join(names, ", ")
+}
+
+func blocksText(b *api.Blocks) string {
+	text := fmt.Sprintf("%s of this host, %d of all hosts", view.Count(len(b.Own), "block"), b.All)
+	if len(b.Own) > 0 {
+		text += ": " + joined(b.Own)
+	}
+	if !b.Away.IsZero() {
+		text += fmt.Sprintf("; where blocks are claimed is away for %s: %s", view.Ago(b.Away), b.Why)
+	}
+	return text
 }

@@ -98,6 +98,9 @@ func reachOf(c config.Pods, self string) reach {
 			}
 		}
 	}
+	if r.tunnel && !r.own.outer.IsValid() {
+		return reach{hops: make(map[netip.Prefix]hop)} // without a block it has no end of the tunnel
+	}
 	return r
 }
 

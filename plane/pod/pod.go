@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -27,11 +28,21 @@ import (
 
 // Want is the network that pods are to have.
 type Want struct {
-	Config config.Pods
+	Config config.Pods // with its hosts, also where blocks were claimed
+	// Self is the host of those that this one is; empty: the one that has an address
+	// of this one.
+	Self string
+	// Closed are prefixes of blocks of this host of which no more addresses are given,
+	// each with the mark of that decision (attach.Network).
+	Closed map[netip.Prefix]string
+	// Claimed says that this host claims more blocks as it needs them.
+	Claimed bool
 }
 
 // Equal reports whether both are the same.
-func (w Want) Equal(o Want) bool { return w.Config.Equal(o.Config) }
+func (w Want) Equal(o Want) bool {
+	return w.Config.Equal(o.Config) && w.Self == o.Self && maps.Equal(w.Closed, o.Closed) && w.Claimed == o.Claimed
+}
 
 // NetworkFile is, in the run directory, the network for plugins; beside it lies what
 // settings were.
@@ -62,6 +73,7 @@ type Plane struct {
 	mu      sync.Mutex
 	want    *Want
 	network attach.Network
+	own     []netip.Prefix // blocks of this host
 	reach   reach
 }
 
@@ -82,11 +94,11 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 			p.log.Info("a setting is made what pods need; pentad down puts it back", "setting", strings.ReplaceAll(s.Name, "/", "."), "was", was, "is", s.Value)
 		}
 	}
-	n, r, err := resolve(want.Config)
+	n, r, own, err := resolve(want)
 	if err != nil {
 		return err
 	}
-	errs := []error{setDiscards(discardsOf(want.Config, n)), setTable(want.Config, r), r.apply(n.MTU)}
+	errs := []error{setDiscards(discardsOf(want.Config, own)), setTable(want.Config, r), r.apply(n.MTU)}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -94,28 +106,26 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	if err := n.Write(filepath.Join(p.runDir, NetworkFile)); err != nil {
 		return err
 	}
-	p.want, p.network, p.reach = &want, n, r
+	p.want, p.network, p.reach, p.own = &want, n, r, own
 	return repair()
 }
 
-// resolve returns what plugins have to know, and how other hosts are reached.
-func resolve(c config.Pods) (n attach.Network, r reach, err error) {
-	own, name := c.Blocks, ""
-	if len(c.Hosts) > 0 {
-		addresses, err := host.Addresses()
+// resolve returns what plugins have to know, how other hosts are reached, and the blocks of
+// this host.
+func resolve(w Want) (n attach.Network, r reach, own []netip.Prefix, err error) {
+	c, name := w.Config, w.Self
+	own = c.Blocks
+	if len(c.Hosts) > 0 || w.Claimed {
+		self, err := selfOf(w)
 		if err != nil {
-			return n, r, err
-		}
-		self, err := selfIn(c.Hosts, addresses)
-		if err != nil {
-			return n, r, err
+			return n, r, nil, err
 		}
 		own, name = self.Blocks, self.Name
 	}
 	r = reachOf(c, name)
 	if n.MTU = c.MTU; n.MTU == 0 {
 		if n.MTU, err = lowestMTU(); err != nil {
-			return n, r, err
+			return n, r, nil, err
 		}
 		switch {
 		case r.tunnel && r.own.outer.Is4():
@@ -124,8 +134,29 @@ func resolve(c config.Pods) (n attach.Network, r reach, err error) {
 			n.MTU -= tunnelOverhead6
 		}
 	}
-	n.Blocks = pair(own)
-	return n, r, nil
+	isClosed := func(p netip.Prefix) bool {
+		_, closed := w.Closed[p]
+		return closed
+	}
+	n.Blocks = pair(slices.DeleteFunc(slices.Clone(own), isClosed))
+	n.Closed, n.Claimed = w.Closed, w.Claimed
+	return n, r, own, nil
+}
+
+// selfOf returns the host that this one is. One that claims its blocks may have none yet.
+func selfOf(w Want) (config.PodHost, error) {
+	if w.Self == "" {
+		addresses, err := host.Addresses()
+		if err != nil {
+			return config.PodHost{}, err
+		}
+		return selfIn(w.Config.Hosts, addresses)
+	}
+	i := slices.IndexFunc(w.Config.Hosts, func(h config.PodHost) bool { return h.Name == w.Self })
+	if i < 0 {
+		return config.PodHost{Name: w.Self}, nil
+	}
+	return w.Config.Hosts[i], nil
 }
 
 // pair puts the n-th blocks of both families together.
@@ -190,15 +221,7 @@ func leadsElsewhere(l netlink.Link) bool {
 
 // discardsOf returns the prefixes in which an address that nobody has is unreachable: of
 // this host's own blocks, and of all ranges.
-func discardsOf(c config.Pods, n attach.Network) (all []netip.Prefix) {
-	var own []netip.Prefix
-	for _, b := range n.Blocks {
-		for _, p := range []netip.Prefix{b.V4, b.V6} {
-			if p.IsValid() {
-				own = append(own, p)
-			}
-		}
-	}
+func discardsOf(c config.Pods, own []netip.Prefix) (all []netip.Prefix) {
 	for _, p := range slices.Concat(own, c.Ranges) {
 		if p.Bits() < p.Addr().BitLen() && !slices.Contains(all, p.Masked()) {
 			all = append(all, p.Masked())
@@ -289,7 +312,7 @@ func (p *Plane) Intact() bool {
 	if err != nil {
 		return true // it cannot be seen now
 	}
-	wanted := discardsOf(p.want.Config, p.network)
+	wanted := discardsOf(p.want.Config, p.own)
 	if len(there) != len(wanted) || !tableIsThere() {
 		return false
 	}
@@ -298,7 +321,7 @@ func (p *Plane) Intact() bool {
 			return false
 		}
 	}
-	n, _, err := resolve(p.want.Config)
+	n, _, _, err := resolve(*p.want)
 	return (err != nil || n.MTU == p.network.MTU) && allReachable() && p.reach.isApplied(p.network.MTU)
 }
 

@@ -24,15 +24,15 @@ const TableName = "pentad-pods"
 //
 //	chain source { type filter hook prerouting priority raw
 //	    iifname "pd*" fib saddr . iif oif missing drop # an address that is not the pod's
-//	    iifname "pd*" ip daddr 198.51.100.11 udp dport 8472 drop # into the tunnel, past the first
+//	    iifname "pd*" ip daddr @hosts udp dport 8472 drop # into the tunnel, past the first
 //	    iifname "pd*" ip daddr 127.0.0.0/8 drop        # what listens there is for the host alone
 //	}
 //	chain tunnel-in { type filter hook prerouting priority raw
-//	    ip saddr 198.51.100.12 udp dport 8472 notrack accept # no rule of anybody touches it
-//	    ip daddr 198.51.100.11 udp dport 8472 drop           # of nobody else
+//	    ip saddr @hosts udp dport 8472 notrack accept # no rule of anybody touches it
+//	    ip daddr 198.51.100.11 udp dport 8472 drop    # of nobody else
 //	}
 //	chain tunnel-out { type filter hook output priority raw
-//	    ip daddr 198.51.100.12 udp dport 8472 notrack accept
+//	    ip daddr @hosts udp dport 8472 notrack accept
 //	}
 //	chain masquerade { type nat hook postrouting priority srcnat
 //	    oifname "pd*" return
@@ -48,6 +48,8 @@ const (
 	chainMasquerade = "masquerade"
 	chainTunnelIn   = "tunnel-in"
 	chainTunnelOut  = "tunnel-out"
+
+	setHosts = "hosts"
 )
 
 // setTable writes the table anew, in one transaction.
@@ -68,7 +70,9 @@ func setTable(c config.Pods, r reach) error {
 	conn.AddRule(&nftables.Rule{Table: t, Chain: source, Exprs: slices.Concat(ofPods(expr.MetaKeyIIFNAME), nft.OfFamily(service.V4),
 		[]expr.Any{nft.LoadDestination(service.V4, nft.Reg(0))}, within(netip.MustParsePrefix("127.0.0.0/8")), []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}})})
 	if r.tunnel {
-		addTunnel(conn, t, source, r)
+		if err := addTunnel(conn, t, source, r); err != nil {
+			return fmt.Errorf("table inet %s: %w", TableName, err)
+		}
 	}
 	if c.Masquerade {
 		addMasquerade(conn, t, c)
@@ -81,31 +85,50 @@ func setTable(c config.Pods, r reach) error {
 
 // addTunnel lets packets of the tunnel go untracked between the hosts, and nobody else
 // put any into it: not pods, and not other hosts.
-func addTunnel(conn *nftables.Conn, t *nftables.Table, source *nftables.Chain, r reach) {
+func addTunnel(conn *nftables.Conn, t *nftables.Table, source *nftables.Chain, r reach) error {
 	in := conn.AddChain(&nftables.Chain{Table: t, Name: chainTunnelIn, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
 	out := conn.AddChain(&nftables.Chain{Table: t, Name: chainTunnelOut, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityRaw})
+	hosts, err := addHosts(conn, t, r)
+	if err != nil {
+		return err
+	}
 	add := func(chain *nftables.Chain, exprs ...[]expr.Any) {
 		conn.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: slices.Concat(exprs...)})
 	}
 	drop, accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}, []expr.Any{&expr.Notrack{}, &expr.Verdict{Kind: expr.VerdictAccept}}
-	for _, n := range append(slices.Clone(r.neighbours), r.own) {
-		add(source, ofPods(expr.MetaKeyIIFNAME), ofAddress(n.outer, false), ofTunnel(), drop)
-	}
-	for _, n := range r.neighbours {
-		add(in, ofAddress(n.outer, true), ofTunnel(), accept)
-		add(out, ofAddress(n.outer, false), ofTunnel(), accept)
-	}
-	add(in, ofAddress(r.own.outer, false), ofTunnel(), drop)
+	f := service.FamilyOf(r.own.outer)
+	from := slices.Concat(nft.OfFamily(f), []expr.Any{nft.LoadSource(f, nft.Reg(0)), hosts}, ofTunnel())
+	to := slices.Concat(nft.OfFamily(f), []expr.Any{nft.LoadDestination(f, nft.Reg(0)), hosts}, ofTunnel())
+	own := slices.Concat(nft.OfFamily(f), []expr.Any{nft.LoadDestination(f, nft.Reg(0)), &expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: r.own.outer.AsSlice()}}, ofTunnel())
+	add(source, ofPods(expr.MetaKeyIIFNAME), to, drop)
+	add(source, ofPods(expr.MetaKeyIIFNAME), own, drop)
+	add(in, from, accept)
+	add(out, to, accept)
+	add(in, own, drop)
+	return nil
 }
 
-// ofAddress matches packets from, or to, an address.
-func ofAddress(a netip.Addr, from bool) []expr.Any {
-	f := service.FamilyOf(a)
-	load := nft.LoadDestination(f, nft.Reg(0))
-	if from {
-		load = nft.LoadSource(f, nft.Reg(0))
+// addHosts makes the set of the other hosts' ends of the tunnel, and returns what looks an
+// address up there.
+func addHosts(conn *nftables.Conn, t *nftables.Table, r reach) (*expr.Lookup, error) {
+	kind := nftables.TypeIP6Addr
+	if r.own.outer.Is4() {
+		kind = nftables.TypeIPAddr
 	}
-	return slices.Concat(nft.OfFamily(f), []expr.Any{load, &expr.Cmp{Op: expr.CmpOpEq, Register: nft.Reg(0), Data: a.AsSlice()}})
+	set := &nftables.Set{Table: t, Name: setHosts, KeyType: kind}
+	if err := conn.AddSet(set, nil); err != nil {
+		return nil, err
+	}
+	for some := range slices.Chunk(r.neighbours, nft.ElementsPerMessage) {
+		elements := make([]nftables.SetElement, len(some))
+		for i, n := range some {
+			elements[i].Key = n.outer.AsSlice()
+		}
+		if err := conn.SetAddElements(set, elements); err != nil {
+			return nil, err
+		}
+	}
+	return &expr.Lookup{SourceRegister: nft.Reg(0), SetName: set.Name, SetID: set.ID}, nil
 }
 
 // ofTunnel matches packets to the port of the tunnel.

@@ -26,6 +26,12 @@ const DefaultPath = "/run/pentad/pods.json"
 type Network struct {
 	Blocks []Block `json:"blocks"` // of this host, used in their order
 	MTU    int     `json:"mtu"`
+	// Closed are blocks of this host of which no more addresses are given, each with
+	// the mark of the decision.
+	Closed map[netip.Prefix]string `json:"closed,omitempty"`
+	// Claimed says that the blocks are claimed as they are needed: one more is on its
+	// way when they are full.
+	Claimed bool `json:"claimed,omitempty"`
 }
 
 // Block is addresses that this host alone gives to pods. The n-th of both families go
