@@ -184,8 +184,12 @@ func (h *Holder) exhausted(t Table) error {
 	return e
 }
 
-// choose returns a block that is nobody's. Each host begins elsewhere, so that hosts that
-// look at the same moment do not meet.
+// draws is how many blocks of a pool are tried, as they come for this host, before all
+// are gone through in their order.
+const draws = 16
+
+// choose returns a block that is nobody's. Each host tries them in an order of its own, so
+// that hosts that look at the same moment hardly ever meet.
 func (h *Holder) choose(t Table) (ipam.Block, bool) {
 	odd := h.odd(t)
 	free := func(b ipam.Block) bool {
@@ -199,7 +203,13 @@ func (h *Holder) choose(t Table) (ipam.Block, bool) {
 	}
 	for _, p := range h.Pools {
 		n := p.Blocks()
-		start := int(hash(h.Self.Name) % uint64(n))
+		start := 0
+		for i := range draws {
+			start = int(hash(h.Self.Name, i) % uint64(n))
+			if b := p.Block(start); free(b) {
+				return b, true
+			}
+		}
 		for i := range n {
 			if b := p.Block((start + i) % n); free(b) {
 				return b, true
@@ -230,10 +240,14 @@ func (t Table) others(b Block) (all []ipam.Block) {
 	return all
 }
 
-func hash(text string) uint64 {
+// hash mixes well also in its low bits, of which a small pool uses no more.
+func hash(name string, i int) uint64 {
 	f := fnv.New64a()
-	f.Write([]byte(text))
-	return f.Sum64()
+	fmt.Fprintf(f, "%s/%d", name, i)
+	x := f.Sum64()
+	x ^= x >> 33
+	x *= 0xff51afd7ed558ccd
+	return x ^ x>>33
 }
 
 // noteEmpty keeps since when blocks have had no pod.

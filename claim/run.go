@@ -36,6 +36,8 @@ type Run struct {
 	// Emit is called with what is known each time that it changes.
 	Emit func(context.Context, View)
 	Log  *slog.Logger
+	// Every is how often the room is looked at; zero: each second.
+	Every time.Duration
 
 	mu    sync.Mutex
 	since time.Time // the store has not answered since; zero: it does
@@ -98,7 +100,10 @@ func (r *Run) Do(ctx context.Context) {
 	var following sync.WaitGroup
 	following.Go(func() { r.follow(ctx, tables) })
 	defer following.Wait()
-	look := time.NewTicker(lookEvery)
+	if r.Every == 0 {
+		r.Every = lookEvery
+	}
+	look := time.NewTicker(r.Every)
 	defer look.Stop()
 	for {
 		select {

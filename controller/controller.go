@@ -1,6 +1,6 @@
 // Package controller is the cluster's controller: it gives Services of type
-// LoadBalancer their addresses out of AddressPools. Of several that run one is
-// active, by a Lease.
+// LoadBalancer their addresses out of AddressPools, and frees blocks of addresses whose
+// nodes are gone. Of several that run one is active, by a Lease.
 //
 // What has been given is in the status of the Services, and nowhere else: every
 // decision is made anew from all of it by the package ipam, so that a controller
@@ -54,6 +54,9 @@ type Options struct {
 	// How long a leader that does not answer is waited for. Zero: 15 s, as
 	// Kubernetes' own controllers do.
 	LeaseDuration time.Duration
+	// How long a Node has been gone before its blocks of addresses are free. Zero:
+	// DefaultQuarantine.
+	Quarantine time.Duration
 }
 
 // Controller is one running controller.
@@ -89,6 +92,9 @@ func Run(ctx context.Context, config *rest.Config, opts Options) error {
 	}
 	if opts.LeaseDuration == 0 {
 		opts.LeaseDuration = DefaultLease
+	}
+	if opts.Quarantine == 0 {
+		opts.Quarantine = DefaultQuarantine
 	}
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
@@ -192,6 +198,7 @@ func (c *Controller) run(ctx context.Context) error {
 		synced = append(synced, r.HasSynced)
 		informing.Go(func() { i.RunWithContext(ctx) })
 	}
+	informing.Go(func() { c.freeBlocks(ctx) })
 	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
 		return nil
 	}

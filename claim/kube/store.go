@@ -25,7 +25,7 @@ import (
 	"github.com/pentad/pentad/claim"
 )
 
-// Resource is the custom resource AddressBlock; deploy/kubernetes/base/crd.yaml is its
+// Resource is the custom resource AddressBlock; deploy/kubernetes/base/addressblocks.yaml is its
 // schema.
 var Resource = schema.GroupVersionResource{Group: "pentad.io", Version: "v1alpha1", Resource: "addressblocks"}
 

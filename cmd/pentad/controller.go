@@ -12,18 +12,19 @@ import (
 func newController() *cobra.Command {
 	var kubeconfig string
 	var log logFlags
-	lease := durationValue(controller.DefaultLease)
+	lease, quarantine := durationValue(controller.DefaultLease), durationValue(controller.DefaultQuarantine)
 	var opts controller.Options
 	cmd := &cobra.Command{
 		Use:   "controller",
 		Short: "Run the controller of a cluster",
 		Long: "Run the controller of a Kubernetes cluster: it gives Services of type LoadBalancer their addresses out of\n" +
-			"AddressPools. Several may run; one of them is active, by a Lease, and another takes over when it is gone.\n" +
+			"AddressPools, and frees blocks of addresses whose nodes are gone. Several may run; one of them is active, by a\n" +
+			"Lease, and another takes over when it is gone.\n" +
 			"Which address a Service has stands in its status and changes only when the Service asks for another.",
 		Example: "  pentad controller --kubeconfig /etc/kubernetes/admin.conf",
 		Args:    wants(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			opts.Log, opts.LeaseDuration = log.logger(), time.Duration(lease)
+			opts.Log, opts.LeaseDuration, opts.Quarantine = log.logger(), time.Duration(lease), time.Duration(quarantine)
 			config, err := kube.Connect(kubeconfig)
 			if err != nil {
 				return err
@@ -36,6 +37,7 @@ func newController() *cobra.Command {
 	cmd.Flags().BoolVar(&opts.RequireClass, "require-class", false,
 		"leave Services without a loadBalancerClass to others; ours is "+controller.LoadBalancerClass)
 	cmd.Flags().Var(&lease, "lease", "how long a controller that is silent stays the active one")
+	cmd.Flags().Var(&quarantine, "quarantine", "how long a Node has been gone before its blocks of addresses are free")
 	log.add(cmd)
 	return cmd
 }

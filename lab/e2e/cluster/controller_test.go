@@ -304,7 +304,7 @@ func (c *control) stable(seen map[string]string) int {
 func TestManifests(t *testing.T) {
 	t.Parallel()
 	c := newControl(t)
-	for _, file := range []string{"crd.yaml", "rbac.yaml", "agent.yaml", "controller.yaml"} {
+	for _, file := range []string{"crd.yaml", "addressblocks.yaml", "rbac.yaml", "agent.yaml", "controller.yaml"} {
 		if err := c.cluster.Apply(t.Context(), base+file, true); err != nil {
 			t.Error(err)
 		}
@@ -343,10 +343,12 @@ func TestChart(t *testing.T) {
 	if len(wanted) != 3 || fmt.Sprint(have) != fmt.Sprint(wanted) {
 		t.Errorf("rights of the chart:\n%v\nof the manifests:\n%v", have, wanted)
 	}
-	chart, err1 := os.ReadFile("../../../deploy/helm/pentad/crds/addresspools.yaml")
-	manifest, err2 := os.ReadFile(base + "crd.yaml")
-	if err1 != nil || err2 != nil || string(chart) != string(manifest) {
-		t.Errorf("the definition of AddressPools in the chart is another one: %v %v", err1, err2)
+	for inChart, inBase := range map[string]string{"addresspools.yaml": "crd.yaml", "addressblocks.yaml": "addressblocks.yaml"} {
+		chart, err1 := os.ReadFile("../../../deploy/helm/pentad/crds/" + inChart)
+		manifest, err2 := os.ReadFile(base + inBase)
+		if err1 != nil || err2 != nil || string(chart) != string(manifest) {
+			t.Errorf("the definition in the chart's %s is another one: %v %v", inChart, err1, err2)
+		}
 	}
 }
 

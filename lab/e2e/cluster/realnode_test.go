@@ -307,7 +307,7 @@ func TestManifestsRun(t *testing.T) {
 		"hostPath: {path: /var/lib/pentad,", "hostPath: {path: "+filepath.Join(r.a.Dir, "state")+",",
 		"image: "+imagePentad, "image: "+imagePentad+"\n        imagePullPolicy: Never",
 	)
-	for _, file := range []string{"crd.yaml", "agent.yaml", "controller.yaml"} {
+	for _, file := range []string{"crd.yaml", "addressblocks.yaml", "agent.yaml", "controller.yaml"} {
 		text, err := os.ReadFile(base + file)
 		if err != nil {
 			t.Fatal(err)
