@@ -91,6 +91,19 @@ func hostsOf(blocks []claim.Block, self claim.Owner, overlay config.Overlay) (ho
 
 func openPods(a *Agent, _ func()) *pod.Plane { return pod.New(a.opts.RunDir, a.log) }
 
+func measurePods(p *pod.Plane, m meter) {
+	c, err := p.Count()
+	if err != nil {
+		m.failed("pentad_pods", err)
+		return
+	}
+	m.gauge("pentad_pods", float64(c.Pods))
+	m.gauge("pentad_pod_addresses_free", float64(c.Free))
+	m.gauge("pentad_pod_blocks", float64(c.Open), "open")
+	m.gauge("pentad_pod_blocks", float64(c.Closed), "draining")
+	m.gauge("pentad_pod_hosts", float64(c.Hosts))
+}
+
 func removePods(opts Options) error { return pod.Remove(opts.RunDir) }
 
 // onBlocks takes what is known of blocks.

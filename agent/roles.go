@@ -38,7 +38,7 @@ var roles = []role{
 	part[*l2.Plane, l2.Want]{name: "l2", wanted: speaksARP, want: wantL2,
 		open: openL2, remove: removeL2, look: 250 * time.Millisecond, measure: measureL2, minor: true, loud: true},
 	part[*pod.Plane, pod.Want]{name: "pods", wanted: hasPods, want: wantPods,
-		open: openPods, remove: removePods, look: 500 * time.Millisecond, minor: true, loud: true},
+		open: openPods, remove: removePods, look: 500 * time.Millisecond, measure: measurePods, minor: true, loud: true},
 	part[*nodehealth.Server, nodehealth.Want]{name: "nodehealth", wanted: inCluster, want: wantNodeHealth,
 		open: openNodeHealth, minor: true},
 	part[*capture.Plane, capture.Want]{name: "capture", wanted: hasCaptures, want: wantCaptures,

@@ -54,6 +54,7 @@ type reach struct {
 	hops       map[netip.Prefix]hop
 	neighbours []neighbour
 	own        neighbour // of this host; of no meaning without a tunnel
+	hosts      int       // others
 	tunnel     bool
 }
 
@@ -82,6 +83,7 @@ func reachOf(c config.Pods, self string) reach {
 		if c.Overlay == config.OverlayNone {
 			continue
 		}
+		r.hosts++
 		if r.tunnel {
 			r.neighbours = append(r.neighbours, n)
 		}

@@ -354,6 +354,28 @@ func allReachable() bool {
 	return true
 }
 
+// Counts are how many there are.
+type Counts struct {
+	Pods, Free   int // devices, and pods that still find an address
+	Open, Closed int // prefixes of this host's blocks
+	Hosts        int // others, to whose pods there is a way
+}
+
+// Count counts what is there now.
+func (p *Plane) Count() (c Counts, err error) {
+	all, err := attach.List()
+	if err != nil {
+		return c, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	c.Pods, c.Free = len(all), p.network.Free(all)
+	c.Closed = len(p.network.Closed)
+	c.Open = len(p.own) - c.Closed
+	c.Hosts = p.reach.hosts
+	return c, nil
+}
+
 // Distrust has nothing to read again: everything is read each time.
 func (*Plane) Distrust() {}
 

@@ -132,6 +132,19 @@ func (n Network) slots(wanted netip.Addr) iter.Seq[slot] {
 	}
 }
 
+// Free returns how many pods still find an address, beside those that are there.
+func (n Network) Free(there []Attachment) (free int) {
+	for _, b := range n.Blocks {
+		free += b.size() - 1
+		for _, a := range there {
+			if b.V4.IsValid() && b.V4.Contains(a.V4) || b.V6.IsValid() && b.V6.Contains(a.V6) {
+				free--
+			}
+		}
+	}
+	return free
+}
+
 // maxBlock is how many places of a block are used at most.
 const maxBlock = 1 << 16
 
