@@ -23,6 +23,7 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 
 	"github.com/pentad/pentad/lab"
+	"github.com/pentad/pentad/lab/pki"
 )
 
 // The ranges of a lab's cluster.
@@ -39,9 +40,9 @@ type Cluster struct {
 	Config  *rest.Config // of an administrator
 
 	bin       string
-	ca        *authority
-	serving   pair
-	accounts  pair
+	ca        *pki.Authority
+	serving   pki.Pair
+	accounts  pki.Pair
 	etcd, api *lab.Process
 	others    []*lab.Process
 }
@@ -54,14 +55,14 @@ const ready = time.Minute
 func Start(ctx context.Context, bin string, h *lab.Host, address string) (*Cluster, error) {
 	c := &Cluster{Host: h, Address: address, bin: bin}
 	var err error
-	if c.ca, err = newAuthority(h.Dir); err != nil {
+	if c.ca, err = pki.New(h.Dir); err != nil {
 		return nil, err
 	}
 	at := []net.IP{net.ParseIP(address), net.ParseIP("127.0.0.1"), net.ParseIP("10.96.0.1")}
-	if c.serving, err = c.ca.issue("apiserver", "kube-apiserver", nil, at, []string{"kubernetes", "kubernetes.default.svc"}); err != nil {
+	if c.serving, err = c.ca.Issue("apiserver", "kube-apiserver", nil, at, []string{"kubernetes", "kubernetes.default.svc"}); err != nil {
 		return nil, err
 	}
-	if c.accounts, err = c.ca.issue("accounts", "service-accounts", nil, nil, nil); err != nil {
+	if c.accounts, err = c.ca.Issue("accounts", "service-accounts", nil, nil, nil); err != nil {
 		return nil, err
 	}
 	if err := c.StartEtcd(); err != nil {
@@ -139,9 +140,9 @@ func (c *Cluster) StartAPIServer() (err error) {
 	ca := filepath.Join(c.Host.Dir, "ca.crt")
 	c.api, err = c.Host.Start(exec.Command(filepath.Join(c.bin, string(APIServer)),
 		"--etcd-servers=http://127.0.0.1:2379", "--bind-address=0.0.0.0", "--advertise-address="+c.Address,
-		"--tls-cert-file="+c.serving.cert, "--tls-private-key-file="+c.serving.key, "--client-ca-file="+ca,
-		"--kubelet-client-certificate="+c.serving.cert, "--kubelet-client-key="+c.serving.key,
-		"--service-account-key-file="+c.accounts.cert, "--service-account-signing-key-file="+c.accounts.key,
+		"--tls-cert-file="+c.serving.Cert, "--tls-private-key-file="+c.serving.Key, "--client-ca-file="+ca,
+		"--kubelet-client-certificate="+c.serving.Cert, "--kubelet-client-key="+c.serving.Key,
+		"--service-account-key-file="+c.accounts.Cert, "--service-account-signing-key-file="+c.accounts.Key,
 		"--service-account-issuer=https://kubernetes.default.svc", "--authorization-mode=RBAC,Node",
 		"--service-cluster-ip-range="+ServiceRange4+","+ServiceRange6, "--allow-privileged=true",
 		"--enable-admission-plugins=NodeRestriction", "--event-ttl=1h", "--profiling=false",
@@ -195,7 +196,7 @@ func (c *Cluster) StartControllerManager(controllers ...string) error {
 	}
 	p, err := c.Host.Start(exec.Command(filepath.Join(c.bin, string(ControllerManager)),
 		"--kubeconfig="+kubeconfig, "--use-service-account-credentials=true", "--leader-elect=false",
-		"--service-account-private-key-file="+c.accounts.key, "--root-ca-file="+filepath.Join(c.Host.Dir, "ca.crt"),
+		"--service-account-private-key-file="+c.accounts.Key, "--root-ca-file="+filepath.Join(c.Host.Dir, "ca.crt"),
 		"--allocate-node-cidrs=false", "--profiling=false", "--controllers="+strings.Join(controllers, ",")), lab.Outside)
 	c.others = append(c.others, p)
 	return err
@@ -204,11 +205,11 @@ func (c *Cluster) StartControllerManager(controllers ...string) error {
 // Kubeconfig writes how a user with a certificate reaches the API server, and
 // returns its path.
 func (c *Cluster) Kubeconfig(name, user string, groups ...string) (string, error) {
-	p, err := c.ca.issue(name, user, groups, nil, nil)
+	p, err := c.ca.Issue(name, user, groups, nil, nil)
 	if err != nil {
 		return "", err
 	}
-	return c.writeKubeconfig(name, &clientcmdapi.AuthInfo{ClientCertificate: p.cert, ClientKey: p.key})
+	return c.writeKubeconfig(name, &clientcmdapi.AuthInfo{ClientCertificate: p.Cert, ClientKey: p.Key})
 }
 
 // AccountKubeconfig writes how a service account reaches the API server: its

@@ -1,4 +1,5 @@
-package kube
+// Package pki issues certificates for servers and clients of a lab.
+package pki
 
 import (
 	"crypto/ecdsa"
@@ -14,23 +15,24 @@ import (
 	"time"
 )
 
-// authority signs the certificates of one cluster.
-type authority struct {
+// Authority signs the certificates of one lab.
+type Authority struct {
 	dir  string
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 	next int64
 }
 
-// pair is where a certificate and its key lie.
-type pair struct{ cert, key string }
+// Pair is where a certificate and its key lie.
+type Pair struct{ Cert, Key string }
 
-func newAuthority(dir string) (*authority, error) {
+// New makes an authority, whose certificate is ca.crt in the directory.
+func New(dir string) (*Authority, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	a := &authority{dir: dir, key: key}
+	a := &Authority{dir: dir, key: key}
 	a.cert = a.template(pkix.Name{CommonName: "lab"})
 	a.cert.IsCA, a.cert.BasicConstraintsValid = true, true
 	a.cert.KeyUsage = x509.KeyUsageCertSign
@@ -38,7 +40,7 @@ func newAuthority(dir string) (*authority, error) {
 	return a, err
 }
 
-func (a *authority) template(subject pkix.Name) *x509.Certificate {
+func (a *Authority) template(subject pkix.Name) *x509.Certificate {
 	a.next++
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(a.next), Subject: subject,
@@ -47,11 +49,11 @@ func (a *authority) template(subject pkix.Name) *x509.Certificate {
 	}
 }
 
-// issue makes a certificate for a server at some addresses, or for a client.
-func (a *authority) issue(name, user string, groups []string, at []net.IP, names []string) (pair, error) {
+// Issue makes a certificate for a server at some addresses, or for a client.
+func (a *Authority) Issue(name, user string, groups []string, at []net.IP, names []string) (Pair, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return pair{}, err
+		return Pair{}, err
 	}
 	c := a.template(pkix.Name{CommonName: user, Organization: groups})
 	c.KeyUsage = x509.KeyUsageDigitalSignature
@@ -60,18 +62,18 @@ func (a *authority) issue(name, user string, groups []string, at []net.IP, names
 	return a.write(name, c, key)
 }
 
-func (a *authority) write(name string, c *x509.Certificate, key *ecdsa.PrivateKey) (pair, error) {
+func (a *Authority) write(name string, c *x509.Certificate, key *ecdsa.PrivateKey) (Pair, error) {
 	der, err := x509.CreateCertificate(rand.Reader, c, a.cert, &key.PublicKey, a.key)
 	if err != nil {
-		return pair{}, err
+		return Pair{}, err
 	}
 	secret, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return pair{}, err
+		return Pair{}, err
 	}
-	p := pair{filepath.Join(a.dir, name+".crt"), filepath.Join(a.dir, name+".key")}
-	if err := os.WriteFile(p.cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
-		return pair{}, err
+	p := Pair{filepath.Join(a.dir, name+".crt"), filepath.Join(a.dir, name+".key")}
+	if err := os.WriteFile(p.Cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
+		return Pair{}, err
 	}
-	return p, os.WriteFile(p.key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret}), 0o600)
+	return p, os.WriteFile(p.Key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret}), 0o600)
 }
