@@ -53,6 +53,7 @@ type Agent struct {
 	log     *slog.Logger
 	monitor *health.Monitor
 	cluster *cluster
+	fleet   *fleet
 	claims  *claims
 	drivers []driver
 	started time.Time
@@ -128,6 +129,7 @@ func newAgent(opts Options, roles []role) *Agent {
 		known: &known{services: &service.Snapshot{}},
 	}
 	a.cluster = &cluster{log: a.log, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
+	a.fleet = &fleet{log: a.log, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
 	a.claims = &claims{log: a.log, runDir: opts.RunDir, emit: func(ctx context.Context, v claim.View) { send(ctx, a.blocks, v) }}
 	for _, r := range roles {
 		a.drivers = append(a.drivers, r.drive(a))
@@ -146,6 +148,7 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 	a.monitor = health.New(a.log, func(c []health.Change) { send(ctx, a.changes, c) })
 	a.probes.monitor = a.monitor
 	defer a.cluster.close()
+	defer a.fleet.close()
 	defer a.claims.close()
 	for _, d := range a.drivers {
 		a.tasks.Go(func() { d.run(ctx) })

@@ -68,7 +68,7 @@ func sameClaims(a, b *config.Config) bool {
 	}
 	x, y := a.Pods, b.Pods
 	return slices.Equal(x.Ranges, y.Ranges) && x.BlockSize == y.BlockSize && slices.Equal(x.Addresses, y.Addresses) &&
-		sameSource(a.Source.Kubernetes, b.Source.Kubernetes) && a.Source.Etcd.Equal(b.Source.Etcd) && a.Host == b.Host
+		sameSource(a.Source.Kubernetes, b.Source.Kubernetes) && a.Source.Etcd.Equal(b.Source.Etcd) && a.Host.Name == b.Host.Name
 }
 
 // close claims nothing any more. What this host has it keeps.
@@ -87,26 +87,18 @@ func (c *claims) note(r *claim.Run, err error) {
 	c.run, c.err = r, err
 }
 
-// do connects, tries again while it cannot, and claims until the context ends.
+// do claims until the context ends.
 func (c *claims) do(ctx context.Context, k *config.Config) {
-	for backoff, said := retryFirst, ""; ; backoff = min(2*backoff, retryMost) {
+	untilConnected(ctx, func() (func(context.Context), error) {
 		r, closeStore, err := c.connect(ctx, k)
 		c.note(r, err)
-		if err == nil {
+		return func(ctx context.Context) {
 			r.Do(ctx)
 			closeStore()
-			return
-		}
-		if err.Error() != said {
-			said = err.Error()
-			c.log.Error("blocks of addresses cannot be claimed; it is tried again until they can", "error", err)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(backoff):
-		}
-	}
+		}, err
+	}, func(err error) {
+		c.log.Error("blocks of addresses cannot be claimed; it is tried again until they can", "error", err)
+	})
 }
 
 // connect returns who claims, and what ends its connection.
@@ -135,7 +127,7 @@ func (c *claims) connect(ctx context.Context, k *config.Config) (r *claim.Run, e
 			return nil, nil, err
 		}
 		end = func() { _ = client.Close() } // it is gone either way
-		r.Store = claimetcd.New(client, k.Source.Etcd.Prefix)
+		r.Store = claimetcd.New(client, k.Source.Etcd)
 	}
 	r.Addresses = func() []netip.Addr { return ownAddresses(asked, k.Pods.Ranges) }
 	return r, end, nil

@@ -73,7 +73,7 @@ func (a *Agent) onUpdate(ctx context.Context, u source.Update) {
 		}
 		a.takeFile(ctx, u)
 	default:
-		a.takeCluster(u)
+		a.takeOther(u)
 	}
 }
 
@@ -91,26 +91,27 @@ func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	a.mu.Lock()
 	a.invalid, a.loaded = nil, time.Now()
 	a.inbox.file = u
-	a.inbox.setCluster(u.Config.Source.Kubernetes != nil)
+	a.inbox.follow(service.SourceKubernetes, u.Config.Source.Kubernetes != nil)
+	a.inbox.follow(service.SourceEtcd, u.Config.Source.Etcd != nil)
 	a.mu.Unlock()
 	a.publish()
 	a.states.prune(a.known.services, a.mayComeBack)
 	a.saveDrains() // a service may have another name
 	a.watch.tidy = true
 	a.cluster.follow(ctx, u.Config.Source.Kubernetes)
+	a.fleet.follow(ctx, u.Config)
 	a.claims.follow(ctx, u.Config)
 }
 
-// takeCluster puts what the cluster wants in force.
-func (a *Agent) takeCluster(u source.Update) {
+// takeOther puts in force what a cluster or a fleet wants.
+func (a *Agent) takeOther(u source.Update) {
 	a.mu.Lock()
-	first := a.inbox.count == 0
-	a.inbox.takeCluster(u, a.log)
+	first := a.inbox.take(u, a.log)
 	a.mu.Unlock()
 	a.publish()
 	a.states.prune(a.known.services, a.mayComeBack)
 	if first {
-		a.watch.tidy, a.watch.first = true, true
+		a.watch.tidy, a.watch.first = true, a.watch.first.With(u.From)
 	}
 }
 
@@ -180,9 +181,10 @@ func (a *Agent) outcomeOf(number uint64) (done bool, err error) {
 
 // publication is what is to be said and done once the roles have what was published.
 type publication struct {
-	began       time.Time
-	said        bool // that it is applied
-	tidy, first bool // memory is to be given back; it is the first of the cluster
+	began time.Time
+	said  bool            // that it is applied
+	tidy  bool            // memory is to be given back
+	first service.Sources // whose first word it is
 }
 
 // publish makes what is known now the aim of every role.
@@ -266,12 +268,14 @@ func (a *Agent) onSettled() {
 	if !w.said && snap.Revision > 1 {
 		a.log.Debug("applied", "revision", snap.Revision, "services", len(snap.Services), "took", time.Since(w.began).Round(10*time.Microsecond))
 	}
-	if w.first {
-		a.log.Info("the services of the cluster are in the kernel", "source", "kubernetes", "services", len(a.inbox.kubernetes.Services),
-			"took", time.Since(a.started).Round(time.Millisecond))
+	for s, what := range map[service.Source]string{service.SourceKubernetes: "cluster", service.SourceEtcd: "fleet"} {
+		if w.first.Has(s) {
+			a.log.Info("the services of the "+what+" are in the kernel", "source", s.String(), "services", len(a.inbox.of(s).Services),
+				"took", time.Since(a.started).Round(time.Millisecond))
+		}
 	}
 	if w.tidy {
 		a.giveBack()
 	}
-	w.said, w.first, w.tidy = true, false, false
+	w.said, w.first, w.tidy = true, 0, false
 }

@@ -79,19 +79,29 @@ func (c *cluster) note(node string, s *kube.Source, err error) {
 	c.node, c.source, c.err = node, s, err
 }
 
-// run connects, tries again while it cannot, and emits what the cluster wants until
-// the context ends.
+// run emits what the cluster wants until the context ends.
 func (c *cluster) run(ctx context.Context, k *config.Kubernetes) {
-	for backoff, said := retryFirst, ""; ; backoff = min(2*backoff, retryMost) {
+	untilConnected(ctx, func() (func(context.Context), error) {
 		node, s, err := connect(k, c.log)
 		c.note(node, s, err)
+		return func(ctx context.Context) { _ = s.Run(ctx, func(u source.Update) { c.emit(ctx, u) }) }, err // it ends with the context
+	}, func(err error) {
+		c.log.Error("the cluster cannot be followed; it is tried again until it can", "source", "kubernetes", "error", err)
+	})
+}
+
+// untilConnected connects, tries again while it cannot, and does what that returned until
+// the context ends. It says each error once for as long as it is the same.
+func untilConnected(ctx context.Context, connect func() (do func(context.Context), err error), say func(error)) {
+	for backoff, said := retryFirst, ""; ; backoff = min(2*backoff, retryMost) {
+		do, err := connect()
 		if err == nil {
-			_ = s.Run(ctx, func(u source.Update) { c.emit(ctx, u) }) // it ends with the context
+			do(ctx)
 			return
 		}
 		if err.Error() != said {
 			said = err.Error()
-			c.log.Error("the cluster cannot be followed; it is tried again until it can", "source", "kubernetes", "error", err)
+			say(err)
 		}
 		select {
 		case <-ctx.Done():
@@ -142,48 +152,69 @@ func (c *cluster) away() (node string, since time.Time, why error) {
 	return c.node, since, why
 }
 
-// inbox is what the sources said last.
-type inbox struct {
-	file, kubernetes source.Update
-	silent           service.Sources // those that have said nothing yet
-	lost             []string        // what a source could not have because another has it
-
-	changed  time.Time // when the cluster spoke last
+// heard is what a source of others said last.
+type heard struct {
+	source.Update
+	changed  time.Time // when it spoke last
 	count    uint64    // how often it did
 	problems map[source.Problem]bool
+}
+
+// take takes what the source says, and logs each problem once for as long as it is there.
+func (h *heard) take(u source.Update, log *slog.Logger) {
+	h.Update, h.changed = u, time.Now()
+	h.count++
+	now := make(map[source.Problem]bool, len(u.Problems))
+	for _, p := range u.Problems {
+		now[p] = true
+		if !h.problems[p] {
+			log.Warn("an object makes no sense", "source", u.From.String(), "object", p.Object, "problem", p.Message)
+		}
+	}
+	h.problems = now
+}
+
+// inbox is what the sources said last.
+type inbox struct {
+	file       source.Update
+	kubernetes heard
+	etcd       heard
+	silent     service.Sources // those that have said nothing yet
+	lost       []string        // what a source could not have because another has it
 }
 
 // merge returns all services, those of the file first: an operator of this host has the
 // last word on it.
 func (in *inbox) merge() (services []*service.Service) {
-	services, in.lost = service.Merge(in.file.Services, in.kubernetes.Services)
+	services, in.lost = service.Merge(in.file.Services, in.etcd.Services, in.kubernetes.Services)
 	return services
 }
 
-// takeCluster takes what the cluster says, and logs each problem once for as long as it
-// is there.
-func (in *inbox) takeCluster(u source.Update, log *slog.Logger) {
-	in.kubernetes, in.changed = u, time.Now()
-	in.count++
-	in.silent = in.silent.Without(service.SourceKubernetes)
-	now := make(map[source.Problem]bool, len(u.Problems))
-	for _, p := range u.Problems {
-		now[p] = true
-		if !in.problems[p] {
-			log.Warn("an object of the cluster makes no sense", "source", "kubernetes", "object", p.Object, "problem", p.Message)
-		}
+// of returns what a source of others said.
+func (in *inbox) of(s service.Source) *heard {
+	if s == service.SourceEtcd {
+		return &in.etcd
 	}
-	in.problems = now
+	return &in.kubernetes
 }
 
-// setCluster says whether there is a cluster to follow. Of one that is not followed any
-// more nothing is left.
-func (in *inbox) setCluster(is bool) {
-	switch {
+// take takes what a source of others says, and reports whether it is its first word.
+func (in *inbox) take(u source.Update, log *slog.Logger) (first bool) {
+	h := in.of(u.From)
+	first = h.count == 0
+	h.take(u, log)
+	in.silent = in.silent.Without(u.From)
+	return first
+}
+
+// follow says whether there is a source to follow. Of one that is not followed any more
+// nothing is left.
+func (in *inbox) follow(s service.Source, is bool) {
+	switch h := in.of(s); {
 	case !is:
-		in.kubernetes, in.count, in.problems, in.changed = source.Update{}, 0, nil, time.Time{}
-		in.silent = in.silent.Without(service.SourceKubernetes)
-	case in.count == 0:
-		in.silent = in.silent.With(service.SourceKubernetes)
+		*h = heard{}
+		in.silent = in.silent.Without(s)
+	case h.count == 0:
+		in.silent = in.silent.With(s)
 	}
 }

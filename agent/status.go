@@ -78,6 +78,7 @@ func (a *Agent) Status() api.Status {
 	}
 	s.Problems = append(s.Problems, skipped(a.known.config)...)
 	a.addCluster(&s)
+	a.addFleet(&s)
 	a.addBlocks(&s)
 	for _, r := range a.roles() {
 		switch {
@@ -119,7 +120,7 @@ func (a *Agent) addCluster(s *api.Status) {
 	in := &a.inbox
 	node, away, why := a.cluster.away()
 	s.Cluster = &api.Cluster{
-		Node: node, Services: len(in.kubernetes.Services), Away: away, Changed: in.changed, Leaving: in.kubernetes.Leaving, Updates: in.count,
+		Node: node, Services: len(in.kubernetes.Services), Away: away, Changed: in.kubernetes.changed, Leaving: in.kubernetes.Leaving, Updates: in.kubernetes.count,
 		Unserved: in.kubernetes.Unserved, Untracked: c.Source.Kubernetes.Untracked,
 	}
 	if why != nil {

@@ -42,6 +42,7 @@ type Status struct {
 	Config   Config    `json:"config"`
 	Probes   Probes    `json:"probes"`
 	Cluster  *Cluster  `json:"cluster,omitempty"` // absent: this host is no node of one
+	Fleet    *Fleet    `json:"fleet,omitempty"`   // absent: this host belongs to none
 	Blocks   *Blocks   `json:"blocks,omitempty"`  // absent: this host claims none
 	// MemoryLimit, in bytes, is what the agent's cgroups let it have; 0: anything.
 	// What the kernel keeps of the UDP sockets of others counts in it.
@@ -62,6 +63,15 @@ type Cluster struct {
 	Unserved int       `json:"unserved"`      // ports of a protocol that is not served
 
 	Untracked []netip.Prefix `json:"untracked,omitempty"` // between which connections are not tracked
+}
+
+// Fleet is the state of the etcd that hosts share.
+type Fleet struct {
+	Services int       `json:"services"`         // that this host takes
+	Away     time.Time `json:"away,omitzero"`    // since when it has not answered; zero: it does
+	Why      string    `json:"why,omitempty"`    // what is wrong with it
+	Changed  time.Time `json:"changed,omitzero"` // when the last change came from it
+	Updates  uint64    `json:"updates"`          // how many came
 }
 
 // Config is the state of the configuration file.

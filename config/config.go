@@ -136,7 +136,7 @@ func Parse(name string, data []byte) (*Config, error) {
 
 // ParseText checks a text. The error is of type Errors.
 func ParseText(t *Text) (*Config, error) {
-	d := &decoder{file: t.Name, at: make(map[*service.Service]*origin), disabled: make(map[*service.Service]bool)}
+	d := newDecoder(t.Name)
 	root := d.document(t.Data)
 	if root == nil {
 		return nil, d.failed()

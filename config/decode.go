@@ -36,6 +36,10 @@ type decoder struct {
 	elsewhere *foreign // nodes that stand in another file; nil: none do
 }
 
+func newDecoder(file string) *decoder {
+	return &decoder{file: file, at: make(map[*service.Service]*origin), disabled: make(map[*service.Service]bool)}
+}
+
 // foreign are nodes of another file.
 type foreign struct {
 	file  string

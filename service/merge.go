@@ -16,10 +16,12 @@ const (
 	SourceFile
 	// SourceKubernetes is a Kubernetes cluster.
 	SourceKubernetes
+	// SourceEtcd is the etcd of a fleet.
+	SourceEtcd
 )
 
 // sources are how people call them, by Source.
-var sources = []string{"unknown", "file", "kubernetes"}
+var sources = []string{"unknown", "file", "kubernetes", "etcd"}
 
 // String returns the word for the source.
 func (s Source) String() string {
@@ -48,8 +50,9 @@ func (s Sources) Has(x Source) bool {
 }
 
 // Merge puts the services of several sources together, those of the one that has the
-// first word first. A listener that an earlier source has is not served for a later one;
-// lost says so, a sentence each. Services that lose nothing are the same pointers.
+// first word first. A listener that an earlier source has is not served for a later one,
+// nor is a service whose name an earlier source has; lost says so, a sentence each.
+// Services that lose nothing are the same pointers.
 func Merge(bySource ...[]*Service) (merged []*Service, lost []string) {
 	bySource = slices.DeleteFunc(slices.Clone(bySource), func(all []*Service) bool { return len(all) == 0 })
 	switch len(bySource) {
@@ -59,8 +62,13 @@ func Merge(bySource ...[]*Service) (merged []*Service, lost []string) {
 		return bySource[0], nil
 	}
 	owners := make(map[Listener]*Service)
+	names := make(map[string]*Service)
 	for i, all := range bySource {
 		for _, s := range all {
+			if other := names[s.Name]; other != nil {
+				lost = append(lost, fmt.Sprintf("service %s of the source %s is not served on this host: the source %s has one of that name", s.Name, s.Source, other.Source))
+				continue
+			}
 			kept, losses := s.without(owners)
 			lost = append(lost, losses...)
 			if kept != nil {
@@ -71,8 +79,14 @@ func Merge(bySource ...[]*Service) (merged []*Service, lost []string) {
 			break
 		}
 		for _, s := range all {
+			if names[s.Name] != nil {
+				continue
+			}
+			names[s.Name] = s
 			for _, l := range s.Listeners {
-				owners[l.At()] = s
+				if owners[l.At()] == nil {
+					owners[l.At()] = s
+				}
 			}
 		}
 	}

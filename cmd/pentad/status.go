@@ -65,6 +65,9 @@ func printStatus(w io.Writer, s *view.Status) error {
 		if c := a.Cluster; c != nil {
 			rows = append(rows, []string{"cluster", clusterText(c)})
 		}
+		if f := a.Fleet; f != nil {
+			rows = append(rows, []string{"fleet", fleetText(f)})
+		}
 		if b := a.Blocks; b != nil {
 			rows = append(rows, []string{"pod addresses", blocksText(b)})
 		}
@@ -174,6 +177,19 @@ func blocksText(b *api.Blocks) string {
 	}
 	if !b.Away.IsZero() {
 		text += fmt.Sprintf("; where blocks are claimed is away for %s: %s", view.Ago(b.Away), b.Why)
+	}
+	return text
+}
+
+func fleetText(f *api.Fleet) string {
+	text := view.Count(f.Services, "service")
+	if !f.Changed.IsZero() {
+		text += fmt.Sprintf(", last change %s ago", view.Ago(f.Changed))
+	}
+	if !f.Away.IsZero() {
+		text += fmt.Sprintf("; etcd is away for %s: %s", view.Ago(f.Away), f.Why)
+	} else if f.Why != "" {
+		text += "; " + f.Why
 	}
 	return text
 }

@@ -5,13 +5,15 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
+	"net"
 	"os"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/host"
@@ -37,6 +39,7 @@ func Connect(ctx context.Context, c *config.Etcd) (*clientv3.Client, error) {
 			return nil, err
 		}
 		settings.TLS = t
+		settings.DialOptions = append(settings.DialOptions, grpc.WithTransportCredentials(transport{credentials.NewTLS(t), c}))
 	}
 	if c.User != "" {
 		password, err := host.ReadPassword(c.Password)
@@ -52,60 +55,46 @@ func Connect(ctx context.Context, c *config.Etcd) (*clientv3.Client, error) {
 	return client, nil
 }
 
-// tlsOf reads certificates anew at each connection: they are replaced before they expire.
+// transport does the handshake with the certificates that lie in the files then: they are
+// replaced before they expire, while agents run.
+type transport struct {
+	credentials.TransportCredentials // of the start, for all that is no handshake
+	config                           *config.Etcd
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (t transport) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	now, err := tlsOf(t.config)
+	if err != nil {
+		return nil, nil, err
+	}
+	return credentials.NewTLS(now).ClientHandshake(ctx, authority, conn)
+}
+
+// Clone implements credentials.TransportCredentials.
+func (t transport) Clone() credentials.TransportCredentials {
+	return transport{t.TransportCredentials.Clone(), t.config}
+}
+
 func tlsOf(c *config.Etcd) (*tls.Config, error) {
 	t := &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.Cert != "" {
-		read := func() (*tls.Certificate, error) {
-			pair, err := tls.LoadX509KeyPair(c.Cert, c.Key)
-			if err != nil {
-				return nil, fmt.Errorf("source.etcd.tls: %w", err)
-			}
-			return &pair, nil
+		pair, err := tls.LoadX509KeyPair(c.Cert, c.Key)
+		if err != nil {
+			return nil, fmt.Errorf("source.etcd.tls: %w", err)
 		}
-		if _, err := read(); err != nil {
-			return nil, err
-		}
-		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return read() }
+		t.Certificates = []tls.Certificate{pair}
 	}
 	if c.CA == "" {
 		return t, nil
 	}
-	if _, err := authorities(c.CA); err != nil {
-		return nil, err
-	}
-	// The standard verification knows the authorities of the start only; this one does
-	// the same with those of now.
-	t.InsecureSkipVerify = true
-	t.VerifyConnection = func(s tls.ConnectionState) error { return verify(c.CA, s) }
-	return t, nil
-}
-
-func authorities(path string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(path)
+	pem, err := os.ReadFile(c.CA)
 	if err != nil {
 		return nil, fmt.Errorf("source.etcd.tls: %w", err)
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("source.etcd.tls: there is no certificate in %s", path)
+	t.RootCAs = x509.NewCertPool()
+	if !t.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("source.etcd.tls: there is no certificate in %s", c.CA)
 	}
-	return pool, nil
-}
-
-// verify does what package tls would.
-func verify(ca string, s tls.ConnectionState) error {
-	pool, err := authorities(ca)
-	if err != nil {
-		return err
-	}
-	if len(s.PeerCertificates) == 0 || s.ServerName == "" {
-		return errors.New("the member of etcd has shown no certificate")
-	}
-	opts := x509.VerifyOptions{Roots: pool, DNSName: s.ServerName, Intermediates: x509.NewCertPool()}
-	for _, c := range s.PeerCertificates[1:] {
-		opts.Intermediates.AddCert(c)
-	}
-	_, err = s.PeerCertificates[0].Verify(opts)
-	return err
+	return t, nil
 }

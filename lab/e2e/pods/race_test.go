@@ -15,6 +15,7 @@ import (
 	"github.com/pentad/pentad/claim"
 	"github.com/pentad/pentad/claim/etcd"
 	"github.com/pentad/pentad/claim/race"
+	"github.com/pentad/pentad/config"
 	"github.com/pentad/pentad/ipam"
 )
 
@@ -39,7 +40,7 @@ func TestClaimsRaceInEtcd(t *testing.T) {
 			return nil, err
 		}
 		t.Cleanup(func() { _ = c.Close() })
-		return etcd.New(c, "/pentad/v1"), nil
+		return etcd.New(c, &config.Etcd{Prefix: "/pentad/v1"}), nil
 	}}
 	began := time.Now()
 	result, err := r.Run(t.Context())
