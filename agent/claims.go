@@ -2,11 +2,14 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -44,7 +47,7 @@ func (c *claims) follow(ctx context.Context, next *config.Config) {
 	if !next.Pods.Claimed() {
 		next = nil
 	}
-	if sameClaims(next, c.config) {
+	if !c.differs(next) {
 		return
 	}
 	c.close()
@@ -59,6 +62,15 @@ func (c *claims) follow(ctx context.Context, next *config.Config) {
 		stop()
 		task.Wait()
 	}
+}
+
+// differs reports whether another configuration claims otherwise: what is known of blocks
+// is of no use then.
+func (c *claims) differs(next *config.Config) bool {
+	if next != nil && !next.Pods.Claimed() {
+		next = nil
+	}
+	return !sameClaims(next, c.config)
 }
 
 // sameClaims reports whether both claim the same in the same store.
@@ -103,9 +115,12 @@ func (c *claims) do(ctx context.Context, k *config.Config) {
 
 // connect returns who claims, and what ends its connection.
 func (c *claims) connect(ctx context.Context, k *config.Config) (r *claim.Run, end func(), err error) {
-	r = &claim.Run{Emit: c.emit, Log: c.log, Room: func(own []claim.Block) (map[netip.Prefix]claim.Room, error) { return room(c.runDir, own) }}
+	r = &claim.Run{Emit: c.emit, Log: c.log, Room: func(own []claim.Block) (map[netip.Prefix]claim.Room, []netip.Addr, error) { return room(c.runDir, own) }}
 	r.Holder.Pools = k.Pods.Pools()
 	r.Holder.Self.Machine = claim.MachineID()
+	if r.Holder.Incarnation, err = incarnation(c.runDir); err != nil {
+		return nil, nil, err
+	}
 	asked := k.Pods.Addresses
 	end = func() {}
 	switch {
@@ -115,6 +130,10 @@ func (c *claims) connect(ctx context.Context, k *config.Config) (r *claim.Run, e
 			return nil, nil, err
 		}
 		r.Holder.Preferred = node.PodCIDRs
+		if node.MachineID != "" {
+			// As the controller knows it; this process may have a root of its own.
+			r.Holder.Self.Machine = claim.HashMachineID(node.MachineID)
+		}
 		if len(asked) == 0 {
 			asked = node.Addresses
 		}
@@ -157,6 +176,24 @@ func (c *claims) connectCluster(ctx context.Context, k *config.Kubernetes, r *cl
 
 // nodePatience is how long the API server is waited for.
 const nodePatience = 10 * time.Second
+
+// incarnation returns a word for this start of the host: the run directory is empty after
+// the next.
+func incarnation(runDir string) (string, error) {
+	path := filepath.Join(runDir, "incarnation")
+	b, err := os.ReadFile(path)
+	if err == nil && len(b) > 0 {
+		return string(b), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	word := rand.Text()
+	if err := os.MkdirAll(runDir, 0o755); err != nil {
+		return "", err
+	}
+	return word, os.WriteFile(path, []byte(word), 0o644)
+}
 
 // fleetName returns the name of this host.
 func fleetName(h config.Host) (string, error) {
@@ -238,7 +275,7 @@ func (a *Agent) Blocks() ([]api.Block, error) {
 		_, _, why := a.claims.state()
 		return nil, fmt.Errorf("blocks are not known yet: %w", why)
 	}
-	rooms, err := room(a.opts.RunDir, claim.Table{Blocks: byName(k.blocks.Blocks)}.Of(k.blocks.Self))
+	rooms, _, err := room(a.opts.RunDir, claim.Table{Blocks: byName(k.blocks.Blocks)}.Of(k.blocks.Self))
 	if err != nil {
 		return nil, err
 	}
@@ -301,6 +338,9 @@ func (a *Agent) addBlocks(s *api.Status) {
 	s.Blocks = &api.Blocks{Away: since}
 	if why != nil {
 		s.Blocks.Why = why.Error()
+	}
+	if k.blocks != nil && errors.Is(why, claim.ErrCopied) {
+		s.Problems = append(s.Problems, why.Error())
 	}
 	if k.blocks == nil {
 		problem := "no block of addresses is known yet, so that no pod can be added"

@@ -91,6 +91,11 @@ func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	a.mu.Lock()
 	a.invalid, a.loaded = nil, time.Now()
 	a.inbox.file = u
+	if a.claims.differs(u.Config) {
+		now := *a.known
+		now.blocks = nil
+		a.known = &now
+	}
 	a.inbox.follow(service.SourceKubernetes, u.Config.Source.Kubernetes != nil)
 	a.inbox.follow(service.SourceEtcd, u.Config.Source.Etcd != nil)
 	a.mu.Unlock()

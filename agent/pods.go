@@ -10,6 +10,7 @@ import (
 
 	"github.com/pentad/pentad/claim"
 	"github.com/pentad/pentad/config"
+	"github.com/pentad/pentad/ipam"
 	"github.com/pentad/pentad/plane/pod"
 	"github.com/pentad/pentad/plane/pod/attach"
 	"github.com/pentad/pentad/service"
@@ -27,9 +28,9 @@ func wantPods(k *known) (pod.Want, bool) {
 		return w, false
 	}
 	w.Claimed, w.Self = true, hostName(k.blocks.Self)
-	w.Config.Hosts = hostsOf(k.blocks.Blocks, k.blocks.Self, w.Config.Overlay)
+	w.Config.Hosts = hostsOf(k.blocks.Blocks, k.blocks.Self, w.Config)
 	for _, b := range k.blocks.Blocks {
-		if b.Owner != k.blocks.Self || !b.Draining {
+		if b.Owner != k.blocks.Self || !b.Draining && !isContested(b, k) {
 			continue
 		}
 		if w.Closed == nil {
@@ -40,6 +41,12 @@ func wantPods(k *known) (pod.Want, bool) {
 		}
 	}
 	return w, true
+}
+
+// isContested reports whether another host has a part of a block of this one. Those that
+// the ranges are cut into have no parts that are another's.
+func isContested(b claim.Block, k *known) bool {
+	return slices.ContainsFunc(k.blocks.Blocks, func(o claim.Block) bool { return o.Owner != b.Owner && o.Overlaps(b.Block) })
 }
 
 // hostName tells a host from all others, also from another machine of the same name.
@@ -53,19 +60,51 @@ func hostName(o claim.Owner) string {
 // markOf tells one decision to drain a block from others.
 func markOf(b claim.Block) string { return fmt.Sprintf("%s/%d", b.ID, b.Epoch) }
 
+// sound returns the blocks to whose owners packets may be led: those of this host, those
+// that the ranges are cut into, and others of the ranges that are nobody's besides (ranges
+// were cut otherwise once). Whoever writes objects cannot draw packets to other networks,
+// nor those to a block that another host has as it should be.
+func sound(blocks []claim.Block, self claim.Owner, c config.Pods) (all []claim.Block) {
+	pools := c.Pools()
+	isRegular := func(b claim.Block) bool {
+		return slices.ContainsFunc(pools, func(p ipam.BlockPool) bool {
+			is, ok := p.Find(b.Name())
+			return ok && (b.V6 == is.V6 || !b.V6.IsValid())
+		})
+	}
+	var odd []claim.Block
+	for _, b := range blocks {
+		switch {
+		case b.Owner.Name == "":
+		case b.Owner == self, isRegular(b):
+			all = append(all, b)
+		default:
+			odd = append(odd, b)
+		}
+	}
+	for _, b := range odd {
+		outside := slices.ContainsFunc(b.Prefixes(), func(p netip.Prefix) bool {
+			return !slices.ContainsFunc(c.Ranges, func(r netip.Prefix) bool { return r.Bits() <= p.Bits() && r.Contains(p.Addr()) })
+		})
+		if !outside && !slices.ContainsFunc(all, func(o claim.Block) bool { return o.Overlaps(b.Block) }) {
+			all = append(all, b)
+		}
+	}
+	return all
+}
+
 // hostsOf returns the hosts that have blocks, sorted by name. Of addresses those come
 // first that are of the family of this host's first one: tunnels go between them. A host
 // that does not say where it is cannot be reached, and is left out where that matters.
-func hostsOf(blocks []claim.Block, self claim.Owner, overlay config.Overlay) (hosts []config.PodHost) {
-	for _, b := range blocks {
-		if b.Owner.Name == "" {
-			continue
-		}
+func hostsOf(blocks []claim.Block, self claim.Owner, c config.Pods) (hosts []config.PodHost) {
+	index := make(map[string]int)
+	for _, b := range sound(blocks, self, c) {
 		name := hostName(b.Owner)
-		i := slices.IndexFunc(hosts, func(h config.PodHost) bool { return h.Name == name })
-		if i < 0 {
+		i, ok := index[name]
+		if !ok {
+			i = len(hosts)
+			index[name] = i
 			hosts = append(hosts, config.PodHost{Name: name})
-			i = len(hosts) - 1
 		}
 		h := &hosts[i]
 		h.Blocks = append(h.Blocks, b.Prefixes()...)
@@ -75,7 +114,7 @@ func hostsOf(blocks []claim.Block, self claim.Owner, overlay config.Overlay) (ho
 	}
 	slices.SortFunc(hosts, func(a, b config.PodHost) int { return strings.Compare(a.Name, b.Name) })
 	own := slices.IndexFunc(hosts, func(h config.PodHost) bool { return h.Name == hostName(self) })
-	if overlay != config.OverlayVXLAN || own < 0 || len(hosts[own].Addresses) == 0 {
+	if c.Overlay != config.OverlayVXLAN || own < 0 || len(hosts[own].Addresses) == 0 {
 		return hosts
 	}
 	outer := service.FamilyOf(hosts[own].Addresses[0])
@@ -111,21 +150,31 @@ func (a *Agent) onBlocks(v claim.View) {
 	a.tell(map[string]bool{"pods": true}, func(k *known) { k.blocks = &v })
 }
 
-// room tells what this host does with its blocks.
-func room(runDir string, own []claim.Block) (map[netip.Prefix]claim.Room, error) {
+// room tells what this host does with its blocks, and which addresses of pods are in none.
+func room(runDir string, own []claim.Block) (rooms map[netip.Prefix]claim.Room, strays []netip.Addr, err error) {
 	all, err := attach.List()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	rooms := make(map[netip.Prefix]claim.Room, len(own))
-	var errs []error
-	for _, b := range own {
-		var r claim.Room
-		for _, a := range all {
-			if b.Contains(a.V4) || b.Contains(a.V6) {
-				r.Used++
+	used := make(map[netip.Prefix]int, len(own))
+	for _, a := range all {
+		for _, x := range []netip.Addr{a.V4, a.V6} {
+			if !x.IsValid() {
+				continue
+			}
+			i := slices.IndexFunc(own, func(b claim.Block) bool { return b.Contains(x) })
+			switch {
+			case i < 0:
+				strays = append(strays, x)
+			case x == a.V4 || !own[i].Contains(a.V4):
+				used[own[i].Name()]++ // a pod counts once in a block
 			}
 		}
+	}
+	rooms = make(map[netip.Prefix]claim.Room, len(own))
+	var errs []error
+	for _, b := range own {
+		r := claim.Room{Used: used[b.Name()]}
 		if b.Draining && r.Used == 0 {
 			r.Closed, err = attach.IsClosed(filepath.Join(runDir, pod.NetworkFile), b.Block, markOf(b))
 			if !errors.Is(err, attach.ErrNoNetwork) {
@@ -134,5 +183,5 @@ func room(runDir string, own []claim.Block) (map[netip.Prefix]claim.Room, error)
 		}
 		rooms[b.Name()] = r
 	}
-	return rooms, errors.Join(errs...)
+	return rooms, strays, errors.Join(errs...)
 }

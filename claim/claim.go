@@ -36,6 +36,9 @@ type Block struct {
 	Addresses []netip.Addr // by which other hosts reach the owner, one of a family
 	Draining  bool         // no more addresses of it are given; it will be free
 	Epoch     uint64       // how often the owner has confirmed that it is there
+	// Incarnation is the start of the owner that wrote it last. Two that live at the same
+	// time are two machines, one of which is a copy of the other.
+	Incarnation string
 
 	ID       string // of the object: it never comes again
 	Revision string // of the object's last write
@@ -43,7 +46,7 @@ type Block struct {
 
 // Equal reports whether both say the same, whatever their revisions are.
 func (b Block) Equal(o Block) bool {
-	return b.Block == o.Block && b.Owner == o.Owner && slices.Equal(b.Addresses, o.Addresses) && b.Draining == o.Draining && b.Epoch == o.Epoch && b.ID == o.ID
+	return b.Block == o.Block && b.Owner == o.Owner && slices.Equal(b.Addresses, o.Addresses) && b.Draining == o.Draining && b.Epoch == o.Epoch && b.Incarnation == o.Incarnation && b.ID == o.ID
 }
 
 // Errors of stores.

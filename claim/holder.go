@@ -1,6 +1,8 @@
 package claim
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"net/netip"
@@ -17,6 +19,14 @@ type Holder struct {
 	Pools     []ipam.BlockPool
 	Addresses []netip.Addr   // by which other hosts reach this one
 	Preferred []netip.Prefix // names of blocks that are claimed before others
+	// Incarnation tells this start of this host from others.
+	Incarnation string
+	// Only says that nothing but this host's start is written, as long as it is not known
+	// whether a copy of this host lives.
+	Only bool
+	// Strays are addresses of this host's pods that are in none of its blocks: objects are
+	// gone that should be there.
+	Strays []netip.Addr
 	// Confirm holds blocks, by ID, with their epochs when this host had been without its
 	// store for so long that others might think it gone. They are written once more, so
 	// that whoever is about to free one has to look again.
@@ -81,6 +91,9 @@ func (e *ExhaustedError) Error() string {
 // comes with a write that helps, if there is one.
 func (h *Holder) Next(t Table, room func(Block) Room, now time.Time) (Write, error) {
 	mine := t.Of(h.Self)
+	if h.Only {
+		return h.begin(mine), nil
+	}
 	h.noteEmpty(mine, room, now)
 	for _, b := range mine {
 		if b.Draining && room(b).Closed {
@@ -92,6 +105,13 @@ func (h *Holder) Next(t Table, room func(Block) Room, now time.Time) (Write, err
 			return w, nil
 		}
 	}
+	w, strayed := h.reclaim(t)
+	if w.Verb != Nothing {
+		return w, strayed
+	}
+	if w, err := h.part(t, mine, room); w.Verb != Nothing || err != nil {
+		return w, errors.Join(strayed, err)
+	}
 	free := 0
 	for _, b := range mine {
 		if h.usable(b) {
@@ -102,7 +122,100 @@ func (h *Holder) Next(t Table, room func(Block) Room, now time.Time) (Write, err
 	if w.Verb == Nothing {
 		w = h.shrink(mine, room, free, now)
 	}
-	return w, err
+	return w, errors.Join(strayed, err)
+}
+
+// reclaim makes the objects again that pods of this host need: somebody has deleted them.
+func (h *Holder) reclaim(t Table) (Write, error) {
+	var errs []error
+	for _, a := range h.Strays {
+		b, ok := h.around(a)
+		if !ok {
+			continue // of a range that is gone: nobody else gets it
+		}
+		if h.isFree(t, b) {
+			return Write{Create, Block{Block: b, Owner: h.Self, Addresses: h.Addresses, Epoch: 1, Incarnation: h.Incarnation}, "a pod of this host has the address " + a.String()}, nil
+		}
+		errs = append(errs, fmt.Errorf("a pod of this host has the address %s, which is in a block of %s: packets to it go there; delete the pod", a, t.ownerOf(a)))
+	}
+	return Write{}, errors.Join(errs...)
+}
+
+// around returns the block of the pools that has an address.
+func (h *Holder) around(a netip.Addr) (ipam.Block, bool) {
+	for _, p := range h.Pools {
+		of := p.V4
+		if a.Is6() {
+			of = p.V6
+		}
+		if !of.IsValid() || !of.Contains(a) {
+			continue
+		}
+		if a.Is6() && p.V4.IsValid() {
+			return p.FindV6(a)
+		}
+		name, err := a.Prefix(a.BitLen() - p.HostBits)
+		if err != nil {
+			return ipam.Block{}, false
+		}
+		return p.Find(name)
+	}
+	return ipam.Block{}, false
+}
+
+// ownerOf returns the name of the host that has an address.
+func (t Table) ownerOf(a netip.Addr) string {
+	for _, b := range t.Blocks {
+		if b.Contains(a) {
+			return cmp.Or(b.Owner.Name, "nobody")
+		}
+	}
+	return "somebody"
+}
+
+// part gives up a block of which another host has a part: ranges were cut otherwise, and
+// hosts claimed at the same moment. While pods have addresses of it people have to decide.
+func (h *Holder) part(t Table, mine []Block, room func(Block) Room) (Write, error) {
+	odd := h.odd(t)
+	for _, b := range mine {
+		i := slices.IndexFunc(odd, func(o Block) bool { return o.Owner != h.Self && o.Overlaps(b.Block) })
+		others := ""
+		if i >= 0 {
+			others = odd[i].Owner.Name
+		} else if now, ok := h.find(b.Name()); !ok || now != b.Block {
+			others = t.overlapping(b)
+		}
+		switch {
+		case others == "" || b.Draining:
+		case room(b).Used > 0:
+			return Write{}, fmt.Errorf("the block %s is this host's and in part that of %s; pods have addresses of it here: delete them, or those there", b.Name(), others)
+		default:
+			b.Draining, b.Epoch = true, b.Epoch+1
+			return Write{Update, b, "it is in part that of " + others}, nil
+		}
+	}
+	return Write{}, nil
+}
+
+// overlapping returns the name of another owner who has a part of a block.
+func (t Table) overlapping(b Block) string {
+	for _, o := range t.Blocks {
+		if o.Owner != b.Owner && o.Overlaps(b.Block) {
+			return cmp.Or(o.Owner.Name, "nobody")
+		}
+	}
+	return ""
+}
+
+// begin writes this start of the host into its blocks, one after the other.
+func (h *Holder) begin(mine []Block) Write {
+	for _, b := range mine {
+		if b.Incarnation != h.Incarnation {
+			b.Incarnation, b.Epoch = h.Incarnation, b.Epoch+1
+			return Write{Update, b, "this host has been started"}
+		}
+	}
+	return Write{}
 }
 
 // usable reports whether addresses of a block of this host are given.
@@ -135,6 +248,7 @@ func slots(b Block) int {
 // refresh writes what others have to know of a block.
 func (h *Holder) refresh(t Table, b Block) (Write, bool) {
 	next := b
+	next.Incarnation = h.Incarnation
 	if len(h.Addresses) > 0 {
 		next.Addresses = h.Addresses
 	}
@@ -146,7 +260,7 @@ func (h *Holder) refresh(t Table, b Block) (Write, bool) {
 	if confirm = confirm && b.Epoch <= epoch; next.Equal(b) && !confirm {
 		return Write{}, false
 	}
-	why := "this host has another address"
+	why := "this host has another address, or there is another range"
 	if next.Equal(b) {
 		why = "this host has not heard of the store for long"
 	}
@@ -158,7 +272,7 @@ func (h *Holder) refresh(t Table, b Block) (Write, bool) {
 func (h *Holder) grow(t Table, mine []Block, free int) (Write, error) {
 	wanted := spare
 	if len(h.Pools) > 0 {
-		wanted = min(spare, slots(Block{Block: h.Pools[0].Block(0)}))
+		wanted = min(spare, max(1, slots(Block{Block: h.Pools[0].Block(0)})/2))
 	}
 	if free >= wanted {
 		return Write{}, nil
@@ -173,7 +287,7 @@ func (h *Holder) grow(t Table, mine []Block, free int) (Write, error) {
 	if !ok {
 		return Write{}, h.exhausted(t)
 	}
-	return Write{Create, Block{Block: next, Owner: h.Self, Addresses: h.Addresses, Epoch: 1}, "it is needed"}, nil
+	return Write{Create, Block{Block: next, Owner: h.Self, Addresses: h.Addresses, Epoch: 1, Incarnation: h.Incarnation}, "it is needed"}, nil
 }
 
 func (h *Holder) exhausted(t Table) error {
@@ -188,13 +302,16 @@ func (h *Holder) exhausted(t Table) error {
 // are gone through in their order.
 const draws = 16
 
+// mostTried bounds that: more blocks beside each other that are all given there are not,
+// unless somebody has one that is as large as all of them.
+const mostTried = 1 << 16
+
 // choose returns a block that is nobody's. Each host tries them in an order of its own, so
 // that hosts that look at the same moment hardly ever meet.
 func (h *Holder) choose(t Table) (ipam.Block, bool) {
 	odd := h.odd(t)
 	free := func(b ipam.Block) bool {
-		_, taken := t.Blocks[b.Name()]
-		return !taken && !t.Bad[Key(b.Name())] && !slices.ContainsFunc(odd, b.Overlaps)
+		return t.lacks(b) && !slices.ContainsFunc(odd, func(o Block) bool { return b.Overlaps(o.Block) })
 	}
 	for _, name := range h.Preferred {
 		if b, ok := h.find(name); ok && free(b) {
@@ -210,7 +327,7 @@ func (h *Holder) choose(t Table) (ipam.Block, bool) {
 				return b, true
 			}
 		}
-		for i := range n {
+		for i := range min(n, mostTried) {
 			if b := p.Block((start + i) % n); free(b) {
 				return b, true
 			}
@@ -219,15 +336,42 @@ func (h *Holder) choose(t Table) (ipam.Block, bool) {
 	return ipam.Block{}, false
 }
 
+// lacks reports whether there is no object of the name of a block.
+func (t Table) lacks(b ipam.Block) bool {
+	_, taken := t.Blocks[b.Name()]
+	return !taken && (len(t.Bad) == 0 || !t.Bad[Key(b.Name())])
+}
+
+// isFree reports whether nobody has a block or a part of it.
+func (h *Holder) isFree(t Table, b ipam.Block) bool {
+	return t.lacks(b) && !slices.ContainsFunc(h.odd(t), func(o Block) bool { return b.Overlaps(o.Block) })
+}
+
 // odd returns the blocks of a table that are not as the pools cut them, because the pools
-// were others once: what they overlap with is not known by name.
-func (h *Holder) odd(t Table) (all []ipam.Block) {
+// were others once: what they overlap with is not known by name. Of what reaches beyond the
+// pools no pod of anybody has an address.
+func (h *Holder) odd(t Table) (all []Block) {
 	for name, b := range t.Blocks {
-		if now, ok := h.find(name); !ok || now != b.Block {
-			all = append(all, b.Block)
+		if now, ok := h.find(name); (!ok || now != b.Block) && h.within(b) {
+			all = append(all, b)
 		}
 	}
+	slices.SortFunc(all, byName)
 	return all
+}
+
+// within reports whether a block lies in the pools.
+func (h *Holder) within(b Block) bool {
+	return slices.ContainsFunc(b.Prefixes(), func(p netip.Prefix) bool {
+		return slices.ContainsFunc(h.Pools, func(pool ipam.BlockPool) bool {
+			for _, of := range []netip.Prefix{pool.V4, pool.V6} {
+				if of.IsValid() && of.Bits() <= p.Bits() && of.Contains(p.Addr()) {
+					return true
+				}
+			}
+			return false
+		})
+	})
 }
 
 // others returns all blocks but one.
@@ -272,8 +416,10 @@ func (h *Holder) shrink(mine []Block, room func(Block) Room, free int, now time.
 	if slices.ContainsFunc(mine, func(b Block) bool { return b.Draining && h.pooled(b) }) {
 		return Write{}
 	}
+	hasAnother := len(h.Pools) == 0 || slices.ContainsFunc(mine, func(b Block) bool { return h.usable(b) && room(b).Used < slots(b) })
 	for _, b := range mine {
-		if !b.Draining && !h.pooled(b) {
+		// Without another one its pods would find no place.
+		if !b.Draining && !h.pooled(b) && hasAnother {
 			b.Draining, b.Epoch = true, b.Epoch+1
 			return Write{Update, b, "it is in none of pods.ranges"}
 		}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/pentad/pentad/ipam"
@@ -17,11 +18,13 @@ type Record struct {
 	Addresses []netip.Addr   `json:"addresses,omitempty"`
 	Draining  bool           `json:"draining,omitempty"`
 	Epoch     uint64         `json:"epoch"`
+
+	Incarnation string `json:"incarnation,omitempty"`
 }
 
 // RecordOf returns how a block is written.
 func RecordOf(b Block) Record {
-	return Record{Prefixes: b.Prefixes(), Host: b.Owner.Name, Machine: b.Owner.Machine, Addresses: b.Addresses, Draining: b.Draining, Epoch: b.Epoch}
+	return Record{Prefixes: b.Prefixes(), Host: b.Owner.Name, Machine: b.Owner.Machine, Addresses: b.Addresses, Draining: b.Draining, Epoch: b.Epoch, Incarnation: b.Incarnation}
 }
 
 // Key is the name of a block's object: a name that Kubernetes and etcd take.
@@ -58,7 +61,13 @@ func (r Record) Block(key string) (Block, error) {
 	if r.Host == "" {
 		return Block{Block: b.Block}, fmt.Errorf("block %s: it does not say whose it is; nobody takes it", key)
 	}
-	b.Owner, b.Addresses, b.Draining, b.Epoch = Owner{r.Host, r.Machine}, r.Addresses, r.Draining, r.Epoch
+	b.Owner, b.Draining, b.Epoch, b.Incarnation = Owner{r.Host, r.Machine}, r.Draining, r.Epoch, r.Incarnation
+	for _, a := range r.Addresses {
+		if !a.IsGlobalUnicast() || a.Is4In6() || a.Zone() != "" || slices.ContainsFunc(b.Addresses, func(o netip.Addr) bool { return o.Is4() == a.Is4() }) {
+			return b, fmt.Errorf("block %s: %v are not addresses of a host, one of a family; nothing leads there by those", key, r.Addresses)
+		}
+		b.Addresses = append(b.Addresses, a)
+	}
 	return b, nil
 }
 

@@ -28,8 +28,9 @@ func (v View) Equal(o View) bool {
 type Run struct {
 	Store  Store
 	Holder Holder
-	// Room tells of each block of this host what it does with it.
-	Room func([]Block) (map[netip.Prefix]Room, error)
+	// Room tells of each block of this host what it does with it, and which addresses pods
+	// have that are in none.
+	Room func([]Block) (map[netip.Prefix]Room, []netip.Addr, error)
 	// Addresses returns those by which other hosts reach this one; it is called now and
 	// then. None: they stay as they were.
 	Addresses func() []netip.Addr
@@ -44,12 +45,17 @@ type Run struct {
 	why   error
 	shown Table // the last one, for Free
 
+	copied error // a copy of this host lives
+
 	// Owned by the loop.
 	table  *Table // nil: not known, or the store does not answer
 	expect expectation
 	said   string
 	view   *View
 	looked time.Time // at the addresses
+
+	updated map[netip.Prefix]time.Time // when blocks were written last
+	start   start
 }
 
 // Periods.
@@ -60,6 +66,9 @@ const (
 	showPatience   = 10 * time.Second // until a write is seen
 	retryFirst     = 100 * time.Millisecond
 	retryMost      = 5 * time.Second
+	// updateEvery bounds how often one block is written: whoever writes it back, or drops
+	// what is written, has no storm of writes.
+	updateEvery = time.Second
 	// confirmAfter is half of what a host is away before it may be thought gone.
 	confirmAfter = 5 * time.Minute
 )
@@ -71,10 +80,14 @@ type expectation struct {
 	until time.Time
 }
 
-// Away tells since when the store has not answered, and why; zero and nil: it does.
+// Away tells since when the store has not answered, and why; zero and nil: it does. With
+// zero and an error blocks cannot be claimed for another reason.
 func (r *Run) Away() (time.Time, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.copied != nil {
+		return time.Time{}, r.copied
+	}
 	return r.since, r.why
 }
 
@@ -129,12 +142,13 @@ func (r *Run) follow(ctx context.Context, to chan<- *Table) {
 	}
 	backoff := retryFirst
 	for ctx.Err() == nil {
-		err := r.Store.Follow(ctx, func(t Table) {
-			backoff = retryFirst
-			send(&t)
-		})
+		began := time.Now()
+		err := r.Store.Follow(ctx, func(t Table) { send(&t) })
 		if ctx.Err() != nil {
 			return
+		}
+		if time.Since(began) > retryMost {
+			backoff = retryFirst
 		}
 		r.noteAway(err)
 		send(nil)
@@ -164,7 +178,23 @@ func (r *Run) take(ctx context.Context, t *Table) {
 	r.mu.Lock()
 	r.shown = *t
 	r.mu.Unlock()
+	r.begin(*t)
 	r.tell(ctx, *t)
+}
+
+// begin finds out whether a copy of this host lives.
+func (r *Run) begin(t Table) {
+	r.start.look(t.Of(r.Holder.Self), r.Holder.Incarnation, time.Now())
+	r.Holder.Only = !r.start.settled
+	if !r.start.copied {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.copied == nil {
+		r.copied = ErrCopied
+		r.Log.Error(ErrCopied.Error())
+	}
 }
 
 // ErrNone says that nobody has a block.
@@ -199,6 +229,9 @@ func (r *Run) confirm(t Table) {
 }
 
 func (r *Run) tell(ctx context.Context, t Table) {
+	if !r.start.settled {
+		return // another machine may have what looks like this one's
+	}
 	v := View{Self: r.Holder.Self, Blocks: slices.SortedFunc(maps.Values(t.Blocks), byName), Odd: t.Problems, Problem: r.said}
 	if r.view == nil || !r.view.Equal(v) {
 		r.view = &v
@@ -220,15 +253,31 @@ func (r *Run) act(ctx context.Context) {
 			r.Holder.Addresses = all
 		}
 	}
-	rooms, err := r.Room(r.table.Of(r.Holder.Self))
+	was := r.start.settled
+	if r.begin(*r.table); r.start.copied {
+		return
+	}
+	if !was && r.start.settled {
+		r.tell(ctx, *r.table)
+	}
+	rooms, strays, err := r.Room(r.table.Of(r.Holder.Self))
 	if err != nil {
 		r.say(ctx, err)
 		return
 	}
-	w, err := r.Holder.Next(*r.table, func(b Block) Room { return rooms[b.Name()] }, time.Now())
+	r.Holder.Strays = strays
+	now := time.Now()
+	w, err := r.Holder.Next(*r.table, func(b Block) Room { return rooms[b.Name()] }, now)
 	r.say(ctx, err)
-	if w.Verb != Nothing {
-		r.write(ctx, w)
+	if w.Verb == Nothing || w.Verb == Update && now.Sub(r.updated[w.Block.Name()]) < updateEvery {
+		return
+	}
+	r.write(ctx, w)
+	if w.Verb == Update {
+		if r.updated == nil {
+			r.updated = make(map[netip.Prefix]time.Time)
+		}
+		r.updated[w.Block.Name()] = now
 	}
 }
 

@@ -88,7 +88,7 @@ func (f *freer) look(ctx context.Context, now time.Time) error {
 			since = now
 		}
 		f.gone[b.Owner] = since
-		if now.Sub(since) >= f.opts.Quarantine {
+		if now.Sub(since) >= f.opts.Quarantine && f.isGone(ctx, b.Owner) {
 			errs = append(errs, f.free(ctx, u, b))
 		}
 	}
@@ -102,8 +102,18 @@ func (f *freer) exists(o claim.Owner) bool {
 	if err != nil || !ok {
 		return err != nil
 	}
-	id := x.(*corev1.Node).Status.NodeInfo.MachineID
+	return isOf(x.(*corev1.Node), o)
+}
+
+func isOf(n *corev1.Node, o claim.Owner) bool {
+	id := n.Status.NodeInfo.MachineID
 	return id == "" || o.Machine == "" || claim.HashMachineID(id) == o.Machine
+}
+
+// isGone asks once more, and not the memory of this process.
+func (f *freer) isGone(ctx context.Context, o claim.Owner) bool {
+	n, err := f.client.CoreV1().Nodes().Get(ctx, o.Name, metav1.GetOptions{})
+	return apierrors.IsNotFound(err) || err == nil && !isOf(n, o)
 }
 
 func (f *freer) free(ctx context.Context, u *unstructured.Unstructured, b claim.Block) error {

@@ -90,19 +90,39 @@ func (p BlockPool) part(of netip.Prefix, i int) netip.Prefix {
 // Find returns the block that has a name. A prefix of another size, or of another pool,
 // is none.
 func (p BlockPool) Find(name netip.Prefix) (b Block, ok bool) {
+	i, ok := p.index(name)
+	if !ok {
+		return Block{}, false
+	}
+	return p.Block(i), true
+}
+
+// index returns which block has a name.
+func (p BlockPool) index(name netip.Prefix) (int, bool) {
 	of := p.V6
 	if p.V4.IsValid() {
 		of = p.V4
 	}
 	if !name.IsValid() || name != name.Masked() || name.Addr().Is4() != of.Addr().Is4() || !of.Contains(name.Addr()) || name.Bits() != name.Addr().BitLen()-p.HostBits {
-		return Block{}, false
+		return 0, false
 	}
 	at, from := name.Addr().As16(), of.Masked().Addr().As16()
 	low, borrow := bits.Sub64(binary.BigEndian.Uint64(at[8:]), binary.BigEndian.Uint64(from[8:]), 0)
 	high, _ := bits.Sub64(binary.BigEndian.Uint64(at[:8]), binary.BigEndian.Uint64(from[:8]), borrow)
 	i := low>>p.HostBits | high<<(64-p.HostBits)
-	if high>>p.HostBits != 0 || i >= uint64(p.Blocks()) {
+	return int(i), high>>p.HostBits == 0 && i < uint64(p.Blocks())
+}
+
+// FindV6 returns the block that has an IPv6 address, in a pool of both families.
+func (p BlockPool) FindV6(a netip.Addr) (b Block, ok bool) {
+	six := BlockPool{V6: p.V6, HostBits: p.HostBits}
+	name, err := a.Prefix(a.BitLen() - p.HostBits)
+	if err != nil || !p.V6.IsValid() || !p.V6.Contains(a) {
 		return Block{}, false
 	}
-	return p.Block(int(i)), true
+	i, ok := six.index(name)
+	if !ok || i >= p.Blocks() {
+		return Block{}, false
+	}
+	return p.Block(i), true
 }

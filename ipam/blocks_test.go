@@ -58,6 +58,9 @@ func TestBlocksAreApart(t *testing.T) {
 			if back, ok := p.Find(b.Name()); !ok || back != b {
 				t.Fatalf("block %d, %v, is found as %v (%v)", i, b, back, ok)
 			}
+			if back, ok := p.FindV6(b.V6.Addr().Next()); p.V4.IsValid() && (!ok || back != b) {
+				t.Fatalf("block %d, %v, is found by its IPv6 address as %v (%v)", i, b, back, ok)
+			}
 			for _, x := range b.Prefixes() {
 				if x != x.Masked() {
 					t.Fatalf("block %d: %v begins in its middle", i, x)

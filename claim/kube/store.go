@@ -195,6 +195,7 @@ func tableOf(objects map[string]*unstructured.Unstructured, fresh bool) claim.Ta
 type Node struct {
 	Addresses []netip.Addr   // its own, one of a family
 	PodCIDRs  []netip.Prefix // that the cluster gives to its pods
+	MachineID string         // machine-id(5) of the host; empty: its kubelet does not say
 }
 
 // Node asks for a Node.
@@ -207,6 +208,7 @@ func (s *Store) Node(ctx context.Context, name string) (n Node, err error) {
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, &node); err != nil {
 		return n, err
 	}
+	n.MachineID = node.Status.NodeInfo.MachineID
 	for _, a := range node.Status.Addresses {
 		x, err := netip.ParseAddr(a.Address)
 		if a.Type == corev1.NodeInternalIP && err == nil && !slices.ContainsFunc(n.Addresses, func(o netip.Addr) bool { return o.Is4() == x.Is4() }) {

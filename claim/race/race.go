@@ -130,7 +130,7 @@ func (h *racer) use(v claim.View) {
 
 func mark(b claim.Block) string { return fmt.Sprint(b.ID, "/", b.Epoch) }
 
-func (h *racer) room(own []claim.Block) (map[netip.Prefix]claim.Room, error) {
+func (h *racer) room(own []claim.Block) (map[netip.Prefix]claim.Room, []netip.Addr, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	rooms := make(map[netip.Prefix]claim.Room)
@@ -141,7 +141,7 @@ func (h *racer) room(own []claim.Block) (map[netip.Prefix]claim.Room, error) {
 		}
 		rooms[b.Name()] = r
 	}
-	return rooms, nil
+	return rooms, nil, nil
 }
 
 // counting counts what a store does.

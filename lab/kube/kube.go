@@ -224,6 +224,26 @@ func (c *Cluster) AccountKubeconfig(ctx context.Context, namespace, account stri
 	return c.writeKubeconfig(namespace+"-"+account, &clientcmdapi.AuthInfo{Token: t.Status.Token})
 }
 
+// PodKubeconfig writes how a pod of a service account on a node reaches the API server:
+// its token says which node that is. The pod is made for it, and never runs.
+func (c *Cluster) PodKubeconfig(ctx context.Context, namespace, account, node string) (string, error) {
+	pod, err := c.Client.CoreV1().Pods(namespace).Create(ctx, &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: account + "-" + node},
+		Spec:       corev1.PodSpec{NodeName: node, ServiceAccountName: account, Containers: []corev1.Container{{Name: "main", Image: "none"}}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return "", err
+	}
+	hour := int64(3600)
+	t, err := c.Client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
+		ExpirationSeconds: &hour, BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: pod.UID},
+	}}, metav1.CreateOptions{})
+	if err != nil {
+		return "", fmt.Errorf("token of %s/%s: %w", namespace, pod.Name, err)
+	}
+	return c.writeKubeconfig(namespace+"-"+pod.Name, &clientcmdapi.AuthInfo{Token: t.Status.Token})
+}
+
 func (c *Cluster) writeKubeconfig(name string, who *clientcmdapi.AuthInfo) (string, error) {
 	path := filepath.Join(c.Host.Dir, name+".kubeconfig")
 	return path, clientcmd.WriteToFile(clientcmdapi.Config{

@@ -75,6 +75,9 @@ func selfIn(hosts []config.PodHost, own map[netip.Addr]bool) (config.PodHost, er
 func reachOf(c config.Pods, self string) reach {
 	r := reach{hops: make(map[netip.Prefix]hop), tunnel: c.Overlay == config.OverlayVXLAN}
 	for _, h := range c.Hosts {
+		if len(h.Addresses) == 0 {
+			continue // one that does not say where it is
+		}
 		n := neighbourOf(h)
 		if h.Name == self {
 			r.own = n
@@ -342,7 +345,12 @@ func (r reach) setRoutes(index int) error {
 		if h.onLink {
 			route.LinkIndex, route.Flags = index, int(netlink.FLAG_ONLINK)
 		}
-		if err := netlink.RouteReplace(route); err != nil {
+		// What somebody else has made is not replaced.
+		set := netlink.RouteAdd
+		if _, ours := there[p]; ours {
+			set = netlink.RouteReplace
+		}
+		if err := set(route); err != nil {
 			errs = append(errs, fmt.Errorf("the route to %s by %s: %w", p, h.via, err))
 		}
 		delete(there, p)

@@ -57,9 +57,13 @@ func settingsIn(runDir string) host.Settings {
 
 // forwardingFor lets this host pass on what pods send, of the families that they have: a
 // host that forwards IPv6 takes no routes from routers that advertise themselves.
-func forwardingFor(c config.Pods) []host.Setting {
+func forwardingFor(w Want) []host.Setting {
 	all := []host.Setting{{Name: "net/ipv4/ip_forward", Value: 1, Least: true}}
-	if slices.ContainsFunc(c.All(), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+	pods := w.Config.All()
+	if w.Claimed {
+		pods = w.Config.Ranges // whatever others have
+	}
+	if slices.ContainsFunc(pods, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
 		all = append(all, host.Setting{Name: "net/ipv6/conf/all/forwarding", Value: 1, Least: true})
 	}
 	return all
@@ -85,7 +89,7 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.want = nil
-	for _, s := range forwardingFor(want.Config) {
+	for _, s := range forwardingFor(want) {
 		was, changed, err := settingsIn(p.runDir).Set(s)
 		if err != nil {
 			return err
@@ -98,16 +102,20 @@ func (p *Plane) Apply(_ context.Context, want Want) error {
 	if err != nil {
 		return err
 	}
-	errs := []error{setDiscards(discardsOf(want.Config, own)), setTable(want.Config, r), r.apply(n.MTU)}
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(setDiscards(discardsOf(want.Config, own)), setTable(want.Config, r)); err != nil {
 		return err
 	}
-	// Plugins use it from now on: all that it promises is there.
+	// Another host that cannot be reached is no reason to add no pods.
+	elsewhere := r.apply(n.MTU)
+	// Plugins use it from now on.
 	if err := n.Write(filepath.Join(p.runDir, NetworkFile)); err != nil {
+		return errors.Join(elsewhere, err)
+	}
+	if err := errors.Join(elsewhere, repair()); err != nil {
 		return err
 	}
 	p.want, p.network, p.reach, p.own = &want, n, r, own
-	return repair()
+	return nil
 }
 
 // resolve returns what plugins have to know, how other hosts are reached, and the blocks of

@@ -78,9 +78,9 @@ const (
 // ends. An etcd that is away is no reason to emit anything.
 func (s *Source) Run(ctx context.Context, emit func(source.Update)) {
 	for backoff := retryFirst; ctx.Err() == nil; backoff = min(2*backoff, retryMost) {
+		began := time.Now()
 		err := s.follower.Do(ctx, func(c Change) {
 			s.note(nil)
-			backoff = retryFirst
 			s.take(c)
 			emit(s.update())
 		})
@@ -88,6 +88,9 @@ func (s *Source) Run(ctx context.Context, emit func(source.Update)) {
 			return
 		}
 		s.note(err)
+		if time.Since(began) > retryMost {
+			backoff = retryFirst
+		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(backoff):

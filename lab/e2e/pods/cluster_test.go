@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/pentad/pentad/claim"
 	claimkube "github.com/pentad/pentad/claim/kube"
@@ -28,7 +30,7 @@ type clustered struct {
 	t       *testing.T
 	cluster *kube.Cluster
 	nodes   []*node
-	config  string // of the agents; %d is the number of the node
+	configs []string // of the agents
 }
 
 func newClustered(t *testing.T, nodes int) *clustered {
@@ -71,13 +73,23 @@ func newClustered(t *testing.T, nodes int) *clustered {
 			t.Fatal(err)
 		}
 		c.nodes = append(c.nodes, n)
+		c.configs = append(c.configs, c.configOf(i))
 	}
-	kubeconfig, err := c.cluster.AccountKubeconfig(t.Context(), "kube-system", "pentad")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.config = "source: {kubernetes: {kubeconfig: " + kubeconfig + ", node: node-%d}}\npods: {overlay: vxlan, blockSize: 24, ranges: [10.244.0.0/16, '2001:db8:244::/112']}\n"
 	return c
+}
+
+// kubeconfig is that of a node's agent.
+func (c *clustered) kubeconfig(i int) string {
+	c.t.Helper()
+	path, err := c.cluster.PodKubeconfig(c.t.Context(), "kube-system", "pentad", fmt.Sprint("node-", i))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return path
+}
+
+func (c *clustered) configOf(i int) string {
+	return fmt.Sprintf("source: {kubernetes: {kubeconfig: %s, node: node-%d}}\npods: {overlay: vxlan, blockSize: 24, ranges: [10.244.0.0/16, '2001:db8:244::/112']}\n", c.kubeconfig(i), i)
 }
 
 func (c *clustered) blocks() (map[string]string, error) {
@@ -109,7 +121,7 @@ func TestBlocksOfNodes(t *testing.T) {
 	c := newClustered(t, 2)
 	var pods [2]*pod
 	for i, n := range c.nodes {
-		n.RunAgent(fmt.Sprintf(c.config, i))
+		n.RunAgent(c.configs[i])
 		n.mayAdd()
 		pods[i] = n.newPod()
 		n.add(pods[i])
@@ -153,8 +165,28 @@ func TestBlocksOfNodes(t *testing.T) {
 	if err := c.cluster.Ready(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	c.nodes[0].RunAgent(fmt.Sprintf(c.config, 0))
+	c.nodes[0].RunAgent(c.configs[0])
 	connected()
+
+	// A node writes blocks of its own, and nobody else's.
+	rest, err := clientcmd.BuildConfigFromFlags("", filepath.Join(c.cluster.Host.Dir, "kube-system-pentad-node-1.kubeconfig"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rest.Dial = c.cluster.Config.Dial
+	thief, err := claimkube.New(rest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, allowed := range map[string]bool{"node-0": false, "node-1": true} {
+		b := claim.Block{Block: ipam.Block{V4: netip.MustParsePrefix("10.244.200.0/24")}, Owner: claim.Owner{Name: name}, Epoch: 1}
+		if err := thief.Create(t.Context(), b); (err == nil) != allowed {
+			t.Errorf("node-1 makes a block of %s: %v", name, err)
+		}
+	}
+	if err := c.cluster.Client.Discovery().RESTClient().Delete().AbsPath("/apis/pentad.io/v1alpha1/addressblocks/10-244-200-0-24").Do(t.Context()).Error(); err != nil {
+		t.Error(err)
+	}
 
 	controller, err := c.cluster.AccountKubeconfig(t.Context(), "kube-system", "pentad-controller")
 	if err != nil {
