@@ -227,7 +227,7 @@ func TestBlocksOfNodes(t *testing.T) {
 func TestClaimsRaceInCluster(t *testing.T) {
 	t.Parallel()
 	c := newClustered(t, 0)
-	r := race.Race{Hosts: 16, Claims: 300, Wanted: 3, Life: 1500 * time.Millisecond, Pool: ipam.BlockPool{V4: netip.MustParsePrefix("10.0.0.0/16"), HostBits: 6}, Store: func() (claim.Store, error) {
+	r := race.Race{Hosts: 16, Claims: 120, Wanted: 3, Life: 1500 * time.Millisecond, Pool: ipam.BlockPool{V4: netip.MustParsePrefix("10.0.0.0/16"), HostBits: 6}, Store: func() (claim.Store, error) {
 		return claimkube.New(c.cluster.Config)
 	}}
 	began := time.Now()
