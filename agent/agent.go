@@ -81,6 +81,7 @@ type Agent struct {
 	published   time.Time // when something was last
 	goodParts   map[string]config.Part
 	texts       chan *config.Text
+	unsaved     unsaved
 
 	mu      sync.Mutex // guards what follows, which the API reads
 	known   *known
@@ -168,7 +169,11 @@ func (a *Agent) run(ctx context.Context, from *file.Source, first source.Update)
 	if err := a.serveSocket(ctx); err != nil {
 		return err
 	}
-	a.tasks.Go(func() { a.saveTexts(ctx) })
+	a.tasks.Go(a.saveTexts)
+	defer func() {
+		a.queueText()
+		close(a.texts)
+	}()
 	tellManager(daemon.SdNotifyReady)
 	a.tasks.Go(func() { a.watchdog(ctx) })
 	a.tasks.Go(func() { a.monitor.Run(ctx) })

@@ -87,7 +87,6 @@ func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	if a.invalid != nil {
 		a.log.Info("the configuration is valid again, and in force", "source", "file")
 	}
-	a.saveText(u)
 	a.mu.Lock()
 	a.invalid, a.loaded = nil, time.Now()
 	a.inbox.file = u
@@ -100,6 +99,7 @@ func (a *Agent) takeFile(ctx context.Context, u source.Update) {
 	a.inbox.follow(service.SourceEtcd, u.Config.Source.Etcd != nil)
 	a.mu.Unlock()
 	a.publish()
+	a.saveText(u)
 	a.states.prune(a.known.services, a.mayComeBack)
 	a.saveDrains() // a service may have another name
 	a.watch.tidy = true
@@ -241,6 +241,7 @@ func (a *Agent) onOutcome(o outcome) {
 	a.noteStanding(o)
 	a.answerDrains()
 	a.answerReloads()
+	a.queueTried()
 	if o.verified {
 		a.giveBack()
 	}

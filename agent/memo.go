@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -193,8 +192,16 @@ func loadText(opts Options) *config.Text {
 	return &t
 }
 
-// saveText has the text of what is in force saved, off the loop: it may be long. Only the
-// newest counts. Of included files that are not valid it is what was in force before.
+// unsaved is a text that is in force and not saved yet.
+type unsaved struct {
+	text   *config.Text // nil: there is none
+	number uint64       // of what was published with it
+}
+
+// saveText has the text of what was published last saved, off the loop: it may be long.
+// It waits until the roles have tried what it says: they come first, and a small host has
+// no processor to spare. Only the newest counts. Of included files that are not valid it
+// is what was in force before.
 func (a *Agent) saveText(u source.Update) {
 	if a.opts.StateDir == "" || u.Text == nil {
 		return
@@ -216,7 +223,7 @@ func (a *Agent) saveText(u source.Update) {
 	a.goodParts = good
 	// Forced or not: it is in force now.
 	_ = os.Remove(filepath.Join(a.opts.StateDir, heldFile))
-	a.queueText(&t)
+	a.unsaved = unsaved{&t, a.known.number}
 }
 
 // goodPart returns an included file as it was in force last.
@@ -234,27 +241,32 @@ func (a *Agent) goodPart(name string) (config.Part, bool) {
 	return config.Part{}, false
 }
 
-func (a *Agent) queueText(t *config.Text) {
+// queueTried has a text saved once the roles have tried it.
+func (a *Agent) queueTried() {
+	if a.unsaved.text == nil {
+		return
+	}
+	if done, _ := a.outcomeOf(a.unsaved.number); done {
+		a.queueText()
+	}
+}
+
+// queueText has a text saved whatever became of it.
+func (a *Agent) queueText() {
+	if a.unsaved.text == nil {
+		return
+	}
 	select {
 	case <-a.texts:
 	default:
 	}
-	a.texts <- t
+	a.texts <- a.unsaved.text
+	a.unsaved = unsaved{}
 }
 
-// saveTexts saves what it is told to until the context ends.
-func (a *Agent) saveTexts(ctx context.Context) {
-	for {
-		var t *config.Text
-		select {
-		case t = <-a.texts:
-		case <-ctx.Done():
-			select {
-			case t = <-a.texts: // the last one
-			default:
-				return
-			}
-		}
+// saveTexts saves what it is told to until nobody has anything to tell any more.
+func (a *Agent) saveTexts() {
+	for t := range a.texts {
 		raw, err := json.Marshal(t)
 		if err == nil {
 			err = replaceFile(filepath.Join(a.opts.StateDir, textFile), raw)
