@@ -224,11 +224,11 @@ func (a *Agent) publish() {
 // rename takes what is known of backends along when their service changes its name. It
 // returns the services that have another name, new to old.
 func (a *Agent) rename(services []*service.Service) map[string]string {
-	last := a.known.services.Services
+	last := a.known.services
 	if a.known.number == 0 {
-		last = a.recalled
+		last = last.Next(a.recalled)
 	}
-	names := service.Renamed(last, services)
+	names := last.Renamed(services)
 	if len(names) > 0 {
 		a.states = a.states.renamed(names)
 	}

@@ -7,10 +7,20 @@ import (
 
 // Renamed returns the services of to that are services of from under another name,
 // as new name to old. What makes a service the same is where it listens: a name is
-// for people, and what is known of its connections and backends outlives it. It costs
-// little where few have changed and both are in the order of their names.
+// for people, and what is known of its connections and backends outlives it.
 func Renamed(from, to []*Service) map[string]string {
-	return renamedOf(moved(ordered(from), ordered(to)))
+	return (&Snapshot{}).Next(from).Renamed(to)
+}
+
+// Renamed is that function for services that follow a snapshot. It costs little where
+// few have changed and they are in the order of their names: of those that are as they
+// were not even the names are looked at.
+func (s *Snapshot) Renamed(to []*Service) map[string]string {
+	if !s.sorts(to) {
+		to = slices.Clone(to)
+		slices.SortFunc(to, byName)
+	}
+	return renamedOf(moved(s.Services, to))
 }
 
 // renamedOf does it by looking at all.
@@ -37,16 +47,6 @@ func renamedOf(from, to []*Service) map[string]string {
 		renamed[s.Name], r.taken[old] = old, true
 	}
 	return renamed
-}
-
-// ordered returns services in the order of their names.
-func ordered(all []*Service) []*Service {
-	if slices.IsSortedFunc(all, byName) {
-		return all
-	}
-	all = slices.Clone(all)
-	slices.SortFunc(all, byName)
-	return all
 }
 
 // moved leaves out the services that are in both with the same name and the same

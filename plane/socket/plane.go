@@ -501,7 +501,7 @@ func (p *Plane) install(want Want) (*FullError, error) {
 func (p *Plane) stage(want Want, now moment, w *writes) (*service.Snapshot, []string) {
 	snap := want.Services
 	changed, removed := service.Diff(p.applied, snap)
-	p.ledger.rename(service.Renamed(p.applied.Services, snap.Services))
+	p.ledger.rename(p.applied.Renamed(snap.Services))
 	for _, s := range removed {
 		p.ledger.remove(s.Name, snap, now, w)
 	}
