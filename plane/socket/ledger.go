@@ -59,7 +59,7 @@ type entry struct {
 	info     kernelServiceInfo
 	places   []place
 	tables   [2]table // by family
-	shown    map[service.Listener]kernelListener
+	shown    shown
 	complete bool // false: the kernel's copy is not known to be right, write all of it
 }
 
@@ -308,7 +308,7 @@ func (l *ledger) install(s *service.Service, t *tables, now moment, w *writes) {
 	if e == nil {
 		e = &entry{
 			id: l.services.take(), name: s.Name,
-			shown: make(map[service.Listener]kernelListener, len(s.Listeners)),
+			shown: make(shown, 0, len(s.Listeners)),
 		}
 		l.byName[s.Name] = e
 		w.added = append(w.added, e.id)
@@ -491,23 +491,23 @@ func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *write
 		}
 		value.Sum = listenerSum(&value, x)
 		holder := l.owner[x]
-		if holder == e && e.complete && e.shown[x] == value {
+		if holder == e && e.complete && e.shown.get(x) == value {
 			continue
 		}
 		if holder == nil {
 			l.countListener(x, 1, w)
 		} else if holder != e {
-			delete(holder.shown, x)
+			holder.shown.remove(x)
 		}
 		l.owner[x] = e
-		e.shown[x] = value
+		e.shown.set(x, value)
 		if service.FamilyOf(x.Address.Addr()) == service.V4 {
 			w.set4.add(key4(x), value)
 		} else {
 			w.set6.add(key6(x), value)
 		}
 	}
-	for x := range e.shown {
+	for _, x := range e.shown.listeners() {
 		if !wanted[x] {
 			l.hideListener(e, x, w)
 		}
@@ -515,7 +515,7 @@ func (l *ledger) showListeners(e *entry, s *service.Service, t *tables, w *write
 }
 
 func (l *ledger) hideListener(e *entry, x service.Listener, w *writes) {
-	delete(e.shown, x)
+	e.shown.remove(x)
 	delete(l.owner, x)
 	l.countListener(x, -1, w)
 	if x.Address.Addr().Is4() {
@@ -692,7 +692,7 @@ func (l *ledger) remove(name string, snap *service.Snapshot, now moment, w *writ
 	if e == nil {
 		return
 	}
-	for _, x := range slices.SortedFunc(maps.Keys(e.shown), service.Listener.Compare) {
+	for _, x := range e.shown.listeners() {
 		l.hideListener(e, x, w)
 	}
 	var left *service.Origin

@@ -380,7 +380,7 @@ func adopt(s *mapSet) (*ledger, *writes, error) {
 	taken := make(map[uint32]bool)
 	var ranges []extent
 	for _, i := range in.services {
-		e := &entry{id: i.id, name: i.name, of: originOf(i.name), info: i.info, shown: i.listeners, complete: !i.broken}
+		e := &entry{id: i.id, name: i.name, of: originOf(i.name), info: i.info, shown: newShown(i.listeners), complete: !i.broken}
 		l.byName[i.name] = e
 		for _, p := range i.places {
 			e.places = append(e.places, p)
