@@ -1,9 +1,12 @@
 package agent
 
 import (
+	"bufio"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -267,14 +270,48 @@ func (a *Agent) queueText() {
 // saveTexts saves what it is told to until nobody has anything to tell any more.
 func (a *Agent) saveTexts() {
 	for t := range a.texts {
-		raw, err := json.Marshal(t)
-		if err == nil {
-			err = replaceFile(filepath.Join(a.opts.StateDir, textFile), raw)
-		}
+		err := replaceFileBy(filepath.Join(a.opts.StateDir, textFile), func(w io.Writer) error { return writeText(w, t) })
 		if err != nil {
 			a.log.Warn("a broken file after a restart of the host will leave it without services", "error", err)
 		}
 	}
+}
+
+// writeText writes what json.Unmarshal makes a text of. json.Marshal would hold a text of
+// megabytes twice more while it does that, and once until the second collection after.
+func writeText(to io.Writer, t *config.Text) error {
+	patterns, err := json.Marshal(t.Patterns)
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriter(to) // it keeps the first error
+	w.WriteByte('{')
+	err = writeNamed(w, t.Name, t.Data)
+	w.WriteString(`,"Included":[`)
+	for i, p := range t.Included {
+		if i > 0 {
+			w.WriteByte(',')
+		}
+		w.WriteByte('{')
+		err = errors.Join(err, writeNamed(w, p.Name, p.Data))
+		w.WriteByte('}')
+	}
+	fmt.Fprintf(w, `],"Patterns":%s}`, patterns)
+	return errors.Join(err, w.Flush())
+}
+
+// writeNamed writes the keys that a text and its parts have in common.
+func writeNamed(w *bufio.Writer, name string, data []byte) error {
+	quoted, err := json.Marshal(name)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(w, `"Name":%s,"Data":"`, quoted)
+	e := base64.NewEncoder(base64.StdEncoding, w)
+	_, err = e.Write(data)
+	err = errors.Join(err, e.Close())
+	w.WriteByte('"')
+	return err
 }
 
 // forgetState removes what was saved, and its directory if nothing else is there.
@@ -295,6 +332,13 @@ func forgetState(opts Options) error {
 // replaceFile writes a file beside and renames it into place: it is there whole or not
 // at all.
 func replaceFile(path string, raw []byte) error {
+	return replaceFileBy(path, func(w io.Writer) error {
+		_, err := w.Write(raw)
+		return err
+	})
+}
+
+func replaceFileBy(path string, write func(io.Writer) error) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
@@ -303,9 +347,7 @@ func replaceFile(path string, raw []byte) error {
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(raw)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err != nil {
+	if err := errors.Join(write(f), f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(next, path)
