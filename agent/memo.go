@@ -142,8 +142,11 @@ func (a *Agent) firstFile(u source.Update) (first source.Update, broken error) {
 // withGoodParts has included files that are not valid be what they were when they were in
 // force last.
 func (a *Agent) withGoodParts(u source.Update) source.Update {
+	if len(u.Config.Skipped) == 0 {
+		return u
+	}
 	last := loadText(a.opts)
-	if len(u.Config.Skipped) == 0 || last == nil {
+	if last == nil {
 		return u
 	}
 	t := *u.Text
