@@ -1,6 +1,7 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -34,7 +35,7 @@ func Read(path string) ([]byte, error) {
 	if !st.Mode().IsRegular() {
 		return nil, &os.PathError{Op: "read", Path: path, Err: ErrNotFile}
 	}
-	data, err := ReadFrom(f)
+	data, err := read(f, st.Size())
 	if errors.Is(err, ErrLong) {
 		err = &os.PathError{Op: "read", Path: path, Err: err}
 	}
@@ -45,12 +46,18 @@ func Read(path string) ([]byte, error) {
 var ErrLong = fmt.Errorf("it is longer than %d MiB", MaxSize>>20)
 
 // ReadFrom returns the text of a file that is open, up to MaxSize.
-func ReadFrom(r io.Reader) ([]byte, error) {
-	data, err := io.ReadAll(io.LimitReader(r, MaxSize+1))
-	if err == nil && len(data) > MaxSize {
+func ReadFrom(r io.Reader) ([]byte, error) { return read(r, 0) }
+
+// read reads up to MaxSize. About size bytes are expected: a buffer that grows leaves
+// several times as many behind.
+func read(r io.Reader, size int64) ([]byte, error) {
+	var b bytes.Buffer
+	b.Grow(int(min(size, MaxSize)) + bytes.MinRead)
+	_, err := b.ReadFrom(io.LimitReader(r, MaxSize+1))
+	if err == nil && b.Len() > MaxSize {
 		err = ErrLong
 	}
-	return data, err
+	return b.Bytes(), err
 }
 
 // Aliases let a short text stand for a long one: what they make of a file may be
