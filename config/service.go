@@ -321,7 +321,7 @@ func (d *decoder) backendAddress(n *yaml.Node) netip.AddrPort {
 	if !ok {
 		return netip.AddrPort{}
 	}
-	if a, err := netip.ParseAddr(strings.Trim(v, "[]")); err == nil && a.Is4() == !strings.ContainsAny(v, "[]:") && bracketHint(v) == "" {
+	if a, ok := bareAddress(v); ok {
 		ap, ok := d.address(n, netip.AddrPortFrom(a, 1).String(), wantBackend)
 		if !ok {
 			return netip.AddrPort{}
@@ -330,6 +330,16 @@ func (d *decoder) backendAddress(n *yaml.Node) netip.AddrPort {
 	}
 	ap, _ := d.address(n, v, wantBackend)
 	return ap
+}
+
+// bareAddress reads an address without a port. That it is not one is no news, and is
+// found out first where it costs least.
+func bareAddress(v string) (netip.Addr, bool) {
+	if _, err := netip.ParseAddrPort(v); err == nil {
+		return netip.Addr{}, false
+	}
+	a, err := netip.ParseAddr(strings.Trim(v, "[]"))
+	return a, err == nil && a.Is4() == !strings.ContainsAny(v, "[]:") && bracketHint(v) == ""
 }
 
 // services reads all services of a file.
@@ -480,6 +490,9 @@ func (d *decoder) checkTogether(seen map[string]*yaml.Node, s *service.Service) 
 // backends reads the backends of a service.
 func (d *decoder) backends(n *yaml.Node, to *service.Service) {
 	to.Backends = make([]service.Backend, 0, len(n.Content))
+	if at := d.at[to]; at != nil {
+		at.backendNodes = make([]*yaml.Node, 0, len(n.Content))
+	}
 	d.list(n, "a list of backends, such as [192.0.2.11:3306]", func(e *yaml.Node) { d.backend(e, to) })
 	if len(to.Backends) > maxBackends {
 		d.errorf(n, "a service has at most %d backends, found %d", maxBackends, len(to.Backends))
@@ -488,21 +501,23 @@ func (d *decoder) backends(n *yaml.Node, to *service.Service) {
 
 // backend reads the short or the long form and appends it to the service.
 func (d *decoder) backend(n *yaml.Node, to *service.Service) {
-	b := writtenBackend{Backend: service.Backend{Weight: service.DefaultWeight}}
+	b := service.Backend{Weight: service.DefaultWeight}
 	switch {
 	case n.Kind == yaml.MappingNode && isAddress(n):
 		d.errorf(n, "want %s, found a mapping; what begins with a bracket is written in quotes: \"[2001:db8::11]:3306\"", wantBackend)
 	case n.Kind == yaml.SequenceNode:
 		d.errorf(n, "want %s, found a list; what begins with a bracket is written in quotes: \"[2001:db8::11]:3306\"", wantBackend)
 	case n.Kind == yaml.MappingNode:
-		backendSchema.decode(d, n, &b)
+		w := writtenBackend{Backend: b}
+		backendSchema.decode(d, n, &w)
+		if w.disabled {
+			return
+		}
+		b = w.Backend
 	default:
 		b.Address = d.backendAddress(n)
 	}
-	if b.disabled {
-		return
-	}
-	to.Backends = append(to.Backends, b.Backend)
+	to.Backends = append(to.Backends, b)
 	if at := d.at[to]; at != nil {
 		at.backendNodes = append(at.backendNodes, n)
 	}
@@ -525,7 +540,7 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 	for _, l := range s.Listeners {
 		wanted[service.FamilyOf(l.Address.Addr()).Index()] = true
 	}
-	first := make(map[string]int, len(s.Backends))
+	first := make(map[netip.AddrPort]int, len(s.Backends))
 	for i, b := range s.Backends {
 		if !b.Address.IsValid() {
 			continue
@@ -537,13 +552,12 @@ func (d *decoder) checkFamilies(list *yaml.Node, s *service.Service) {
 			d.errorf(at, "service %s: backend %s is %s but no listener is; give it a listener of that family",
 				s.Name, b.Address, service.EachFamily[f])
 		}
-		key := b.Address.String()
-		if j, ok := first[key]; ok {
+		if j, ok := first[b.Address]; ok {
 			d.errorf(at, "service %s: backend %s already stands at line %d; give one of them the weight of both",
 				s.Name, b.Address, nodes[j].Line)
 			continue
 		}
-		first[key] = i
+		first[b.Address] = i
 	}
 	for f := range service.EachFamily {
 		if wanted[f] && !offered[f] && offered[1-f] {
