@@ -72,7 +72,7 @@ var captureSchema = schema[Capture]{what: "a capture", fields: []field[Capture]{
 			if !ok {
 				return
 			}
-			if dnsLabel.MatchString(v) {
+			if isLabel(v) {
 				to.Proxy = v
 				return
 			}

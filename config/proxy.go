@@ -178,7 +178,7 @@ func nameField[T any](set func(*T, string), example string) field[T] {
 		doc: "Unique name: lower-case letters, digits and hyphens, at most 63.",
 		set: func(d *decoder, n *yaml.Node, to *T) {
 			v, ok := d.text(n, "a name such as "+example)
-			if ok && !dnsLabel.MatchString(v) {
+			if ok && !isLabel(v) {
 				d.errorf(n, "want a DNS label: at most 63 lower-case letters, digits and hyphens, found %q", shorten(v))
 				return
 			}

@@ -3,7 +3,6 @@ package config
 import (
 	"fmt"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -16,7 +15,16 @@ import (
 // maxBackends bounds the backends of one service.
 const maxBackends = 100_000
 
-var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+// isLabel reports whether a text is a DNS label in lower case (RFC 1123, section 2.1). A
+// regular expression takes a twentieth of the time in which a large file is read.
+func isLabel(v string) bool {
+	if len(v) == 0 || len(v) > 63 || v[0] == '-' || v[len(v)-1] == '-' {
+		return false
+	}
+	return !strings.ContainsFunc(v, func(r rune) bool {
+		return r != '-' && (r < 'a' || r > 'z') && (r < '0' || r > '9')
+	})
+}
 
 var serviceSchema = schema[service.Service]{what: "a service", fields: []field[service.Service]{
 	{
@@ -24,7 +32,7 @@ var serviceSchema = schema[service.Service]{what: "a service", fields: []field[s
 		doc: "Unique name: lower-case letters, digits and hyphens, at most 63 (RFC 1123, section 2.1).",
 		set: func(d *decoder, n *yaml.Node, to *service.Service) {
 			v, ok := d.text(n, "a name such as orders-db")
-			if ok && !dnsLabel.MatchString(v) {
+			if ok && !isLabel(v) {
 				d.errorf(n, "want a DNS label: at most 63 lower-case letters, digits and hyphens, found %q", shorten(v))
 				return
 			}
