@@ -77,6 +77,7 @@ type Plane struct {
 	ledger  *ledger
 	orphans map[uint32]orphan // of the ledger; they outlive it
 	loaded  *loaded           // nil: no programs are
+	loading <-chan *loaded    // those that are being loaded; nil: none are
 	links   attacher
 	applied *service.Snapshot // what the ledger knows to be in the kernel
 	scope   string            // the cgroup that is wanted
@@ -157,7 +158,11 @@ func (p *Plane) Apply(ctx context.Context, want Want) error {
 	if err := p.open(want.Services); err != nil {
 		return err
 	}
+	if err := p.loadAhead(); err != nil {
+		return err
+	}
 	full, err := p.install(want)
+	p.takeLoaded()
 	if err != nil {
 		p.forgetKernel()
 		return err
@@ -575,6 +580,7 @@ func (p *Plane) grow(snap *service.Snapshot) error {
 	if p.opts.MaxBackends > 0 && now.Backends > uint32(p.opts.MaxBackends) {
 		return errors.Join(errLimit, p.adopt())
 	}
+	p.takeLoaded() // the maps that it knows are closed here
 	set, err := p.larger(next)
 	if err != nil {
 		return errors.Join(err, p.adopt())
@@ -628,16 +634,53 @@ func (l *loaded) close() {
 	}
 }
 
+// loadAhead begins to load the programs over the current maps, unless they are: the
+// kernel verifies them on another processor while services are written.
+func (p *Plane) loadAhead() error {
+	if p.isLoaded() {
+		return nil
+	}
+	cookie, err := host.NamespaceCookie() // of this thread
+	if err != nil {
+		return err
+	}
+	set, done := p.set, make(chan *loaded, 1)
+	p.loading = done
+	go func() {
+		l, _ := p.load(set, cookie) // what fails is tried again, and said, by attach
+		done <- l
+	}()
+	return nil
+}
+
+// takeLoaded waits for what loadAhead has begun.
+func (p *Plane) takeLoaded() {
+	if p.loading == nil {
+		return
+	}
+	if l := <-p.loading; l != nil {
+		p.loaded.close()
+		p.loaded = l
+	}
+	p.loading = nil
+}
+
+func (p *Plane) isLoaded() bool { return p.loaded != nil && p.loaded.set == p.set }
+
 // attach loads the programs of this pentad over the current maps, unless they are,
 // switches the hooks to them, and declares the maps to be the ones that count.
 func (p *Plane) attach(cgroup string) error {
-	if p.loaded == nil || p.loaded.set != p.set {
-		programs, walk, err := p.load()
+	if !p.isLoaded() {
+		cookie, err := host.NamespaceCookie()
+		if err != nil {
+			return err
+		}
+		l, err := p.load(p.set, cookie)
 		if err != nil {
 			return err
 		}
 		p.loaded.close()
-		p.loaded = &loaded{p.set, programs, walk}
+		p.loaded = l
 	}
 	p.sweeper.close()
 	p.sweeper = nil
@@ -657,33 +700,29 @@ func (p *Plane) attach(cgroup string) error {
 	return removeOtherSets(p.dir, p.set.number)
 }
 
-// load verifies the programs against the current maps. It returns the variable
-// walk beside them.
-func (p *Plane) load() (map[string]*ebpf.Program, *ebpf.Variable, error) {
+// load verifies the programs against the maps of a set, for a host whose network
+// namespace has that cookie.
+func (p *Plane) load(set *mapSet, cookie uint64) (*loaded, error) {
 	spec, err := loadKernel()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	resize(spec, p.set.capacity())
+	resize(spec, set.capacity())
 	if err := spec.Variables[kernelVarProbeMark].Set(uint32(host.ProbeMark)); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := spec.Variables[kernelVarHz].Set(p.clock.Hz); err != nil {
-		return nil, nil, err
-	}
-	cookie, err := host.NamespaceCookie()
-	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := spec.Variables[kernelVarHostNetns].Set(cookie); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := spec.Variables[kernelVarByDiag].Set(p.opts.Diag); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: p.set.maps})
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: set.maps})
 	if err != nil {
-		return nil, nil, fmt.Errorf("programs: %w", err)
+		return nil, fmt.Errorf("programs: %w", err)
 	}
 	defer coll.Close()
 	programs := make(map[string]*ebpf.Program, len(hooks))
@@ -693,5 +732,5 @@ func (p *Plane) load() (map[string]*ebpf.Program, *ebpf.Variable, error) {
 	for _, name := range sweepPrograms {
 		programs[name] = coll.DetachProgram(name)
 	}
-	return programs, coll.Variables[kernelVarWalk], nil
+	return &loaded{set, programs, coll.Variables[kernelVarWalk]}, nil
 }
