@@ -1,3 +1,5 @@
+//go:build cluster
+
 package pods_test
 
 import (
@@ -116,7 +118,7 @@ func (c *clustered) blocks() (map[string]string, error) {
 // Nodes of a cluster claim the ranges that it has given them, where these are blocks of the
 // pool; their pods talk; without the API server and the agents pods come and go. The blocks
 // of a Node that was deleted are free after a while, and not before.
-func TestBlocksOfNodes(t *testing.T) {
+func TestClusterBlocks(t *testing.T) {
 	t.Parallel()
 	c := newClustered(t, 2)
 	var pods [2]*pod
@@ -224,7 +226,7 @@ func TestBlocksOfNodes(t *testing.T) {
 }
 
 // The same race as in etcd, at an API server.
-func TestClaimsRaceInCluster(t *testing.T) {
+func TestClusterRace(t *testing.T) {
 	t.Parallel()
 	c := newClustered(t, 0)
 	r := race.Race{Hosts: 16, Claims: 120, Wanted: 3, Life: 1500 * time.Millisecond, Pool: ipam.BlockPool{V4: netip.MustParsePrefix("10.0.0.0/16"), HostBits: 6}, Store: func() (claim.Store, error) {
