@@ -23,6 +23,12 @@ import (
 // free: whoever is cut off from the API server uses them for that long at least.
 const DefaultQuarantine = 10 * time.Minute
 
+// How often is looked for Nodes that are gone.
+const (
+	lookLeast = 100 * time.Millisecond
+	lookMost  = 10 * time.Second
+)
+
 // freer frees the blocks of addresses of Nodes that are gone. It gives none to anybody:
 // nodes claim them.
 type freer struct {
@@ -55,7 +61,7 @@ func (c *Controller) freeBlocks(ctx context.Context) {
 	if !cache.WaitForCacheSync(ctx.Done(), f.blocks.HasSynced, f.nodes.HasSynced) {
 		return
 	}
-	look := time.NewTicker(min(c.opts.Quarantine/10, 10*time.Second))
+	look := time.NewTicker(max(lookLeast, min(c.opts.Quarantine/10, lookMost)))
 	defer look.Stop()
 	for {
 		select {

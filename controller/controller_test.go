@@ -13,13 +13,15 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/pentad/pentad/claim/kube"
 )
 
 // When run returns nothing of it is left: another one may begin.
 func TestRunLeavesNothing(t *testing.T) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	dyn := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(apiruntime.NewScheme(),
-		map[schema.GroupVersionResource]string{poolResource: "AddressPoolList"})
+		map[schema.GroupVersionResource]string{poolResource: "AddressPoolList", kube.Resource: "AddressBlockList"})
 	for _, lead := range []time.Duration{0, 200 * time.Millisecond} {
 		ctx, stop := context.WithTimeout(t.Context(), lead)
 		c := newController(fake.NewClientset(), dyn, Options{Log: slog.New(slog.DiscardHandler)})
