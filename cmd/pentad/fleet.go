@@ -486,3 +486,94 @@ func backTo(there []etcd.Stored, name string, was *string) []etcd.Edit {
 	before := string(there[i].Text)
 	return []etcd.Edit{{Name: name, Before: &before}}
 }
+
+func newFleet() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "fleet",
+		Short: "Show the hosts of a fleet",
+	}
+	cmd.AddCommand(newFleetStatus(), newFleetForget())
+	return cmd
+}
+
+func newFleetStatus() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show how all hosts of a fleet are: who is behind, who is broken, who is silent",
+		Long: "Show the hosts that have reported to the etcd of the fleet. A host whose agent is silent goes on serving what its\n" +
+			"kernel has. Exit code 0: all are alive, have what lies in etcd now, and no problems; 1: some are not, or have not.",
+		Example: "  pentad fleet status\n  pentad fleet status --watch",
+		Args:    wants(),
+	}
+	addConfigFlag(cmd, &file)
+	o := addList(cmd)
+	watch := addWatch(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		healthy := true
+		err := watch.run(cmd, func(w io.Writer) error {
+			return withStore(cmd, file, func(ctx context.Context, store etcd.Objects) error {
+				all, err := store.Hosts(ctx)
+				if err != nil {
+					return err
+				}
+				healthy = !slices.ContainsFunc(all, func(h etcd.Host) bool { return !h.Alive || h.Behind || len(h.Problems) > 0 })
+				if done, err := o.structured(w, all); done {
+					return err
+				}
+				return printHosts(w, o, all)
+			})
+		})
+		if err == nil && !healthy {
+			err = errNo
+		}
+		return err
+	}
+	return cmd
+}
+
+func printHosts(w io.Writer, o *output, all []etcd.Host) error {
+	var rows [][]string
+	for _, h := range all {
+		rows = append(rows, []string{h.Name, or(selectorText(h.Labels), "-"), or(h.Version, "-"), fmt.Sprint(h.Services), fmt.Sprint(h.Warnings), hostState(h)})
+		for _, p := range h.Problems {
+			rows = append(rows, []string{"", "", "", "", "", "PROBLEM " + strings.ReplaceAll(p, "\n", "; ")})
+		}
+	}
+	return o.print(w, []string{"HOST", "LABELS", "VERSION", "SERVICES", "WARNINGS", "STATE"}, rows)
+}
+
+func hostState(h etcd.Host) string {
+	switch {
+	case !h.Alive:
+		return fmt.Sprintf("silent, last change %s ago", view.Ago(h.Written))
+	case h.Behind:
+		return "behind: it has not all that lies in etcd now"
+	case len(h.Problems) > 0:
+		return view.Count(len(h.Problems), "problem")
+	default:
+		return "up to date"
+	}
+}
+
+func newFleetForget() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:     "forget HOST",
+		Short:   "Forget a host that is gone",
+		Long:    "Take a host that is gone out of the list of `pentad fleet status`. One that lives reports anew.",
+		Example: "  pentad fleet forget db-7",
+		Args:    wants("HOST"),
+	}
+	addConfigFlag(cmd, &file)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return withStore(cmd, file, func(ctx context.Context, store etcd.Objects) error {
+			was, err := store.Forget(ctx, args[0])
+			if err == nil && !was {
+				err = fmt.Errorf("the fleet has no host %s; `pentad fleet status` lists them", args[0])
+			}
+			return err
+		})
+	}
+	return cmd
+}
