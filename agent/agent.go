@@ -87,7 +87,8 @@ type Agent struct {
 	known   *known
 	inbox   inbox
 	loaded  time.Time
-	invalid error // why the newest file is not in force
+	invalid error  // why the newest file is not in force
+	inForce string // the digest of what the fleet has said that is in the kernel
 }
 
 // Run runs an agent until the context ends. What it installed stays.
@@ -130,7 +131,7 @@ func newAgent(opts Options, roles []role) *Agent {
 		known: &known{services: &service.Snapshot{}},
 	}
 	a.cluster = &cluster{log: a.log, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
-	a.fleet = &fleet{log: a.log, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
+	a.fleet = &fleet{log: a.log, say: a.report, emit: func(ctx context.Context, u source.Update) { send(ctx, a.updates, u) }}
 	a.claims = &claims{log: a.log, runDir: opts.RunDir, emit: func(ctx context.Context, v claim.View) { send(ctx, a.blocks, v) }}
 	for _, r := range roles {
 		a.drivers = append(a.drivers, r.drive(a))

@@ -2,10 +2,13 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"maps"
 	"sync"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/pentad/pentad/api"
 	"github.com/pentad/pentad/config"
@@ -19,6 +22,7 @@ import (
 type fleet struct {
 	log  *slog.Logger
 	emit func(context.Context, source.Update)
+	say  func() etcd.Report // what this host says of itself
 
 	config *config.Config // that is followed; nil: none
 	end    func()
@@ -77,12 +81,48 @@ func (f *fleet) do(ctx context.Context, c *config.Config) {
 		s := etcd.New(client, c.Source.Etcd, c.Host.Labels, f.log)
 		f.note(s, nil)
 		return func(ctx context.Context) {
+			var reporting sync.WaitGroup
+			reporting.Go(func() { f.report(ctx, client, c) })
 			s.Run(ctx, func(u source.Update) { f.emit(ctx, u) })
+			reporting.Wait()
 			_ = client.Close() // it is gone either way
 		}, nil
 	}, func(err error) {
 		f.log.Error("etcd cannot be followed; it is tried again until it can", "source", "etcd", "error", err)
 	})
+}
+
+// report tells the fleet how this host is.
+func (f *fleet) report(ctx context.Context, client *clientv3.Client, c *config.Config) {
+	name, err := fleetName(c.Host)
+	if err != nil {
+		f.log.Error("this host does not report to its fleet", "error", err)
+		return
+	}
+	etcd.KeepReporting(ctx, client, c.Source.Etcd.Prefix, name, func() etcd.Report {
+		r := f.say()
+		r.Labels = c.Host.Labels
+		return r
+	})
+}
+
+// mostReported bounds what a host says of its problems.
+const mostReported = 5
+
+// report is what this host says of itself.
+func (a *Agent) report() etcd.Report {
+	s := a.Status()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	r := etcd.Report{Version: s.Version, Started: s.Started.UTC(), Services: len(a.known.services.Services), Digest: a.inForce, Warnings: len(s.Warnings)}
+	for i, p := range s.Problems {
+		if i == mostReported {
+			r.Problems = append(r.Problems, fmt.Sprintf("and %d more", len(s.Problems)-i))
+			break
+		}
+		r.Problems = append(r.Problems, p)
+	}
+	return r
 }
 
 // away tells since when etcd has not answered, and why; zero and nil: it does.

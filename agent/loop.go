@@ -271,6 +271,9 @@ func (a *Agent) settled() bool {
 func (a *Agent) onSettled() {
 	w := &a.watch
 	snap := a.known.services
+	a.mu.Lock()
+	a.inForce = a.inbox.etcd.Digest
+	a.mu.Unlock()
 	if !w.said && snap.Revision > 1 {
 		a.log.Debug("applied", "revision", snap.Revision, "services", len(snap.Services), "took", time.Since(w.began).Round(10*time.Microsecond))
 	}

@@ -21,6 +21,10 @@ type Update struct {
 	Services []*service.Service // unchanged ones are the same pointers
 	Problems []Problem          // sorted by object
 
+	// Digest is the same for all hosts that were told the same by a fleet; of other
+	// sources it is empty.
+	Digest string
+
 	// Config is the file, whose other sections are for the agent. Other sources
 	// have none.
 	Config *config.Config

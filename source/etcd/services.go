@@ -37,6 +37,7 @@ type Source struct {
 type entry struct {
 	object  *config.Object // the last one that was valid; nil: none was
 	created int64          // revision of etcd
+	written int64          // the same, of its last write
 	problem string         // what is wrong with the newest
 }
 
@@ -128,7 +129,7 @@ const maxObject = 1 << 20
 // read reads one object. Of one that is not valid what it was before stays, for as long as
 // it is the same one.
 func read(k Key, was entry) entry {
-	e := entry{created: k.Created}
+	e := entry{created: k.Created, written: k.Modified}
 	if was.created == k.Created {
 		e.object = was.object
 	}
@@ -162,7 +163,9 @@ func keep(last, next []*service.Service) {
 func (s *Source) update() source.Update {
 	u := source.Update{From: service.SourceEtcd}
 	var names []string
+	written := make(map[string]int64, len(s.objects))
 	for name, e := range s.objects {
+		written[name] = e.written
 		if e.problem != "" {
 			text := e.problem
 			if e.object != nil {
@@ -184,6 +187,7 @@ func (s *Source) update() source.Update {
 			u.Problems = append(u.Problems, source.Problem{Object: "service " + name, Message: w.Error()})
 		}
 	}
+	u.Digest = digestOf(written)
 	merged, lost := service.Merge(bySource...)
 	u.Services = slices.Clone(merged)
 	slices.SortFunc(u.Services, func(a, b *service.Service) int { return cmp.Compare(a.Name, b.Name) })

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -128,8 +129,9 @@ func (f *fleet) source(labels string) string {
 	for i := range f.members {
 		urls = append(urls, `"https://`+memberAddress(i)+`:2379"`)
 	}
-	return fmt.Sprintf("source: {etcd: {endpoints: [%s], tls: {ca: %s, cert: %s, key: %s}}}\nhost: {labels: {%s}}\n",
-		strings.Join(urls, ", "), filepath.Join(f.dir, "ca.crt"), f.client.Cert, f.client.Key, labels)
+	name := strings.NewReplacer(": ", "-").Replace(labels)
+	return fmt.Sprintf("source: {etcd: {endpoints: [%s], tls: {ca: %s, cert: %s, key: %s}}}\nhost: {name: host-%s, labels: {%s}}\n",
+		strings.Join(urls, ", "), filepath.Join(f.dir, "ca.crt"), f.client.Cert, f.client.Key, name, labels)
 }
 
 func has(w *e2e.World, name string, is bool) {
@@ -230,6 +232,39 @@ services:
 	f.try("del", "/pentad/v1/services/rubbish")
 	a.MustPentad("delete", "-c", "pentad.yaml", "thief", "later")
 	has(b, "later", false)
+
+	// All hosts say how they are.
+	state := func(host, want string) {
+		t.Helper()
+		a.Eventually(host+" is "+want, func() error {
+			out, _ := a.Pentad("fleet", "status", "-c", "pentad.yaml")
+			for line := range strings.Lines(out) {
+				if strings.HasPrefix(line, host) && strings.Contains(line, want) {
+					return nil
+				}
+			}
+			return errors.New(out)
+		})
+	}
+	state("host-rack-a", "up to date")
+	state("host-rack-b", "up to date")
+	if err := b.Agent.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	f.put("/pentad/v1/services/new", "listen: ['127.1.0.8:80']\nbackends: []")
+	state("host-rack-b", "behind")
+	state("host-rack-a", "up to date")
+	if out, err := a.Pentad("fleet", "status", "-c", "pentad.yaml"); err == nil {
+		t.Errorf("all is said to be well: %s", out)
+	}
+	if err := b.Agent.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	state("host-rack-b", "up to date")
+	if out := a.MustPentad("fleet", "status", "-c", "pentad.yaml"); !strings.Contains(out, "rack=b") {
+		t.Errorf("the labels are missing: %s", out)
+	}
+	a.MustPentad("delete", "-c", "pentad.yaml", "new")
 
 	// A leader dies, then a second member: nothing that was there changes, and agents that
 	// start now serve it too.
