@@ -411,7 +411,7 @@ func (h *haproxy) check(s *section, out *Service) *Health {
 // serverOptions are those of one server.
 type serverOptions struct {
 	check, ssl     bool
-	inter, fast    time.Duration
+	inter          time.Duration
 	rise, fall     int
 	port, maxconn  int
 	shutdown       bool
