@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"maps"
 	"sync"
 	"time"
 
@@ -37,7 +36,7 @@ func (f *fleet) follow(ctx context.Context, next *config.Config) {
 	if next.Source.Etcd == nil {
 		next = nil
 	}
-	if next != nil && f.config != nil && next.Source.Etcd.Equal(f.config.Source.Etcd) && maps.Equal(next.Host.Labels, f.config.Host.Labels) {
+	if next != nil && f.config != nil && next.Source.Etcd.Equal(f.config.Source.Etcd) && next.Host.Equal(f.config.Host) {
 		return
 	}
 	f.close()

@@ -37,7 +37,7 @@ func (h *Host) Diff(next []*service.Service) Diff {
 	d := Diff{Changes: []Change{}}
 	have := make(map[string]*service.Service)
 	for _, s := range h.Kernel.Services {
-		if s.Source != service.SourceKubernetes {
+		if s.Source == service.SourceFile || s.Source == service.SourceUnknown {
 			have[s.Name] = s
 		}
 	}

@@ -46,7 +46,7 @@ const (
 	// leaseSeconds is after how long a host that is silent is not alive any more.
 	leaseSeconds = 15
 	// reportEvery is how often it is looked whether a host has something else to say.
-	reportEvery = 2 * time.Second
+	reportEvery = 5 * time.Second
 )
 
 // digestOf is the same for hosts that have the same services of a fleet in force, however

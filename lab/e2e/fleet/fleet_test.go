@@ -202,6 +202,11 @@ services:
 		t.Errorf("the same again: %s", out)
 	}
 
+	// What comes from the fleet is not the file's to take away.
+	if out := a.MustPentad("diff", "-c", "pentad.yaml"); !strings.Contains(out, "nothing would change") {
+		t.Errorf("the file of the host would change: %s", out)
+	}
+
 	// Two that want the same listener on the same host are refused, before anything is written.
 	if _, err := a.WriteFile("twice.yaml", "services:\n- {name: thief, listen: ['127.1.0.1:80'], backends: ['127.0.0.1:8002']}\n- {name: fine, listen: ['127.1.0.9:80'], backends: []}\n"); err != nil {
 		t.Fatal(err)
