@@ -52,6 +52,7 @@ var parts = []struct {
 	{"proxy", proxies},
 	{"capture", captures},
 	{"pods", podTimes},
+	{"fleet", fleets},
 }
 
 func main() {
