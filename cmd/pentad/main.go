@@ -122,7 +122,6 @@ func newRoot() (root *cobra.Command, started *bool) {
 			*started = true
 		},
 	}
-	root.SetVersionTemplate("pentad {{.Version}}\n")
 	root.PersistentFlags().StringVar(&at.pins, "pins", host.DefaultPins, "directory of the bpf filesystem that holds everything of pentad")
 	root.PersistentFlags().StringVar(&at.runDir, "run-dir", api.DefaultRunDir, "directory of the agent's socket")
 	root.PersistentFlags().StringVar(&at.stateDir, "state-dir", "",
