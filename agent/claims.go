@@ -35,7 +35,7 @@ type claims struct {
 	emit   func(context.Context, claim.View)
 
 	config *config.Config // that is followed; nil: none
-	end    func()
+	errand
 
 	mu  sync.Mutex
 	run *claim.Run // nil: not connected
@@ -55,13 +55,7 @@ func (c *claims) follow(ctx context.Context, next *config.Config) {
 	if next == nil {
 		return
 	}
-	ctx, stop := context.WithCancel(ctx)
-	var task sync.WaitGroup
-	task.Go(func() { c.do(ctx, next) })
-	c.end = func() {
-		stop()
-		task.Wait()
-	}
+	c.begin(ctx, func(ctx context.Context) { c.do(ctx, next) })
 }
 
 // differs reports whether another configuration claims otherwise: what is known of blocks
@@ -85,12 +79,10 @@ func sameClaims(a, b *config.Config) bool {
 
 // close claims nothing any more. What this host has it keeps.
 func (c *claims) close() {
-	if c.end == nil {
-		return
+	if c.end() {
+		c.config = nil
+		c.note(nil, nil)
 	}
-	c.end()
-	c.end, c.config = nil, nil
-	c.note(nil, nil)
 }
 
 func (c *claims) note(r *claim.Run, err error) {

@@ -24,7 +24,7 @@ type fleet struct {
 	say  func() etcd.Report // what this host says of itself
 
 	config *config.Config // that is followed; nil: none
-	end    func()
+	errand
 
 	mu     sync.Mutex
 	source *etcd.Source // nil: not connected
@@ -44,23 +44,15 @@ func (f *fleet) follow(ctx context.Context, next *config.Config) {
 	if next == nil {
 		return
 	}
-	ctx, stop := context.WithCancel(ctx)
-	var task sync.WaitGroup
-	task.Go(func() { f.do(ctx, next) })
-	f.end = func() {
-		stop()
-		task.Wait()
-	}
+	f.begin(ctx, func(ctx context.Context) { f.do(ctx, next) })
 }
 
 // close follows nothing any more.
 func (f *fleet) close() {
-	if f.end == nil {
-		return
+	if f.end() {
+		f.config = nil
+		f.note(nil, nil)
 	}
-	f.end()
-	f.end, f.config = nil, nil
-	f.note(nil, nil)
 }
 
 func (f *fleet) note(s *etcd.Source, err error) {

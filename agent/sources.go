@@ -25,7 +25,7 @@ type cluster struct {
 	emit func(context.Context, source.Update)
 
 	config *config.Kubernetes // that is followed; nil: none
-	end    func()
+	errand
 
 	mu     sync.Mutex
 	node   string
@@ -44,13 +44,30 @@ func (c *cluster) follow(ctx context.Context, k *config.Kubernetes) {
 	if k == nil {
 		return
 	}
+	c.begin(ctx, func(ctx context.Context) { c.run(ctx, k) })
+}
+
+// errand is something that goes on beside the loop until it is ended.
+type errand struct{ stop func() }
+
+func (e *errand) begin(ctx context.Context, do func(context.Context)) {
 	ctx, stop := context.WithCancel(ctx)
 	var task sync.WaitGroup
-	task.Go(func() { c.run(ctx, k) })
-	c.end = func() {
+	task.Go(func() { do(ctx) })
+	e.stop = func() {
 		stop()
 		task.Wait()
 	}
+}
+
+// end waits until it is over, and reports whether there was one.
+func (e *errand) end() bool {
+	if e.stop == nil {
+		return false
+	}
+	e.stop()
+	e.stop = nil
+	return true
 }
 
 // sameSource reports whether both follow the same cluster in the same way.
@@ -65,12 +82,10 @@ func sameSource(a, b *config.Kubernetes) bool {
 
 // close follows nothing any more.
 func (c *cluster) close() {
-	if c.end == nil {
-		return
+	if c.end() {
+		c.config = nil
+		c.note("", nil, nil)
 	}
-	c.end()
-	c.end, c.config = nil, nil
-	c.note("", nil, nil)
 }
 
 func (c *cluster) note(node string, s *kube.Source, err error) {
