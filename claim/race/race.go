@@ -20,7 +20,8 @@ import (
 // Race is one race.
 type Race struct {
 	Hosts  int
-	Claims int           // how many are to succeed
+	Claims int           // how many are to succeed, at least
+	Frees  int           // how many blocks are to be given back, at least
 	Wanted int           // how many blocks a host fills
 	Life   time.Duration // of an agent, at most
 	Pool   ipam.BlockPool
@@ -38,7 +39,8 @@ type Result struct {
 	Claimed, Refused, Freed int64
 }
 
-// Run runs it. The error is a block that two hosts used, or what failed.
+// Run runs it until both have happened, or ctx is done. The error is a block that two hosts
+// used, or what failed.
 func (r *Race) Run(ctx context.Context) (Result, error) {
 	r.users = make(map[netip.Prefix]string)
 	ctx, stop := context.WithCancel(ctx)
@@ -52,7 +54,7 @@ func (r *Race) Run(ctx context.Context) (Result, error) {
 			}
 		})
 	}
-	for ctx.Err() == nil && r.claimed.Load() < int64(r.Claims) {
+	for ctx.Err() == nil && (r.claimed.Load() < int64(r.Claims) || r.freed.Load() < int64(r.Frees)) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	stop()
