@@ -9,13 +9,13 @@ SUDO     = $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT  = $(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI"
 GO       = $(shell command -v go)
 # The commands' documentation needs the programs' types: those come first.
-GENERATE = $(GO) generate ./plane/... ./announce/... ./bench/... && $(GO) generate ./cmd/...
+GENERATE = $(GO) generate ./plane/... ./announce/... ./bench/... ./api/... && $(GO) generate ./cmd/...
 # Go files that people write.
 GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
 CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')
 
 # Packages whose tests need neither root nor a kernel of their own.
-PURE     = ./api/... ./claim ./config ./flow ./health/... ./ipam ./nodehealth ./proxy/... ./service ./source/file
+PURE     = ./api/... ./claim ./config ./flow ./health/... ./ipam ./nodehealth ./proxy/... ./service ./source/file ./view
 
 .PHONY: all build generate format check test bench bench-kube demo install clean
 
@@ -27,7 +27,7 @@ build:
 	CGO_ENABLED=0 $(GO) build -trimpath -tags grpcnotrace -ldflags '$(LDFLAGS)' -o bin/pentad ./cmd/pentad
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/pentad-cni ./cmd/pentad-cni
 
-# The compiled programs and the documentation that is written from the code.
+# The compiled programs, the page, and the documentation that is written from the code.
 generate:
 	scripts/need generate
 	$(GENERATE)
@@ -49,6 +49,7 @@ check:
 	$(GO) mod tidy -diff
 	@before=$$(git status --porcelain); $(GENERATE) && after=$$(git status --porcelain) && \
 	[ "$$before" = "$$after" ] || { echo "generated files were not up to date:"; git diff --stat; exit 1; }
+	npm --prefix api/web/app run --silent check
 
 # Real kernel, real clients and servers: needs root. The tests of a cluster compile
 # Kubernetes, once, and keep all processors busy: they run by themselves, because

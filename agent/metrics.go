@@ -3,7 +3,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"html"
 	"net/http"
 	"net/netip"
 	"strings"
@@ -330,11 +329,6 @@ func (a *Agent) metricsHandler() http.Handler {
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		fmt.Fprintf(w, "<!doctype html><title>pentad</title><h1>pentad %s</h1><p><a href=/metrics>metrics</a>, <a href=/healthz>health</a></p>\n",
-			html.EscapeString(a.opts.Version))
-	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		status := a.Status()
 		if len(status.Problems) > 0 {

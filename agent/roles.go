@@ -45,8 +45,8 @@ var roles = []role{
 		open: openCaptures, remove: removeCaptures, look: 250 * time.Millisecond, minor: true, loud: true, left: captureIsThere},
 	part[*proxy.Plane, proxy.Want]{name: "proxy", wanted: hasProxies, want: wantProxies,
 		open: openProxies, look: time.Second, measure: measureProxies, minor: true, loud: true},
-	part[*metricsServer, config.API]{name: "metrics", wanted: always, want: wantMetrics,
-		open: openMetrics, look: time.Second, minor: true},
+	part[*pageServer, config.API]{name: "page", wanted: always, want: wantPage,
+		open: openPage, look: time.Second, minor: true, loud: true},
 }
 
 func always(*config.Config) bool { return true }
@@ -94,7 +94,7 @@ func wantNodeHealth(k *known) (nodehealth.Want, bool) {
 	return w, true
 }
 
-func wantMetrics(k *known) (config.API, bool) { return k.config.API, true }
+func wantPage(k *known) (config.API, bool) { return k.config.API, true }
 
 func openSocket(a *Agent, lost func()) *socket.Plane {
 	return socket.New(socket.Options{

@@ -33,7 +33,7 @@ func TestWants(t *testing.T) {
 	if w, ok := wantNodeHealth(k); !ok || w.Listen.Port() != 10256 || len(w.Checks) != 1 || w.Checks[0].Port != 31000 || w.Checks[0].Endpoints4 != 2 {
 		t.Errorf("nodehealth: %t, %+v", ok, w)
 	}
-	if w, ok := wantMetrics(k); !ok || w != k.config.API {
+	if w, ok := wantPage(k); !ok || w != k.config.API {
 		t.Errorf("metrics: %t, %+v", ok, w)
 	}
 	silent := *k

@@ -163,6 +163,8 @@ type Agent interface {
 	Proxies() []Proxy
 	// Forwards returns the forwards of this host.
 	Forwards() []Forward
+	// Captures returns whose connections are captured on this host.
+	Captures() []Capture
 	// Announcements returns what the network is told.
 	Announcements() Announcements
 	// Withdraw takes it all back, for good.
@@ -195,6 +197,7 @@ func Handler(a Agent) http.Handler {
 		reply(w, http.StatusOK, a.Probes(r.URL.Query().Get("service")))
 	})
 	serveProxies(mux, a)
+	serveCaptures(mux, a)
 	serveAnnouncements(mux, a)
 	serveBlocks(mux, a)
 	mux.HandleFunc("POST /v1/drain", act(a.Drain))

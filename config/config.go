@@ -79,7 +79,7 @@ var fileSchema = schema[Config]{what: "the file", extensible: true, fields: []fi
 		podsSchema.decode(d, n, &c.Pods)
 	}),
 	section("host", "This host, as others know it.", &hostSchema, func(c *Config) *Host { return &c.Host }),
-	section("api", "Where metrics and health are served.", &apiSchema, func(c *Config) *API { return &c.API }),
+	mapping("api", "mapping", "Where the page, metrics and health are served.", &apiSchema, (*decoder).api),
 	field[Config]{
 		key: "guard", kind: "percentage or off",
 		doc: "How much of the listeners a new text of this file may take away, 1% to 100%, while there are four or more: what takes away more is " +

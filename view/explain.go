@@ -87,9 +87,6 @@ func (e *Explainer) readUnforwarded(pins string) {
 	}
 }
 
-// Listeners returns the services that listen at each address.
-func (e *Explainer) Listeners() map[service.Listener][]string { return e.owners }
-
 // Explain answers one question.
 func (e *Explainer) Explain(q flow.Question) (*flow.Explanation, error) {
 	x, err := e.walk(q)

@@ -59,9 +59,14 @@ type Connections struct {
 
 // ReadStatus finds out whether all is well. The error says what could not be read.
 func ReadStatus(ctx context.Context, at Places) (*Status, error) {
+	h, err := ReadKernel(at)
+	return StatusOf(ctx, at, h, err)
+}
+
+// StatusOf finds out whether all is well with what ReadKernel has returned.
+func StatusOf(ctx context.Context, at Places, h *Host, err error) (*Status, error) {
 	s := &Status{Problems: []string{}, Warnings: []string{}, Refusing: []Refusal{}, Backends: map[string]int{}, Ejected: []string{}}
 	s.askAgent(ctx, at)
-	h, err := ReadKernel(at)
 	switch {
 	case errors.Is(err, socket.ErrNothingInstalled):
 		s.problem("nothing is installed in the kernel: no VIP is translated")

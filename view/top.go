@@ -21,16 +21,29 @@ type Rate struct {
 	Backends             int     `json:"backends"`
 }
 
-// Rates returns what every service did between two looks, the busiest first. A backend
-// that was not there before counts from nothing.
-func Rates(before, after *Host, elapsed time.Duration) []Rate {
+// Tally is what backends had done at one moment, of which rates are made.
+type Tally map[string]map[netip.AddrPort]counts
+
+// Tally returns what the backends of this look had done.
+func (h *Host) Tally() Tally {
+	t := make(Tally, len(h.Kernel.Loads))
+	for name, loads := range h.Kernel.Loads {
+		of := make(map[netip.AddrPort]counts, len(loads))
+		for a, l := range loads {
+			of[a] = counts{l.Connections, l.Failed}
+		}
+		t[name] = of
+	}
+	return t
+}
+
+// Rates returns what every service did since an earlier moment, the busiest first. A
+// backend that was not there before counts from nothing.
+func Rates(before Tally, after *Host, elapsed time.Duration) []Rate {
 	all := make([]Rate, 0, len(after.Kernel.Services))
 	for _, s := range after.Kernel.Services {
 		r := Rate{Service: s.Name}
-		had := make(map[netip.AddrPort]counts)
-		for a, l := range before.Kernel.Loads[s.Name] {
-			had[a] = counts{l.Connections, l.Failed}
-		}
+		had := before[s.Name]
 		var begun, failed uint64
 		for _, f := range service.EachFamily {
 			for _, b := range after.choose(s, f).Candidates {

@@ -25,7 +25,7 @@ func TestRates(t *testing.T) {
 	}
 	before := look(socket.Load{Connections: 100, Failed: 1}, socket.Load{Connections: 1000})
 	after := look(socket.Load{Connections: 140, Failed: 3, InFlight: 2, RTT: time.Millisecond}, socket.Load{Connections: 10, RTT: time.Second})
-	rates := Rates(before, after, 2*time.Second)
+	rates := Rates(before.Tally(), after, 2*time.Second)
 	want := Rate{Service: "web", ConnectionsPerSecond: 25, FailuresPerSecond: 1, InFlight: 2, RTTSeconds: 0.001, Usable: 1, Backends: 2}
 	if len(rates) != 2 || rates[0] != want || rates[1].Service != "idle" || rates[1].ConnectionsPerSecond != 0 {
 		t.Errorf("have %+v\nwant %+v", rates, want)

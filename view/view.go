@@ -59,14 +59,20 @@ func Read(ctx context.Context, at Places, ofService string) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	client := api.NewClient(at.RunDir)
-	records, err := client.Probes(ctx, ofService)
-	h.AgentErr = err
-	h.probes = make(map[backendKey]api.ProbeRecord, len(records))
+	return h.WithProbes(ctx, at, ofService), nil
+}
+
+// WithProbes returns the same look with what the agent says of the probes of a service, or
+// of all with "".
+func (h *Host) WithProbes(ctx context.Context, at Places, ofService string) *Host {
+	with := *h
+	records, err := api.NewClient(at.RunDir).Probes(ctx, ofService)
+	with.AgentErr = err
+	with.probes = make(map[backendKey]api.ProbeRecord, len(records))
 	for _, r := range records {
-		h.probes[backendKey{r.Service, r.Address}] = r
+		with.probes[backendKey{r.Service, r.Address}] = r
 	}
-	return h, nil
+	return &with
 }
 
 // readPackets reads the table for packets; without one the view is empty.
@@ -86,10 +92,14 @@ func (h *Host) choose(s *service.Service, f service.Family) service.Choice {
 // Find returns a service by its name. ok is false where neither sockets nor packets find
 // one of that name.
 func (h *Host) Find(name string) (s Service, ok bool) {
-	for _, one := range h.Services() {
-		if one.Name == name {
-			return one, true
-		}
+	some := *h
+	kernel := *h.Kernel
+	kernel.Services = slices.DeleteFunc(slices.Clone(h.Kernel.Services), func(s *service.Service) bool { return s.Name != name })
+	packets := *h.Packets
+	packets.Mappings = slices.DeleteFunc(slices.Clone(h.Packets.Mappings), func(m nat.Mapping) bool { return m.Service != name })
+	some.Kernel, some.Packets = &kernel, &packets
+	if all := some.Services(); len(all) > 0 {
+		return all[0], true
 	}
 	return Service{}, false
 }

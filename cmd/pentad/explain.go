@@ -4,15 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/netip"
-	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/pentad/pentad/flow"
-	"github.com/pentad/pentad/service"
 	"github.com/pentad/pentad/view"
 )
 
@@ -51,9 +47,9 @@ func newExplain(at *places) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		questions, err := parseDestination(cmd, e.Listeners(), args[0])
+		questions, err := e.Questions(args[0])
 		if err != nil {
-			return err
+			return misused(cmd, "%v", err)
 		}
 		all := make([]*flow.Explanation, len(questions))
 		works := true
@@ -76,81 +72,6 @@ func newExplain(at *places) *cobra.Command {
 		return err
 	}
 	return cmd
-}
-
-// parseDestination reads a destination. An address alone asks for each of its
-// listeners, the name of a service for each of its.
-func parseDestination(cmd *cobra.Command, owners map[service.Listener][]string, text string) ([]flow.Question, error) {
-	listeners := slices.SortedFunc(maps.Keys(owners), service.Listener.Compare)
-	questions := func(wanted func(service.Listener) bool) (all []flow.Question) {
-		for _, l := range listeners {
-			if wanted(l) {
-				all = append(all, flow.Question{Destination: l.Address, Protocol: l.Protocol})
-			}
-		}
-		return all
-	}
-	if all := questions(func(l service.Listener) bool { return slices.Contains(owners[l], text) }); all != nil {
-		return all, nil
-	}
-	dest, protocol, named := strings.Cut(text, "/")
-	if all := questions(func(l service.Listener) bool {
-		return slices.Contains(owners[l], dest) && l.Protocol.String() == protocol
-	}); all != nil {
-		return all, nil
-	}
-	q := flow.Question{Protocol: service.TCP}
-	switch {
-	case !named || protocol == "tcp":
-	case protocol == "udp":
-		q.Protocol = service.UDP
-	case strings.Contains(text, "://"):
-		return nil, misused(cmd, "%q: write the address without what stands before ://", text)
-	default:
-		return nil, misused(cmd, "%q: want protocol tcp or udp, found %q", text, protocol)
-	}
-	var err error
-	if q.Destination, err = netip.ParseAddrPort(dest); err == nil {
-		q.Destination = netip.AddrPortFrom(q.Destination.Addr().Unmap(), q.Destination.Port())
-		return []flow.Question{q}, nil
-	}
-	addr, err := netip.ParseAddr(strings.Trim(dest, "[]"))
-	if err != nil {
-		return nil, misused(cmd, "%q is no destination; want ADDRESS:PORT, such as 10.96.0.10:3306 or [2001:db8::10]:53/udp, or the name of a service; "+
-			"other names are not resolved%s", text, nearestOwner(owners, dest))
-	}
-	all := questions(func(l service.Listener) bool {
-		return l.Address.Addr() == addr.Unmap() && (!named || l.Protocol == q.Protocol)
-	})
-	if all == nil {
-		hint := ""
-		host, port, _ := cutLast(dest, ":")
-		if a, err := netip.ParseAddr(host); err == nil && a.Is6() && !strings.HasPrefix(dest, "[") {
-			hint = fmt.Sprintf("; did you mean [%s]:%s?", host, port)
-		}
-		return nil, misused(cmd, "no service listens on %s; name a port to have a connection explained all the same%s", addr, hint)
-	}
-	return all, nil
-}
-
-// nearestOwner says which service was probably meant.
-func nearestOwner(owners map[service.Listener][]string, name string) string {
-	var names []string
-	for _, some := range owners {
-		names = append(names, some...)
-	}
-	if near := service.NearestWord(name, names); near != "" {
-		return fmt.Sprintf("; did you mean %q?", near)
-	}
-	return ""
-}
-
-func cutLast(text, sep string) (before, after string, found bool) {
-	i := strings.LastIndex(text, sep)
-	if i < 0 {
-		return text, "", false
-	}
-	return text[:i], text[i+len(sep):], true
 }
 
 func printExplanations(w io.Writer, all []*flow.Explanation) error {

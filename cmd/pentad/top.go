@@ -28,10 +28,11 @@ func newTop(at *places) *cobra.Command {
 		if every < durationValue(100*time.Millisecond) {
 			return misused(cmd, "--interval: want 100ms or more")
 		}
-		before, err := view.ReadKernel(at.view())
+		first, err := view.ReadKernel(at.view())
 		if err != nil {
 			return err
 		}
+		before := first.Tally()
 		w := watcher{on: !once, every: every}
 		looked := time.Now()
 		if !pause(cmd.Context(), time.Duration(every)) {
@@ -44,7 +45,7 @@ func newTop(at *places) *cobra.Command {
 			}
 			now := time.Now()
 			rates := view.Rates(before, after, now.Sub(looked))
-			before, looked = after, now
+			before, looked = after.Tally(), now
 			if done, err := o.structured(out, rates); done {
 				return err
 			}
