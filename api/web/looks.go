@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pentad/pentad/api"
+	"github.com/pentad/pentad/service"
 	"github.com/pentad/pentad/view"
 )
 
@@ -208,12 +209,39 @@ func (l *looks) publish(newest *look) {
 	l.changed = make(chan struct{})
 }
 
+// maxShown is how many backends of a service are shown, those first that are out.
+const maxShown = 200
+
 // detail is what is shown of the service whose page is open.
 type detail struct {
-	Name    string                  `json:"name"`
-	Service *view.Service           `json:"service"` // null: there is none of that name
-	History map[string][]view.Point `json:"history"` // of backends
-	Every   float64                 `json:"everySeconds"`
+	Name    string           `json:"name"`
+	Service *view.Service    `json:"service"` // null: there is none of that name
+	More    int              `json:"more"`    // backends that are not shown
+	Takes   int              `json:"takes"`   // backends that take the next connection, of all
+	Total   int              `json:"total"`   // backends
+	History map[string]lines `json:"history"` // of those that are shown
+	Every   float64          `json:"everySeconds"`
+}
+
+// lines are the points of a history, oldest first.
+type lines struct {
+	InFlight []uint32  `json:"inFlight"`
+	Failed   []uint32  `json:"failed"`
+	Response []float32 `json:"responseSeconds"`
+}
+
+func newLines(points []view.Point) (l lines) {
+	for _, p := range points {
+		l.InFlight, l.Failed, l.Response = append(l.InFlight, p.InFlight), append(l.Failed, p.Failed), append(l.Response, p.ResponseTime)
+	}
+	return l
+}
+
+// details are those of one look, made once for all browsers.
+type details struct {
+	mu     sync.Mutex
+	number uint64 // of the look
+	made   map[string][]byte
 }
 
 func (p *Page) serveLooks(s Settings) http.HandlerFunc {
@@ -250,7 +278,7 @@ func (p *Page) serveLooks(s Settings) http.HandlerFunc {
 			if last == nil || l.number != last.number+1 {
 				data = l.since(last)
 			}
-			if out.send("look", data) != nil || name != "" && out.sendJSON("service", p.detail(r.Context(), l, name)) != nil {
+			if out.send("look", data) != nil || name != "" && !p.sendDetail(r.Context(), out, l, name) {
 				return
 			}
 			last = l
@@ -258,35 +286,79 @@ func (p *Page) serveLooks(s Settings) http.HandlerFunc {
 	}
 }
 
-func (p *Page) detail(ctx context.Context, l *look, name string) detail {
-	d := detail{Name: name, History: make(map[string][]view.Point), Every: view.HistoryEvery.Seconds()}
+// sendDetail reports whether the browser has taken it.
+func (p *Page) sendDetail(ctx context.Context, out stream, l *look, name string) bool {
+	data, err := p.detail(ctx, l, name)
+	return err == nil && out.send("service", data) == nil
+}
+
+// detail returns what is sent of a service.
+func (p *Page) detail(ctx context.Context, l *look, name string) ([]byte, error) {
+	p.made.mu.Lock()
+	defer p.made.mu.Unlock()
+	if p.made.number != l.number {
+		p.made.number, p.made.made = l.number, make(map[string][]byte)
+	}
+	if data, is := p.made.made[name]; is {
+		return data, nil
+	}
 	from := l.host
 	if from == nil {
 		// The look was made before anybody asked for a service.
-		done, err := p.alone(ctx)
-		if err != nil {
-			return d
+		var err error
+		if from, err = view.ReadKernel(p.opts.At); err != nil {
+			from = nil
 		}
-		from, err = view.ReadKernel(p.opts.At)
-		done()
-		if err != nil {
-			return d
-		}
+	}
+	data, err := json.Marshal(p.describe(ctx, from, name))
+	p.made.made[name] = data
+	return data, err
+}
+
+// describe makes a detail of a look, or of none.
+func (p *Page) describe(ctx context.Context, from *view.Host, name string) detail {
+	d := detail{Name: name, History: make(map[string]lines), Every: view.HistoryEvery.Seconds()}
+	if from == nil {
+		return d
 	}
 	s, ok := from.WithProbes(ctx, p.opts.At, name).Find(name)
 	if !ok {
 		return d
 	}
-	d.Service = &s
+	d.Service, d.Total = &s, len(s.Backends)
+	for _, b := range s.Backends {
+		if b.Takes {
+			d.Takes++
+		}
+	}
+	if d.More = max(0, len(s.Backends)-maxShown); d.More > 0 {
+		s.Backends = slices.Clone(s.Backends)
+		slices.SortStableFunc(s.Backends, func(a, b view.Backend) int { return rank(a) - rank(b) })
+		s.Backends = s.Backends[:maxShown]
+		for i := range s.Listeners {
+			s.Listeners[i].To = s.Listeners[i].To[:min(len(s.Listeners[i].To), maxShown)]
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, b := range s.Backends {
 		at, err := netip.ParseAddrPort(b.Address)
 		if points := p.history.Of(name, at); err == nil && points != nil {
-			d.History[b.Address] = points
+			d.History[b.Address] = newLines(points)
 		}
 	}
 	return d
+}
+
+// rank is lower for backends that are more worth a look.
+func rank(b view.Backend) int {
+	switch {
+	case b.Takes:
+		return 1
+	case b.State == service.Standby.String():
+		return 2
+	}
+	return 0
 }
 
 // parts are the roles of this host beside services.

@@ -52,6 +52,7 @@ type Page struct {
 	looks   *looks
 	flows   *flows
 	streams atomic.Int32  // that are open
+	made    details
 	details atomic.Int32  // of these, that are of one service
 	asking  chan struct{} // has one place: for what costs much
 

@@ -83,17 +83,20 @@ export interface Service {
   packets?: { listen: string; from: string[]; balance: string; backends: string[] }[];
 }
 
-export interface Point {
-  inFlight: number;
-  connections: number;
-  failed: number;
-  responseSeconds: number;
+/** The last 15 minutes of a backend, oldest first. */
+export interface Lines {
+  inFlight: number[];
+  failed: number[];
+  responseSeconds: number[];
 }
 
 export interface Detail {
   name: string;
   service: Service | null;
-  history: Record<string, Point[]>;
+  more: number;
+  takes: number;
+  total: number;
+  history: Record<string, Lines>;
   everySeconds: number;
 }
 

@@ -56,7 +56,7 @@ function Page() {
 
   const title = useRef("");
   const { head } = model;
-  const bad = head ? head.problems.length + head.refusing : 0;
+  const bad = head ? head.problems.length + head.refusing + (head.error ? 1 : 0) : 0;
   const wanted = `${bad > 0 ? `(${bad}) ` : ""}${service || (head ? head.host : "")} · pentad`;
   if (title.current !== wanted) document.title = title.current = wanted;
   const rows = useMemo(() => [...model.rows.values()], [model.rows]);
@@ -91,8 +91,10 @@ function Health({ head, error, now }: { head: Head | null; error: Error | null; 
   if (error) return <span class="pill level2" role="status">✕ no answer: what you see is {head ? ago(head.time, now) + " old" : "nothing yet"}</span>;
   if (!head) return <span class="pill" role="status">asking the host</span>;
   if (late) return <span class="pill level1" role="status">▲ what you see is {ago(head.time, now)} old</span>;
+  if (head.error) return <span class="pill level2" role="status">✕ the kernel cannot be read</span>;
   if (head.problems.length > 0) return <span class="pill level2" role="status">✕ {head.problems.length === 1 ? "1 problem" : head.problems.length + " problems"}</span>;
   if (head.refusing > 0) return <span class="pill level2" role="status">✕ {head.refusing} of {head.listeners} listeners refuse</span>;
+  if (!head.healthy) return <span class="pill level2" role="status">✕ not well</span>;
   return <span class="pill level0" role="status">✓ well</span>;
 }
 

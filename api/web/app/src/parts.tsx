@@ -1,7 +1,7 @@
 // Pieces that several views are made of.
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { ComponentChildren } from "preact";
-import type { Point } from "./api";
+import type { Lines } from "./api";
 import { count, latency } from "./words";
 
 const marks = ["✓", "▲", "✕"];
@@ -40,12 +40,12 @@ export function Sparkline({ values, label, unit, places }: { values: number[]; l
   );
 }
 
-export function Sparks({ points, places }: { points: Point[]; places: number }) {
+export function Sparks({ lines, places }: { lines: Lines | undefined; places: number }) {
   return (
     <>
-      <Sparkline label="in flight" values={points.map((p) => p.inFlight)} unit={String} places={places} />
-      <Sparkline label="response time" values={points.map((p) => p.responseSeconds)} unit={latency} places={places} />
-      <Sparkline label="failed connects" values={points.map((p) => p.failed)} unit={(n) => count(n, "failure")} places={places} />
+      <Sparkline label="in flight" values={lines?.inFlight ?? []} unit={String} places={places} />
+      <Sparkline label="response time" values={lines?.responseSeconds ?? []} unit={latency} places={places} />
+      <Sparkline label="failed connects" values={lines?.failed ?? []} unit={(n) => count(n, "failure")} places={places} />
     </>
   );
 }

@@ -12,7 +12,6 @@ export function ServiceView({ name, detail, actions, now }: { name: string; deta
   if (!s) return <p class="none">There is no service {name} in the kernel. <a href="#/">All services</a></p>;
   const places = Math.round(historySeconds / detail.everySeconds);
   const out = s.backends.filter((b) => !b.takes && b.state !== "standby");
-  const takes = s.backends.filter((b) => b.takes).length;
   return (
     <section aria-label={"Service " + name}>
       <h1>{s.name}</h1>
@@ -20,7 +19,7 @@ export function ServiceView({ name, detail, actions, now }: { name: string; deta
         {s.listeners.map((l) => <span class="listener"><State level={levelOf(l.verdict)}>{l.verdict === "refused" ? "refusing" : l.verdict}</State> <code>{l.listen}</code> {l.why && <em>{l.why}</em>}</span>)}
       </p>
       <p>
-        {takes} of {count(s.backends.length, "backend")} {takes === 1 ? "takes" : "take"} the next connection. Balance {s.balance}, from {s.source === "file" ? "the file" : s.source}
+        {detail.takes} of {count(detail.total, "backend")} {detail.takes === 1 ? "takes" : "take"} the next connection. Balance {s.balance}, from {s.source === "file" ? "the file" : s.source}
         {s.refused > 0 && <>; <b class="level2">{s.refused.toLocaleString("en")} connections were refused</b></>}.
       </p>
       {out.length > 0 && <ul class="outs" aria-label="Backends that are out" aria-live="polite">
@@ -32,8 +31,9 @@ export function ServiceView({ name, detail, actions, now }: { name: string; deta
           <span role="columnheader">State</span><span role="columnheader">Backend</span><span role="columnheader" class="n">In flight</span><span role="columnheader" class="n">Response</span>
           <span role="columnheader" class="n">Connections</span><span role="columnheader" class="n">Failed</span><span role="columnheader">In flight, response, failures: 15 minutes</span><span role="columnheader">Why, probe</span>
         </div>
-        {s.backends.map((b) => <BackendRow key={b.address} service={name} b={b} points={detail.history[b.address] ?? []} places={places} actions={actions} now={now} />)}
+        {s.backends.map((b) => <BackendRow key={b.address} service={name} b={b} lines={detail.history[b.address]} places={places} actions={actions} now={now} />)}
       </div>
+      {detail.more > 0 && <p class="none">and {count(detail.more, "backend")} more: <code>pentad backend list --service {name}</code> shows all</p>}
       {s.packets && <><h2>Packets from elsewhere</h2><ul>{s.packets.map((p) => <li><code>{p.listen}</code> from {p.from.join(", ")}: {p.backends.length ? p.backends.join(", ") : "refused, there is no backend"}</li>)}</ul></>}
     </section>
   );
@@ -43,8 +43,8 @@ function since(b: Backend, now: number): string {
   return Date.parse(b.since) > 0 ? `; for ${ago(b.since, now)}` : "";
 }
 
-function BackendRow({ service, b, points, places, actions, now }: {
-  service: string; b: Backend; points: Detail["history"][string]; places: number; actions: boolean; now: number;
+function BackendRow({ service, b, lines, places, actions, now }: {
+  service: string; b: Backend; lines: Detail["history"][string] | undefined; places: number; actions: boolean; now: number;
 }) {
   return (
     <div class="row" role="row">
@@ -54,7 +54,7 @@ function BackendRow({ service, b, points, places, actions, now }: {
       <span role="cell" class="n">{latency(b.responseSeconds ?? b.rttSeconds)}</span>
       <span role="cell" class="n">{b.connections.toLocaleString("en")}</span>
       <span role="cell" class={"n" + (b.failed > 0 ? " level1" : "")}>{b.failed.toLocaleString("en")}</span>
-      <span role="cell" class="sparks"><Sparks points={points} places={places} /></span>
+      <span role="cell" class="sparks"><Sparks lines={lines} places={places} /></span>
       <span role="cell" class="why">
         {b.why}{b.probe && <small>{b.probe.probe}: {b.probe.result === "none" ? "none has ended yet" : `${b.probe.result}${b.probe.last ? ` ${ago(b.probe.last, now)} ago` : ""}${b.probe.tookSeconds ? ` in ${latency(b.probe.tookSeconds)}` : ""}`}</small>}
         {actions && <Act service={service} b={b} />}

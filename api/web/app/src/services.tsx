@@ -53,7 +53,7 @@ export function Services({ rows, head }: { rows: Row[]; head: Head | null }) {
           <option value="state">what is wrong first</option><option value="busy">busiest first</option><option value="service">by name</option>
         </select></label>
       </div>
-      {rows.length === 0 && head && <p class="none">There is no service. The configuration{head.agent ? ` (${head.agent.config.file})` : ""} has none.</p>}
+      {rows.length === 0 && head && !head.error && <p class="none">There is no service. The configuration{head.agent ? ` (${head.agent.config.file})` : ""} has none.</p>}
       <LongList className="services" label="Services" height={44} all={shown}
         head={<><span role="columnheader">State</span><span role="columnheader">Service</span><span role="columnheader">Listens at</span><span role="columnheader" class="n">Backends</span>
           <span role="columnheader" class="n">Connections/s</span><span role="columnheader" class="n">Failures/s</span><span role="columnheader" class="n">In flight</span><span role="columnheader" class="n">Response</span></>}
