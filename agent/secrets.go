@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -29,10 +30,10 @@ type token struct {
 
 // stamp tells one text of a file from another.
 type stamp struct {
-	changed time.Time
-	mode    os.FileMode
-	size    int64
-	inode   uint64
+	written, changed time.Time
+	mode             os.FileMode
+	size             int64
+	inode            uint64
 }
 
 func stampOf(path string) (stamp, error) {
@@ -40,9 +41,9 @@ func stampOf(path string) (stamp, error) {
 	if err != nil {
 		return stamp{}, err
 	}
-	s := stamp{changed: st.ModTime(), mode: st.Mode(), size: st.Size()}
+	s := stamp{written: st.ModTime(), mode: st.Mode(), size: st.Size()}
 	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
-		s.inode = sys.Ino
+		s.inode, s.changed = sys.Ino, time.Unix(sys.Ctim.Unix())
 	}
 	return s, nil
 }
@@ -62,7 +63,13 @@ func (t *token) read() (string, error) {
 	}
 	t.stamp = now
 	if t.value, t.err = host.ReadPassword(t.path); t.err == nil && len(t.value) < shortestToken {
-		t.value, t.err = "", fmt.Errorf("the first line of %s is a token of %d characters; want %d or more, such as `openssl rand -hex 16` prints", t.path, len(t.value), shortestToken)
+		t.err = fmt.Errorf("the first line of %s is a token of %d characters; want %d or more, such as `openssl rand -hex 16` prints", t.path, len(t.value), shortestToken)
+	}
+	if t.err == nil && strings.ContainsFunc(t.value, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		t.err = fmt.Errorf("the first line of %s has a blank, or a character that is none of ASCII: no header can say it", t.path)
+	}
+	if t.err != nil {
+		t.value = ""
 	}
 	return t.value, t.err
 }

@@ -94,6 +94,7 @@ func (m *pageServer) Apply(_ context.Context, want config.API) error {
 	s := m.limit.Server(guard.Local(m.handler(web.Settings{Token: secret.read, Actions: want.Actions})))
 	s.ErrorLog = log.New(io.Discard, "", 0) // whoever speaks no TLS to it is no news
 	if want.Cert != "" {
+		s.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){} // HTTP/2 has many requests a connection
 		s.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: pair.get}
 	}
 	m.at, m.server = want, s

@@ -53,10 +53,19 @@ func (d *decoder) api(n *yaml.Node, c *Config) {
 	if (a.Cert == "") != (a.Key == "") {
 		d.errorf(at("tls"), "api: tls needs both, \"cert\" and \"key\"")
 	}
+	if seen["tls"] != nil && a.Cert == "" && a.Key == "" {
+		d.errorf(at("tls"), "api: tls is empty: it needs \"cert\" and \"key\"")
+	}
 	if a.Actions && a.Token == "" {
 		d.errorf(at("actions"), "api: actions need \"tokenFile\": without it every user of this host, and every page in its browsers, could drain backends")
 	}
-	if !a.Listen.IsValid() || a.Listen.Addr().Unmap().IsLoopback() || a.Insecure || a.Cert != "" && a.Token != "" {
+	if !a.Listen.IsValid() || a.Listen.Addr().Unmap().IsLoopback() {
+		return
+	}
+	if a.Actions && a.Cert == "" {
+		d.errorf(at("actions"), "api: actions at an address that other hosts reach need \"tls\": who hears the token could drain backends")
+	}
+	if a.Insecure || a.Cert != "" && a.Token != "" {
 		return
 	}
 	d.errorf(at("listen"), "api: %s can be reached from other hosts: it needs \"tls\" and \"tokenFile\"; write insecure: true to let everybody there read what this host does", a.Listen)

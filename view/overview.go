@@ -15,7 +15,7 @@ type Row struct {
 	Source  string         `json:"source"`
 	Balance string         `json:"balance"`
 	Listen  []string       `json:"listen"`
-	Verdict string         `json:"verdict"`          // the worst of its listeners'; of a service for packets alone, too
+	Verdict string         `json:"verdict"`          // the worst of its listeners' for sockets; of a service for packets alone, of those
 	Why     string         `json:"why,omitempty"`    // of that
 	States  map[string]int `json:"states,omitempty"` // backends by state
 	Out     int            `json:"out"`              // backends that do not take connections and should
@@ -73,6 +73,7 @@ func isOut(s service.State) bool {
 // packetRows are those of services that only packets find.
 func packetRows(known map[string]Rate, mappings []nat.Mapping) []Row {
 	at := make(map[string]int)
+	backends := make(map[string]map[string]bool)
 	var rows []Row
 	for _, m := range mappings {
 		if _, is := known[m.Service]; is {
@@ -82,11 +83,15 @@ func packetRows(known map[string]Rate, mappings []nat.Mapping) []Row {
 		i, is := at[m.Service]
 		if !is {
 			i = len(rows)
-			at[m.Service] = i
-			rows = append(rows, Row{Rate: Rate{Service: m.Service, Usable: len(p.Backends), Backends: len(p.Backends)}, Balance: p.Balance, Verdict: Serving})
+			at[m.Service], backends[m.Service] = i, make(map[string]bool)
+			rows = append(rows, Row{Rate: Rate{Service: m.Service}, Balance: p.Balance, Verdict: Serving})
 		}
 		row := &rows[i]
 		row.Listen = append(row.Listen, p.Listen)
+		for _, b := range p.Backends {
+			backends[m.Service][b] = true
+		}
+		row.Usable, row.Backends = len(backends[m.Service]), len(backends[m.Service])
 		if len(p.Backends) == 0 {
 			row.Verdict, row.Why = Refused, "it has no backend"
 		}

@@ -168,21 +168,31 @@ func (f *flows) run(ctx context.Context) {
 			}
 			continue
 		}
-		var proxies sync.WaitGroup
-		proxies.Go(func() { f.followProxies(following) })
-		err := f.follow(following)
-		f.mu.Lock()
-		f.err = ""
-		if err != nil && following.Err() == nil {
-			f.err = err.Error()
-		}
-		f.mu.Unlock()
-		if err != nil {
-			pause(following, time.Second)
-		}
+		var tasks sync.WaitGroup
+		tasks.Go(func() { f.followProxies(following) })
+		tasks.Go(func() { f.followKernel(following) })
+		tasks.Wait()
 		f.stop()
-		proxies.Wait()
+		// A follower costs a ring and the pins that are opened: it is not had in a loop.
+		pause(ctx, time.Second/2)
 	}
+}
+
+// followKernel follows again and again, until the context ends.
+func (f *flows) followKernel(ctx context.Context) {
+	for ctx.Err() == nil {
+		if err := f.follow(ctx); err != nil && ctx.Err() == nil {
+			f.say(err.Error())
+			pause(ctx, time.Second)
+		}
+	}
+}
+
+// say notes why there is no follower.
+func (f *flows) say(err string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.err = err
 }
 
 // follow follows the kernel.
@@ -192,6 +202,7 @@ func (f *flows) follow(ctx context.Context) error {
 		return err
 	}
 	defer follower.Close()
+	f.say("")
 	tracker := flow.NewTracker()
 	tracker.Agent = host.Holder(f.at.Pins)
 	var checked time.Time
@@ -235,11 +246,12 @@ type flowMessage struct {
 	Error   string      `json:"error,omitempty"`
 }
 
-func (p *Page) serveFlows(w http.ResponseWriter, r *http.Request) {
-	out, done, ok := p.open(w)
-	if !ok {
-		return
-	}
+func (p *Page) serveFlows(s Settings) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { p.sendFlows(s, w, r) }
+}
+
+func (p *Page) sendFlows(s Settings, w http.ResponseWriter, r *http.Request) {
+	out, ctx, done := p.open(w, r)
 	defer done()
 	sub, leave := p.flows.join(readFilter(r))
 	defer leave()
@@ -254,14 +266,14 @@ func (p *Page) serveFlows(w http.ResponseWriter, r *http.Request) {
 		p.flows.mu.Unlock()
 		// A browser that is gone is found out by being written to.
 		if quiet++; len(m.Flows) > 0 || m.Lost != said.Lost || m.Error != said.Error || quiet > 40 {
-			if out.sendJSON("flows", m) != nil {
+			if !s.Knows(r) || out.sendJSON("flows", m) != nil {
 				return
 			}
 			said, quiet = m, 0
 		}
 		select {
 		case <-ticker.C:
-		case <-r.Context().Done():
+		case <-ctx.Done():
 			return
 		}
 	}

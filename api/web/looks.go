@@ -23,6 +23,7 @@ type look struct {
 	head   json.RawMessage
 	rows   map[string]json.RawMessage // by service
 	change []byte                     // what a browser is sent that has the look before
+	whole  func() []byte              // what one is sent that has none
 }
 
 // head is what is at the top of the page.
@@ -87,6 +88,7 @@ func (p *Page) look(ctx context.Context, before *look) *look {
 	h.Every = pauseAfter(time.Since(l.at)).Seconds()
 	l.head, _ = json.Marshal(h) // plain values, too
 	l.change = l.since(before)
+	l.whole = sync.OnceValue(func() []byte { return l.since(nil) })
 	return l
 }
 
@@ -119,8 +121,10 @@ func (l *look) since(before *look) []byte {
 }
 
 // pauseAfter is how long it is to the next look, after one that took so long: looks take
-// a tenth of one processor at most.
-func pauseAfter(took time.Duration) time.Duration { return max(time.Second, 9*took) }
+// a tenth of one processor, but for those that take very long.
+func pauseAfter(took time.Duration) time.Duration {
+	return min(max(time.Second, 9*took), max(15*time.Second, took))
+}
 
 // looks has one look made after the other while anybody waits for them.
 type looks struct {
@@ -215,11 +219,12 @@ const maxShown = 200
 // detail is what is shown of the service whose page is open.
 type detail struct {
 	Name    string           `json:"name"`
-	Service *view.Service    `json:"service"` // null: there is none of that name
-	More    int              `json:"more"`    // backends that are not shown
-	Takes   int              `json:"takes"`   // backends that take the next connection, of all
-	Total   int              `json:"total"`   // backends
-	History map[string]lines `json:"history"` // of those that are shown
+	Error   string           `json:"error,omitempty"` // why it is not known
+	Service *view.Service    `json:"service"`         // null: there is none of that name
+	More    int              `json:"more"`            // backends that are not shown
+	Takes   int              `json:"takes"`           // backends that take the next connection, of all
+	Total   int              `json:"total"`           // backends
+	History map[string]lines `json:"history"`         // of those that are shown
 	Every   float64          `json:"everySeconds"`
 }
 
@@ -246,10 +251,7 @@ type details struct {
 
 func (p *Page) serveLooks(s Settings) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		out, done, ok := p.open(w)
-		if !ok {
-			return
-		}
+		out, ctx, done := p.open(w, r)
 		defer done()
 		leave := p.looks.join()
 		defer leave()
@@ -270,15 +272,21 @@ func (p *Page) serveLooks(s Settings) http.HandlerFunc {
 			if last != nil {
 				number = last.number
 			}
-			l, err := p.looks.after(r.Context(), number)
+			l, err := p.looks.after(ctx, number)
 			if err != nil {
 				return
 			}
 			data := l.change
-			if last == nil || l.number != last.number+1 {
+			switch {
+			case last == nil:
+				data = l.whole()
+			case l.number != last.number+1:
 				data = l.since(last)
 			}
-			if out.send("look", data) != nil || name != "" && !p.sendDetail(r.Context(), out, l, name) {
+			if !s.Knows(r) { // the token may be another one by now
+				return
+			}
+			if out.send("look", data) != nil || name != "" && !p.sendDetail(ctx, out, l, name) {
 				return
 			}
 			last = l
@@ -302,25 +310,26 @@ func (p *Page) detail(ctx context.Context, l *look, name string) ([]byte, error)
 	if data, is := p.made.made[name]; is {
 		return data, nil
 	}
+	d := detail{Name: name, Error: "nothing is known of it"}
 	from := l.host
 	if from == nil {
 		// The look was made before anybody asked for a service.
 		var err error
 		if from, err = view.ReadKernel(p.opts.At); err != nil {
-			from = nil
+			d.Error = err.Error()
 		}
 	}
-	data, err := json.Marshal(p.describe(ctx, from, name))
+	if from != nil {
+		d = p.describe(ctx, from, name)
+	}
+	data, err := json.Marshal(d)
 	p.made.made[name] = data
 	return data, err
 }
 
-// describe makes a detail of a look, or of none.
+// describe makes a detail of a look.
 func (p *Page) describe(ctx context.Context, from *view.Host, name string) detail {
 	d := detail{Name: name, History: make(map[string]lines), Every: view.HistoryEvery.Seconds()}
-	if from == nil {
-		return d
-	}
 	s, ok := from.WithProbes(ctx, p.opts.At, name).Find(name)
 	if !ok {
 		return d

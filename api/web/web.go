@@ -21,6 +21,7 @@ import (
 	"net/http"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -51,14 +52,17 @@ type Page struct {
 	name    string // of this host
 	looks   *looks
 	flows   *flows
-	streams atomic.Int32  // that are open
 	made    details
-	details atomic.Int32  // of these, that are of one service
+	details atomic.Int32  // streams of one service
 	asking  chan struct{} // has one place: for what costs much
 
 	mu      sync.Mutex
 	history *view.History
+	streams []*opened // the oldest first
 }
+
+// opened is a stream that is open.
+type opened struct{ end context.CancelFunc }
 
 // Bounds on what all strangers together hold and cost.
 const (
@@ -123,7 +127,7 @@ func (p *Page) Handler(s Settings, others http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	guarded := func(pattern string, h http.HandlerFunc) { mux.Handle(pattern, s.guard(h)) }
 	guarded("GET /v1/page/stream", p.serveLooks(s))
-	guarded("GET /v1/page/flows", p.serveFlows)
+	guarded("GET /v1/page/flows", p.serveFlows(s))
 	guarded("GET /v1/page/open", p.serveOpen)
 	guarded("GET /v1/page/explain", p.serveExplain)
 	guarded("GET /v1/page/parts", p.serveParts)
@@ -210,11 +214,16 @@ func answer(w http.ResponseWriter, v any, err error) {
 	_ = json.NewEncoder(w).Encode(v)
 }
 
+// rest is how long nobody has anything computed after something that took a while, in
+// multiples of that: strangers together have a quarter of a processor.
+const rest = 3
+
 // alone waits until nothing else is computed that costs much. The caller calls done.
 func (p *Page) alone(ctx context.Context) (done func(), err error) {
 	select {
 	case p.asking <- struct{}{}:
-		return func() { <-p.asking }, nil
+		began := time.Now()
+		return func() { time.AfterFunc(rest*time.Since(began), func() { <-p.asking }) }, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
@@ -229,16 +238,26 @@ type stream struct {
 // patience is how long a browser may take to receive one event.
 const patience = 10 * time.Second
 
-// open begins a stream, if there are not too many. The caller calls done.
-func (p *Page) open(w http.ResponseWriter) (s stream, done func(), ok bool) {
-	if p.streams.Add(1) > maxStreams {
-		p.streams.Add(-1)
-		http.Error(w, "too many pages are open", http.StatusServiceUnavailable)
-		return stream{}, nil, false
+// open begins a stream. Over the bound the oldest one ends: whoever keeps many open keeps
+// nobody out. The stream is to end with the context; the caller calls done.
+func (p *Page) open(w http.ResponseWriter, r *http.Request) (s stream, ctx context.Context, done func()) {
+	ctx, end := context.WithCancel(r.Context())
+	o := &opened{end}
+	p.mu.Lock()
+	p.streams = append(p.streams, o)
+	if len(p.streams) > maxStreams {
+		p.streams[0].end()
+		p.streams = p.streams[1:]
 	}
+	p.mu.Unlock()
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
-	return stream{w, http.NewResponseController(w)}, func() { p.streams.Add(-1) }, true
+	return stream{w, http.NewResponseController(w)}, ctx, func() {
+		end()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.streams = slices.DeleteFunc(p.streams, func(x *opened) bool { return x == o })
+	}
 }
 
 // send sends one event. What it is made of has no line ends: it is JSON.

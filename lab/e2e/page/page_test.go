@@ -2,6 +2,7 @@
 package page_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -62,7 +63,10 @@ func TestPage(t *testing.T) {
 	b := newBrowser(t, w.Host)
 	b.do(order{"do": "go", "url": "http://127.0.0.1:9464/"})
 	b.see("asks for the token")
-	b.fill("Token", "not the token at all")
+	b.fill("Token", "a…token")
+	b.click("button", "Look")
+	b.see("signs of ASCII only")
+	b.fill("Token", "not-the-token-at-all")
 	b.click("button", "Look")
 	b.see("not the token")
 	b.fill("Token", secret)
@@ -257,7 +261,7 @@ func TestStrangers(t *testing.T) {
 			c, err := net.Dial("tcp", "127.0.0.1:9464")
 			if err == nil {
 				open = append(open, c)
-				_, err = fmt.Fprintf(c, "GET /v1/page/stream HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n", secret)
+				_, err = fmt.Fprintf(c, "GET /v1/page/stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer %s\r\n\r\n", secret)
 			}
 			return err
 		}); err != nil {
@@ -274,13 +278,61 @@ func TestStrangers(t *testing.T) {
 		c.Close()
 	}
 
-	// Another token is in force at once, and one that others may read is none.
+	// A newcomer is shown something though others keep as many streams as there may be.
+	stream := func() *bufio.Reader {
+		t.Helper()
+		var c net.Conn
+		if err := w.Do(func() (err error) {
+			if c, err = net.Dial("tcp", "127.0.0.1:9464"); err == nil {
+				_, err = fmt.Fprintf(c, "GET /v1/page/stream?service=web HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer %s\r\n\r\n", secret)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		if err := c.SetReadDeadline(time.Now().Add(e2e.Patience)); err != nil {
+			t.Fatal(err)
+		}
+		return bufio.NewReader(c)
+	}
+	await := func(r *bufio.Reader, what string) {
+		t.Helper()
+		for {
+			line, err := r.ReadString('\n')
+			if err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			if strings.HasPrefix(line, what) {
+				return
+			}
+		}
+	}
+	oldest := stream()
+	await(oldest, "event: look")
+	for range 40 {
+		await(stream(), "event: hello")
+	}
+	newest := stream()
+	await(newest, "event: service")
+	if _, err := io.ReadAll(oldest); err != nil {
+		t.Errorf("the oldest stream goes on: %v", err)
+	}
+
+	// Another token is in force at once, for streams that are open, too; and one that others may read is none.
 	w.writeToken(strings.Repeat("n", 20))
+	if _, err := io.ReadAll(newest); err != nil {
+		t.Errorf("a stream goes on with the old token: %v", err)
+	}
 	if code, _, _ := w.get("GET", at+"/metrics", "", bearer...); code != 401 {
 		t.Errorf("with the old token: %d", code)
 	}
 	if code, _, _ := w.get("GET", at+"/metrics", "", "Authorization", "Bearer "+strings.Repeat("n", 20)); code != 200 {
 		t.Errorf("with the new token: %d", code)
+	}
+	w.writeToken("with a blank in the middle of it")
+	if code, _, _ := w.get("GET", at+"/metrics", "", "Authorization", "Bearer with a blank in the middle of it"); code != 401 {
+		t.Errorf("with a token that has blanks: %d", code)
 	}
 	w.writeToken("short")
 	if code, _, _ := w.get("GET", at+"/metrics", "", "Authorization", "Bearer short"); code != 401 {

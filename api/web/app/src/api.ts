@@ -92,6 +92,7 @@ export interface Lines {
 
 export interface Detail {
   name: string;
+  error?: string;
   service: Service | null;
   more: number;
   takes: number;
@@ -151,8 +152,14 @@ export interface Parts {
   errors: string[];
 }
 
-/** The server wants a token, or another one. */
-export class NeedsToken extends Error {}
+/** The server wants a token, or another one. The page asks for it when it hears of tokenNeeded. */
+export class NeedsToken extends Error {
+  constructor() {
+    super("the token is needed");
+  }
+}
+
+export const tokenNeeded = "pentad-token-needed";
 
 const key = "pentad-token";
 
@@ -160,13 +167,18 @@ const key = "pentad-token";
 export const token = {
   get: (): string => sessionStorage.getItem(key) ?? "",
   set: (value: string): void => sessionStorage.setItem(key, value),
+  /** Only these characters can be in a token: the agent refuses others, and a header cannot hold them all. */
+  possible: (value: string): boolean => /^[\x21-\x7e]+$/.test(value),
 };
 
 async function ask(path: string, init: RequestInit = {}): Promise<Response> {
   const headers = new Headers(init.headers);
-  if (token.get()) headers.set("Authorization", "Bearer " + token.get());
+  if (token.possible(token.get())) headers.set("Authorization", "Bearer " + token.get());
   const answer = await fetch(path, { ...init, headers, cache: "no-store" });
-  if (answer.status === 401) throw new NeedsToken();
+  if (answer.status === 401) {
+    dispatchEvent(new Event(tokenNeeded));
+    throw new NeedsToken();
+  }
   return answer;
 }
 
@@ -192,10 +204,11 @@ export async function post<T>(path: string, body: unknown): Promise<T> {
  */
 export async function follow(path: string, signal: AbortSignal, on: (event: string, data: any) => void, state: (error: Error | null) => void): Promise<void> {
   while (!signal.aborted) {
+    let reader: ReadableStreamDefaultReader<string> | undefined;
     try {
       const answer = await ask(path, { signal });
       if (!answer.ok || !answer.body) throw new Error((await answer.text()).trim());
-      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       state(null);
       // Text comes in pieces: of a large event they are put together once.
       const pieces: string[] = [];
@@ -218,6 +231,8 @@ export async function follow(path: string, signal: AbortSignal, on: (event: stri
       state(error as Error);
       if (error instanceof NeedsToken) return;
       await new Promise((resolve) => setTimeout(resolve, 1000));
+    } finally {
+      void reader?.cancel().catch(() => undefined);
     }
   }
 }

@@ -38,7 +38,7 @@ export function Explain({ query }: { query: URLSearchParams }) {
         <button type="submit">Explain</button>
       </form>
       {error && <p role="alert"><State level={2}>no answer</State> {error}</p>}
-      <div aria-live="polite">{all?.map((e) => <Way key={e.destination} e={e} from={query.get("from")} pid={query.get("pid")} />)}</div>
+      <div aria-live="polite">{all?.map((e, i) => <Way key={i} e={e} from={query.get("from")} pid={query.get("pid")} />)}</div>
     </section>
   );
 }

@@ -9,6 +9,7 @@ const historySeconds = 15 * 60;
 export function ServiceView({ name, detail, actions, now }: { name: string; detail: Detail | null; actions: boolean; now: number }) {
   if (!detail) return <p class="none">asking for {name}</p>;
   const s = detail.service;
+  if (detail.error) return <p role="alert"><State level={2}>cannot be read</State> {detail.error}</p>;
   if (!s) return <p class="none">There is no service {name} in the kernel. <a href="#/">All services</a></p>;
   const places = Math.round(historySeconds / detail.everySeconds);
   const out = s.backends.filter((b) => !b.takes && b.state !== "standby");
@@ -18,10 +19,10 @@ export function ServiceView({ name, detail, actions, now }: { name: string; deta
       <p class="lead">
         {s.listeners.map((l) => <span class="listener"><State level={levelOf(l.verdict)}>{l.verdict === "refused" ? "refusing" : l.verdict}</State> <code>{l.listen}</code> {l.why && <em>{l.why}</em>}</span>)}
       </p>
-      <p>
+      {s.listeners.length > 0 && <p>
         {detail.takes} of {count(detail.total, "backend")} {detail.takes === 1 ? "takes" : "take"} the next connection. Balance {s.balance}, from {s.source === "file" ? "the file" : s.source}
         {s.refused > 0 && <>; <b class="level2">{s.refused.toLocaleString("en")} connections were refused</b></>}.
-      </p>
+      </p>}
       {out.length > 0 && <ul class="outs" aria-label="Backends that are out" aria-live="polite">
         {out.map((b) => <li><State level={levelOf(b.state)}>{b.state}</State> <code>{b.address}</code> {b.why ?? ""}{since(b, now)}</li>)}
       </ul>}
