@@ -9,15 +9,15 @@ SUDO     = $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT  = $(SUDO) env "PATH=$$PATH" "HOME=$$HOME" "CI=$$CI"
 GO       = $(shell command -v go)
 # The commands' documentation needs the programs' types: those come first.
-GENERATE = $(GO) generate ./plane/... ./announce/... ./bench/... ./api/... && $(GO) generate ./cmd/...
+GENERATE = $(GO) generate ./plane/... ./announce/... ./drops ./bench/... ./api/... && $(GO) generate ./cmd/...
 # Go files that people write.
 GOFILES  = $(shell git ls-files '*.go' | grep -v '_bpfel\.go$$')
 CFILES   = $(shell git ls-files '*.bpf.c' '*/bpf/*.h')
 
 # Packages whose tests need neither root nor a kernel of their own.
-PURE     = ./api/... ./claim ./config ./flow ./health/... ./ipam ./nodehealth ./proxy/... ./service ./source/file ./view
+PURE     = ./api/... ./claim ./config ./doctor ./drops ./flow ./health/... ./ipam ./nodehealth ./proxy/... ./service ./source/file ./view
 
-.PHONY: all build generate format check test bench bench-kube demo install clean
+.PHONY: all build generate format check test bench bench-kube demo package package-check install clean
 
 all: build
 
@@ -74,6 +74,15 @@ bench: build
 	$(GO) build -o bin/bench ./bench
 	$(SUDO) bin/bench -pentad bin/pentad
 
+# dist/: a deb and an rpm for each architecture.
+package:
+	scripts/need package
+	scripts/package $(VERSION) $(COMMIT) $(GO)
+
+# Installs, replaces, removes and purges the package in a fresh Debian.
+package-check: package
+	$(SUDO) deploy/package/try dist/pentad_*_$$($(GO) env GOARCH).deb
+
 demo: build
 	$(SUDO) bin/pentad demo
 
@@ -85,4 +94,4 @@ install: build
 	[ -e $(DESTDIR)/etc/pentad/pentad.yaml ] || install -D -m 644 deploy/pentad.yaml $(DESTDIR)/etc/pentad/pentad.yaml
 
 clean:
-	rm -rf bin bench/.work
+	rm -rf bin dist bench/.work

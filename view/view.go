@@ -149,3 +149,24 @@ func (h *Host) Backends() []Backend {
 	}
 	return all
 }
+
+// Addresses returns the addresses of all listeners and backends.
+func (h *Host) Addresses() []netip.Addr {
+	var all []netip.Addr
+	for _, s := range h.Kernel.Services {
+		for _, l := range s.Listeners {
+			all = append(all, l.Address.Addr())
+		}
+		for _, b := range s.Backends {
+			all = append(all, b.Address.Addr())
+		}
+	}
+	for _, m := range h.Packets.Mappings {
+		all = append(all, m.Listener.Address.Addr())
+		for _, b := range m.Backends {
+			all = append(all, b.Address.Addr())
+		}
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return slices.Compact(all)
+}

@@ -128,7 +128,7 @@ func newRoot() (root *cobra.Command, started *bool) {
 		"directory of what outlives a restart of the host: which backends are drained; without it "+defaultStateDir+", or --run-dir where that is given")
 	root.AddCommand(newRun(at), newController(), newCheck(), newSchema(), newConfig(), newDiff(at), newReload(at), newStatus(at), newService(at), newBackend(at), newTop(at), newFlow(at), newProxy(at), newForward(at), newAnnouncement(at), newPod(at),
 		newGet(), newApply(), newEdit(), newDelete(), newHistory(), newRollback(), newFleet(), newImport(),
-		newExplain(at), newDoctor(at), newDown(at), newDemo(), newVersion())
+		newExplain(at), newDrops(at), newDoctor(at), newDown(at), newDemo(), newVersion())
 	setHelp(root)
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()

@@ -80,6 +80,13 @@ func writeJSON(w io.Writer, v any) error {
 	return e.Encode(v)
 }
 
+// writeCompact writes a value in one line.
+func writeCompact(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
 // writeYAML writes what JSON has in the style of YAML: one list of names will do.
 func writeYAML(w io.Writer, v any) error {
 	var raw bytes.Buffer
